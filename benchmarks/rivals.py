@@ -1,0 +1,237 @@
+"""The contestants: the fused step, the ways to do the same with other tools, and two yardsticks.
+
+Each holds its own weights and working weights, reads the problem's gradients and leaves them intact, and
+does one step per call of `step`. The rivals get every saving that their tools offer: the division by K is
+folded into their learning rate, blocks are padded so that the plain all-gather serves, and the buffers that
+MPI sees are made once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from problem import GAMMA, LR, MOMENTUM, Problem
+
+import extrapcomm as xc
+
+
+class Contestant(Protocol):
+    def step(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Solver(Contestant, Protocol):
+    """A contestant that makes the whole step, and so has results to check."""
+
+    def master(self) -> torch.Tensor: ...
+    def points(self) -> Sequence[torch.Tensor]: ...
+
+
+class Fused:
+    """The engine: one collective."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        rule = {"rule": "sgd", "lr": LR, "momentum": MOMENTUM}
+        self.engine = xc.Engine(world, problem.weights, extrapolation="local", inner_lr=GAMMA, **rule)
+        for worker, g in zip(self.engine.workers, problem.grads, strict=True):
+            worker.grads.copy_(g)
+
+    def step(self) -> None:
+        self.engine.step(lr=LR)
+
+    def master(self) -> torch.Tensor:
+        return torch.as_tensor(self.engine.master())
+
+    def points(self) -> Sequence[torch.Tensor]:
+        return [worker.weights for worker in self.engine.workers]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Unfused(Fused):
+    """The engine's own stages, each a pass of its own over the shared memory: what fusion alone is worth."""
+
+    def step(self) -> None:
+        unfused_step(self.engine)
+
+
+def unfused_step(engine: xc.Engine) -> None:
+    engine.step_unfused(lr=LR)
+
+
+class Separate:
+    """Sum the gradients, torch's fused SGD, extrapolate: three calls, each with its passes over memory."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        self.comm, self.grads = world.comm, problem.grads
+        self.x = [problem.weights.clone() for _ in self.grads]
+        self.total = torch.zeros_like(problem.weights)
+        self.weights = problem.weights.to(problem.master, copy=True)
+        self.weights.grad = self.total.to(problem.master)
+        self.optimizer = make_sgd(self.weights, problem)
+
+    def step(self) -> None:
+        add_up(self.grads, self.total)
+        self.reduce()
+        self.optimizer.step()
+        displace(self.weights, self.grads, self.x)
+
+    def reduce(self) -> None:
+        """`weights.grad` becomes the sum of `total` over the ranks."""
+        raise NotImplementedError
+
+    def master(self) -> torch.Tensor:
+        return self.weights
+
+    def points(self) -> Sequence[torch.Tensor]:
+        return self.x
+
+    def close(self) -> None:
+        pass
+
+
+class MpiTorch(Separate):
+    """MPI's all-reduce."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        super().__init__(problem, world)
+        self.buffer = self.total.numpy()
+
+    def reduce(self) -> None:
+        self.comm.Allreduce(MPI.IN_PLACE, self.buffer)
+
+
+class GlooTorch(Separate):
+    """torch.distributed's all-reduce over gloo; 16-bit gradients are summed in 16 bits, then widened."""
+
+    def reduce(self) -> None:
+        dist.all_reduce(self.total)
+        if self.weights.grad is not self.total:
+            self.weights.grad.copy_(self.total)
+
+
+class MpiZero1:
+    """Reduce-scatter, update of the own block, all-gather, extrapolation: the optimizer state is sharded.
+
+    Rank r owns block r of ceil(count / ranks) weights. The weights are padded to whole blocks, and the
+    optimizer holds a view of the own one, so that the all-gather works in place.
+    """
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        self.comm, self.grads, self.count = world.comm, problem.grads, problem.count
+        self.x = [problem.weights.clone() for _ in self.grads]
+        self.total = self.grads[0] if len(self.grads) == 1 else torch.empty_like(self.grads[0])
+        block = -(-problem.count // problem.ranks)
+        self.counts = [min(block, max(0, problem.count - r * block)) for r in range(problem.ranks)]
+        self.padded = torch.zeros(block * problem.ranks, dtype=problem.dtype)
+        self.padded[: problem.count] = problem.weights
+        self.own = self.padded[problem.rank * block : (problem.rank + 1) * block]
+        self.own.grad = torch.zeros_like(self.own)
+        self.optimizer = make_sgd(self.own, problem)
+        received = self.own.grad[: self.counts[problem.rank]]
+        self.send, self.receive, self.gathered = (t.numpy() for t in (self.total, received, self.padded))
+
+    def step(self) -> None:
+        if self.total is not self.grads[0]:
+            add_up(self.grads, self.total)
+        self.comm.Reduce_scatter(self.send, self.receive, self.counts)
+        self.optimizer.step()
+        self.comm.Allgather(MPI.IN_PLACE, self.gathered)
+        displace(self.master(), self.grads, self.x)
+
+    def master(self) -> torch.Tensor:
+        return self.padded[: self.count]
+
+    def points(self) -> Sequence[torch.Tensor]:
+        return self.x
+
+    def close(self) -> None:
+        pass
+
+
+class MpiAllReduce:
+    """Yardstick: MPI's all-reduce of the gradient and nothing else."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        self.comm, self.source = world.comm, problem.grads[0].numpy()
+        self.target = np.empty_like(self.source)
+
+    def step(self) -> None:
+        self.comm.Allreduce(self.source, self.target)
+
+    def close(self) -> None:
+        pass
+
+
+class Memcpy:
+    """Yardstick: all ranks at once copy private memory, together reading and writing the floor's bytes."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        half = problem.floor_bytes // (2 * problem.ranks)
+        self.source, self.target = np.ones(half, np.uint8), np.zeros(half, np.uint8)
+
+    def step(self) -> None:
+        np.copyto(self.target, self.source)
+
+    def close(self) -> None:
+        pass
+
+
+RIVALS = {
+    "mpi_torch": MpiTorch,
+    "gloo_torch": GlooTorch,
+    "mpi_zero1": MpiZero1,
+    "unfused": Unfused,
+    "mpi_allreduce": MpiAllReduce,
+}
+
+
+def why_absent(rival: str, dtype: torch.dtype) -> str:
+    """Why a rival cannot run, or nothing."""
+    if rival.startswith("mpi") and dtype.itemsize == 2:
+        return f"MPI cannot reduce {dtype_name(dtype)}"
+    return ""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_sgd(weights: torch.Tensor, problem: Problem) -> torch.optim.Optimizer:
+    """Fed with the sum of the gradients, a learning rate of lr / K does the work of the mean."""
+    return torch.optim.SGD([weights], lr=LR / problem.all_workers, momentum=MOMENTUM, fused=True)
+
+
+def add_up(grads: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """The sum of one rank's gradients, which stay as they are."""
+    if len(grads) == 1:
+        out.copy_(grads[0])
+        return
+    torch.add(grads[0], grads[1], out=out)
+    for g in grads[2:]:
+        out.add_(g)
+
+
+def displace(weights: torch.Tensor, grads: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
+    """x_k = w - gamma * g_k for the rank's own workers."""
+    for g, x in zip(grads, out, strict=True):
+        torch.sub(weights, g, alpha=GAMMA, out=x)
+
+
+def start_gloo(comm: MPI.Comm) -> None:
+    """Join torch.distributed; the free port that rank 0 found travels by MPI."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = None
+    if comm.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, comm.size, True, wait_for_workers=False)
+    port = comm.bcast(store.port if store else None)
+    store = store or dist.TCPStore("127.0.0.1", port, comm.size, False)
+    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)

@@ -1,0 +1,196 @@
+"""Two more tables: what the step costs a training loop, and what calls cost when there is nothing to do."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from race import race
+from table import Column, number, print_row, print_titles
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import extrapcomm as xc
+
+DEPTH, WIDTH, BATCH = 50, 316, 16  # 100 tensors, 5.0 million parameters
+TRAIN_LR = 1e-4
+TINY = 16  # elements of a tiny tensor
+TENSORS = 100
+
+
+def run(args: argparse.Namespace, world: xc.World) -> tuple[str, list[dict[str, Any]]]:
+    """The table that was asked for: its name and its rows for the JSON, whose keys are in README.md."""
+    if args.train:
+        return "train", train_table(args, world)
+    return "overhead", overhead_table(args, world)
+
+
+@dataclass
+class Trainee:
+    """A model, the batch of its rank, and the optimizer that ends its iteration; without one, none does."""
+
+    name: str
+    model: nn.Module
+    optimizer: Any
+    rank: int
+    batch: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        random = torch.Generator().manual_seed(1 + self.rank)
+        self.batch = tuple(torch.randn(BATCH, WIDTH, generator=random) for _ in range(2))
+
+    def step(self) -> None:
+        x, y = self.batch
+        (self.optimizer or self.model).zero_grad(set_to_none=True)
+        nn.functional.mse_loss(self.model(x), y).backward()
+        if self.optimizer:
+            self.optimizer.step()
+
+    def close(self) -> None:
+        getattr(self.optimizer, "close", lambda: None)()
+
+
+def make_model() -> nn.Module:
+    """The same perceptron at every call, started so that its gradients neither vanish nor explode."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+    return nn.Sequential(*[part for layer in layers for part in (layer, nn.ReLU())])
+
+
+def make_trainees(world: xc.World) -> list[Trainee]:
+    """The bare computation first, then the optimizers."""
+    rank = world.rank
+    bare, plain, extrapolated, parallel = (make_model() for _ in range(4))
+    ours = {"lr": TRAIN_LR, "momentum": 0.9, "world": world}
+    wrapped = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
+    torch_sgd = torch.optim.SGD(wrapped.parameters(), lr=TRAIN_LR, momentum=0.9, fused=True)
+    return [
+        Trainee("forward+backward", bare, None, rank),
+        Trainee("xc.SGD", plain, xc.SGD(plain.parameters(), **ours), rank),
+        Trainee("xc.ExtrapSGD", extrapolated, xc.ExtrapSGD(extrapolated.parameters(), **ours), rank),
+        Trainee("DDP + torch SGD", wrapped, torch_sgd, rank),
+    ]
+
+
+def train_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any]]:
+    """Iterations of all trainees, in turns; what exceeds the bare computation is the step's exposed time."""
+    comm = world.comm
+    trainees = make_trainees(world)
+    seconds = race(comm, trainees, args.iters, args.warmup_iters)
+    wrong = {"xc.SGD": comm.allreduce(count_strays(trainees[1], trainees[3]))} if args.check else {}
+    for trainee in trainees:
+        trainee.close()
+    rows = [summary(t.name, times) for t, times in zip(trainees, seconds.T, strict=True)]
+    for row in rows:
+        row |= {"exposed_us": row["time_us"] - rows[0]["time_us"], "nwrong": wrong.get(row["name"])}
+    columns = [
+        Column("contestant", "", 18, lambda row: row["name"]),
+        Column("iteration", "(us)", 11, lambda row: number(row["time_us"], 1)),
+        Column("p95", "(us)", 11, lambda row: number(row["p95_us"], 1)),
+        Column("exposed step", "(us)", 12, lambda row: number(row["exposed_us"], 1)),
+        Column("#wrong", "", 7, lambda row: number(row["nwrong"], 0)),
+    ]
+    size = sum(p.numel() for p in trainees[0].model.parameters())
+    title = f"# {DEPTH}-layer perceptron: {2 * DEPTH} tensors, {size} parameters, batch {BATCH}, float32"
+    return show(comm, title, columns, rows)
+
+
+def count_strays(trainee: Trainee, judge: Trainee) -> int:
+    """Master weights further from DDP's than 1e-5; only plain SGD is meant to agree."""
+    with trainee.optimizer.master_weights(), torch.no_grad():
+        pairs = zip(trainee.model.parameters(), judge.model.parameters(), strict=True)
+        return sum(int(torch.count_nonzero(~((a - b).abs() <= 1e-5))) for a, b in pairs)
+
+
+def summary(name: str, seconds: np.ndarray) -> dict[str, Any]:
+    return {
+        "name": name,
+        "time_us": 1e6 * float(np.median(seconds)),
+        "p95_us": 1e6 * float(np.percentile(seconds, 95)),
+    }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, and the engine's own clock of the part of it that was spent in C++."""
+
+    name: str
+    step: Callable[[], Any]
+    clock: Callable[[], float] | None = None
+
+    def time(self, comm: MPI.Comm) -> tuple[float, float]:
+        """Seconds of one call: all of it, and in C++ (0 where there is no clock)."""
+        comm.Barrier()
+        start = time.perf_counter()
+        self.step()
+        return time.perf_counter() - start, self.clock() if self.clock else 0.0
+
+
+def make_calls(world: xc.World) -> list[Call]:
+    engine = xc.Engine(world, torch.zeros(TINY), rule="sgd", momentum=0.9, extrapolation="local")
+    ours = tiny_optimizer(lambda tensors: xc.ExtrapSGD(tensors, lr=1e-3, momentum=0.9, world=world))
+    theirs = tiny_optimizer(lambda tensors: torch.optim.SGD(tensors, lr=1e-3, momentum=0.9, fused=True))
+    return [
+        Call(f"engine.step, {TINY} elements", lambda: engine.step(lr=1e-3), clock_of(engine)),
+        Call(f"xc.ExtrapSGD.step, {TENSORS} tensors", ours.step, clock_of(ours)),
+        Call(f"torch SGD(fused).step, {TENSORS} tensors", theirs.step),
+    ]
+
+
+def tiny_optimizer(make: Callable[[list[nn.Parameter]], Any]) -> Any:
+    tensors = [nn.Parameter(torch.zeros(TINY)) for _ in range(TENSORS)]
+    optimizer = make(tensors)
+    for tensor in tensors:
+        tensor.grad = torch.zeros(TINY)
+    return optimizer
+
+
+def clock_of(stepper: Any) -> Callable[[], float] | None:
+    """The engine's own clock of its last step, where it has one."""
+    engine = getattr(stepper, "engine", stepper)
+    return (lambda: engine.last_step_seconds) if hasattr(engine, "last_step_seconds") else None
+
+
+def overhead_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any]]:
+    """The whole call less the part inside C++ is Python's; torch's has no such clock, and no peers."""
+    comm = world.comm
+    rows = [overhead_row(call, args, comm) for call in make_calls(world)]
+    columns = [
+        Column("call", "", 38, lambda row: row["name"]),
+        Column("time", "(us)", 9, lambda row: number(row["time_us"], 1)),
+        Column("p95", "(us)", 9, lambda row: number(row["p95_us"], 1)),
+        Column("in C++", "(us)", 9, lambda row: number(row["native_us"], 1)),
+        Column("Python", "(us)", 9, lambda row: number(row["python_us"], 1)),
+    ]
+    return show(comm, f"# {comm.size} ranks, float32", columns, rows)
+
+
+def overhead_row(call: Call, args: argparse.Namespace, comm: MPI.Comm) -> dict[str, Any]:
+    """Medians over the iterations of what the slowest rank saw."""
+    for _ in range(args.warmup_iters):
+        call.time(comm)
+    total, native = np.array([call.time(comm) for _ in range(args.iters)]).T
+    slowest = np.array([total, native, total - native])
+    comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    _, native_us, python_us = 1e6 * np.median(slowest, axis=1)
+    clocked = {"native_us": float(native_us), "python_us": float(python_us)}
+    return {**summary(call.name, slowest[0]), **(clocked if call.clock else dict.fromkeys(clocked))}
+
+
+def show(
+    comm: MPI.Comm, title: str, columns: Sequence[Column], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    if comm.rank == 0:
+        print(title)
+        print_titles(columns)
+        for row in rows:
+            print_row(columns, row)
+    return rows

@@ -1,0 +1,60 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include "bind/register.hpp"
+#include "comm/team.hpp"
+#include "core/error.hpp"
+
+namespace xc::bind {
+namespace {
+
+// Waits run without the interpreter's lock; what they ask of Python takes it for a moment.
+std::function<std::vector<std::string>(const std::string&)> all_gather_through(const py::function& function) {
+  return [function](const std::string& mine) {
+    const py::gil_scoped_acquire gil;
+    std::vector<std::string> all;
+    for (const py::handle item : function(py::bytes(mine))) all.push_back(item.cast<std::string>());
+    return all;
+  };
+}
+
+void run_signal_handlers() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::function<void(const std::string&)> warn_through(const py::function& function) {
+  return [function](const std::string& text) {
+    const py::gil_scoped_acquire gil;
+    function(text);
+  };
+}
+
+std::shared_ptr<Team> make_team(int rank, int size, int workers, const py::function& all_gather,
+                                const py::function& warn, double step_timeout, double pass_timeout,
+                                double warn_after, const std::string& provider) {
+  TeamOptions options;
+  options.rank = rank;
+  options.size = size;
+  options.workers = workers;
+  options.provider = provider == "posix" ? Provider::posix : Provider::memfd;
+  options.limits = {Seconds(step_timeout), Seconds(pass_timeout), Seconds(warn_after)};
+  options.all_gather = all_gather_through(all_gather);
+  options.interrupted = &run_signal_handlers;
+  options.warn = warn_through(warn);
+  return std::make_shared<Team>(std::move(options));
+}
+
+}  // namespace
+
+void register_comm(py::module_& module) {
+  py::class_<Team, std::shared_ptr<Team>>(module, "Team", "The ranks that opened each other's memory.")
+      .def(py::init(&make_team), py::kw_only(), py::arg("rank"), py::arg("size"), py::arg("workers"),
+           py::arg("all_gather"), py::arg("warn"), py::arg("step_timeout"), py::arg("pass_timeout"),
+           py::arg("warn_after"), py::arg("provider"))
+      .def("alive", &Team::alive)
+      .def("departed", &Team::departed)
+      .def("leave", &Team::leave);
+}
+
+}  // namespace xc::bind

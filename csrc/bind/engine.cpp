@@ -1,0 +1,127 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bind/register.hpp"
+#include "bind/view.hpp"
+#include "core/error.hpp"
+#include "engine/engine.hpp"
+#include "engine/shared_array.hpp"
+
+namespace xc::bind {
+namespace {
+
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Bytes = py::array_t<std::uint8_t, py::array::c_style | py::array::forcecast>;
+
+template <class A>
+auto span_of(const A& array) {
+  return std::span(array.data(), static_cast<std::size_t>(array.size()));
+}
+
+// (name, dtype, shape, strides in elements, group)
+using LayerTuple =
+    std::tuple<std::string, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>, int>;
+
+std::vector<LayerSpec> layers_from(const std::vector<LayerTuple>& tuples) {
+  std::vector<LayerSpec> layers;
+  for (const auto& [name, dtype, shape, strides, group] : tuples)
+    layers.push_back({name, dtype_from(dtype), shape, strides, group});
+  return layers;
+}
+
+// (flags as bits, hyper-parameters)
+std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::vector<double>>>& pairs) {
+  std::vector<GroupSpec> groups;
+  for (const auto& [flags, hyper] : pairs) groups.push_back({flags, hyper});
+  return groups;
+}
+
+std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
+                                    const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
+                                    const std::string& rule, const std::string& extrapolation, std::int64_t tile,
+                                    const std::string& version) {
+  const auto specs = layers_from(layers);
+  const EngineOptions options{rule, extrapolation, groups_from(groups), tile, version};
+  const py::gil_scoped_release nogil;
+  return Engine::create(std::move(team), specs, options);
+}
+
+View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::size_t layer) {
+  const Layer& l = engine.plan().layers.at(layer);
+  return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides};
+}
+
+// A contiguous array of the master type, of the layer's elements in the order of memory.
+py::array read(const Engine& engine, std::size_t layer, int slot) {
+  const bool is_double = engine.plan().master == DType::f64;
+  py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(), engine.plan().layers.at(layer).count);
+  engine.read(layer, slot, out.mutable_data());
+  return out;
+}
+
+void step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused) {
+  const Engine::Step arguments{span_of(hyper), span_of(present), fused};
+  const py::gil_scoped_release nogil;
+  engine.step(arguments);
+}
+
+std::vector<std::tuple<std::int64_t, std::int64_t, int>> segments(const Engine& engine) {
+  std::vector<std::tuple<std::int64_t, std::int64_t, int>> list;
+  for (const Segment& s : engine.plan().segments) list.emplace_back(s.begin, s.end, s.owner);
+  return list;
+}
+
+void register_engine_class(py::module_& module) {
+  using Free = py::call_guard<py::gil_scoped_release>;
+  py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
+      .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
+           py::arg("extrapolation"), py::arg("tile"), py::arg("version"))
+      .def("weights", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
+      .def("gradients", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
+      .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
+      .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
+      .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
+      .def("complain", &Engine::complain, Free())
+      .def("show_master", &Engine::show_master, Free())
+      .def("hide_master", &Engine::hide_master, Free())
+      .def("read", &read, py::arg("layer"), py::arg("slot"))
+      .def("close", &Engine::close, Free())
+      .def_property_readonly("steps", &Engine::steps)
+      .def_property_readonly("last_step_seconds", &Engine::last_step_seconds);
+}
+
+std::unique_ptr<SharedArray> make_array(std::shared_ptr<Team> team, const std::string& dtype, std::int64_t count) {
+  const DType type = dtype_from(dtype);
+  const py::gil_scoped_release nogil;
+  return std::make_unique<SharedArray>(std::move(team), type, count);
+}
+
+void register_shared_array(py::module_& module) {
+  using Free = py::call_guard<py::gil_scoped_release>;
+  py::enum_<Reduction>(module, "Reduction").value("sum", Reduction::sum).value("mean", Reduction::mean);
+  py::enum_<Operation>(module, "Operation")
+      .value("all_reduce", Operation::all_reduce)
+      .value("reduce_scatter", Operation::reduce_scatter)
+      .value("all_gather", Operation::all_gather)
+      .value("broadcast", Operation::broadcast);
+  py::class_<SharedArray>(module, "SharedArray", "One array per worker, with collectives on them.")
+      .def(py::init(&make_array), py::arg("team"), py::arg("dtype"), py::arg("count"))
+      .def("view",
+           [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}}; })
+      .def("block", [](const SharedArray& a, int k) { return std::pair(a.block(k).begin, a.block(k).end); })
+      .def("all_reduce", &SharedArray::all_reduce, Free())
+      .def("reduce_scatter", &SharedArray::reduce_scatter, Free())
+      .def("all_gather", &SharedArray::all_gather, Free())
+      .def("broadcast", &SharedArray::broadcast, Free())
+      .def("complain", &SharedArray::complain, Free())
+      .def("close", &SharedArray::close, Free());
+}
+
+}  // namespace
+
+void register_engine(py::module_& module) {
+  register_engine_class(module);
+  register_shared_array(module);
+}
+
+}  // namespace xc::bind

@@ -1,0 +1,54 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bind/register.hpp"
+#include "rules/extrapolation.hpp"
+#include "stages/tables.hpp"
+
+namespace xc::bind {
+namespace {
+
+py::dict describe_rules() {
+  py::dict rules;
+  for (const FamilyInfo& family : families()) {
+    py::dict parameters;
+    for (const Parameter& p : family.parameters) parameters[py::str(std::string(p.name))] = p.preset;
+    py::dict rule;
+    rule["parameters"] = parameters;
+    rule["flags"] = std::vector<std::string>(family.flags.begin(), family.flags.end());
+    rule["slots"] = std::vector<std::string>(family.slot_names.begin(), family.slot_names.end());
+    rule["extrapolates"] = family.extrapolates;
+    rules[py::str(std::string(family.name))] = rule;
+  }
+  return rules;
+}
+
+// Conversions of the 16-bit types, as the stages do them.
+template <class E>
+py::array_t<float> widened(const py::array_t<std::uint16_t, py::array::c_style | py::array::forcecast>& bits) {
+  py::array_t<float> out(bits.size());
+  for (py::ssize_t i = 0; i < bits.size(); ++i) out.mutable_data()[i] = widen(E{bits.data()[i]});
+  return out;
+}
+
+template <class E>
+py::array_t<std::uint16_t> narrowed(const py::array_t<float, py::array::c_style | py::array::forcecast>& values) {
+  py::array_t<std::uint16_t> out(values.size());
+  for (py::ssize_t i = 0; i < values.size(); ++i) out.mutable_data()[i] = narrow<E>(values.data()[i]).bits;
+  return out;
+}
+
+}  // namespace
+
+void register_stages(py::module_& module) {
+  module.def("rules", &describe_rules, "Rule name to its hyper-parameters with presets, flags and slots.");
+  module.def("extrapolations", [] {
+    return std::vector<std::string>(AllExtrapolations::kNames.begin(), AllExtrapolations::kNames.end());
+  });
+  module.def("f16_to_f32", &widened<F16>);
+  module.def("f32_to_f16", &narrowed<F16>);
+  module.def("bf16_to_f32", &widened<Bf16>);
+  module.def("f32_to_bf16", &narrowed<Bf16>);
+}
+
+}  // namespace xc::bind

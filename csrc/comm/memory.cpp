@@ -1,0 +1,108 @@
+#include "comm/memory.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <fstream>
+#include <random>
+#include <utility>
+
+#include "core/error.hpp"
+
+namespace xc {
+namespace {
+
+// /proc/meminfo's MemAvailable in bytes; the largest number where it cannot be read.
+std::size_t available_memory() {
+  std::ifstream file("/proc/meminfo");
+  std::string key, unit;
+  std::size_t kilobytes = 0;
+  while (file >> key >> kilobytes) {
+    if (key == "MemAvailable:") return kilobytes * 1024;
+    std::getline(file, unit);
+  }
+  return SIZE_MAX;
+}
+
+std::string megabytes(std::size_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
+
+std::string unique_name() {
+  std::random_device random;
+  return "/extrapcomm-" + std::to_string(getpid()) + "-" + std::to_string(random()) + std::to_string(random());
+}
+
+FileDescriptor create(Provider provider, const std::string& name) {
+  if (provider == Provider::memfd) return FileDescriptor(memfd_create("extrapcomm", MFD_CLOEXEC));
+  return FileDescriptor(shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
+}
+
+}  // namespace
+
+FileDescriptor& FileDescriptor::operator=(FileDescriptor&& other) noexcept {
+  if (this != &other) {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = other.release();
+  }
+  return *this;
+}
+
+FileDescriptor::~FileDescriptor() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+int FileDescriptor::release() { return std::exchange(fd_, -1); }
+
+Mapping::Mapping(const FileDescriptor& fd, std::size_t bytes) : bytes_(bytes) {
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (at == MAP_FAILED) throw_errno("mapping " + megabytes(bytes) + " of shared memory");
+  data_ = static_cast<std::byte*>(at);
+}
+
+Mapping::~Mapping() { munmap(data_, bytes_); }
+
+void allocate(const FileDescriptor& fd, std::size_t bytes) {
+  const std::string need = "this rank needs " + megabytes(bytes) + " of shared memory";
+  if (const std::size_t free = available_memory(); bytes > free)
+    throw CommError(need + ", but the machine has " + megabytes(free) + " available; use a smaller model, fewer "
+                    "workers or more nodes");
+  int code;
+  do code = posix_fallocate(fd.get(), 0, static_cast<off_t>(bytes));
+  while (code == EINTR);
+  if (code == 0) return;
+  errno = code;
+  throw_errno(need + ", of " + megabytes(available_memory()) + " available (a container may allow less: see its "
+              "memory limit and the size of /dev/shm)");
+}
+
+SharedFile::SharedFile(Provider provider, std::size_t bytes)
+    : provider_(provider), name_(provider == Provider::posix ? unique_name() : "") {
+  fd_ = create(provider, name_);
+  if (fd_.get() < 0) throw_errno("creating shared memory");
+  if (bytes > 0) allocate(fd_, bytes);
+}
+
+SharedFile::~SharedFile() { forget_name(); }
+
+void SharedFile::forget_name() {
+  if (!name_.empty()) shm_unlink(name_.c_str());
+  name_.clear();
+}
+
+// The path under which a peer opens the file; a leading ':' marks a POSIX name.
+std::string SharedFile::ticket() const {
+  if (provider_ == Provider::posix) return ":" + name_;
+  return "/proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(fd_.get());
+}
+
+FileDescriptor SharedFile::open(const std::string& ticket) {
+  const bool posix = ticket.front() == ':';
+  FileDescriptor fd(posix ? shm_open(ticket.c_str() + 1, O_RDWR | O_CLOEXEC, 0600)
+                          : ::open(ticket.c_str(), O_RDWR | O_CLOEXEC));
+  if (fd.get() < 0) throw_errno("opening a peer's shared memory " + ticket);
+  return fd;
+}
+
+}  // namespace xc

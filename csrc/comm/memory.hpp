@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace xc {
+
+// How peers reach each other's memory. A memfd is opened through /proc/<pid>/fd: it is never visible in a file
+// system and not limited by the size of /dev/shm. Where that is refused (another PID namespace, a hardened kernel)
+// POSIX shared memory stands in; its name is removed as soon as every peer has mapped it.
+enum class Provider : std::uint8_t { memfd, posix };
+
+class FileDescriptor {
+ public:
+  FileDescriptor() = default;
+  explicit FileDescriptor(int fd) : fd_(fd) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(other.release()) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept;
+  ~FileDescriptor();
+  int get() const { return fd_; }
+  int release();
+
+ private:
+  int fd_ = -1;
+};
+
+// A mapped run of shared bytes; unmapped when the last owner lets go.
+class Mapping {
+ public:
+  Mapping(const FileDescriptor& fd, std::size_t bytes);
+  ~Mapping();
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  std::byte* data() const { return data_; }
+  std::size_t size() const { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// A file that peers can open while it lives: what its ticket says. Memory and liveness locks both use it.
+class SharedFile {
+ public:
+  SharedFile(Provider provider, std::size_t bytes);
+  ~SharedFile();
+  SharedFile(const SharedFile&) = delete;
+  SharedFile& operator=(const SharedFile&) = delete;
+  const FileDescriptor& fd() const { return fd_; }
+  void forget_name();  // peers have opened it
+  std::string ticket() const;
+  static FileDescriptor open(const std::string& ticket);
+
+ private:
+  Provider provider_;
+  FileDescriptor fd_;
+  std::string name_;
+};
+
+// Gives `fd` its pages now, so that a shortage is an error here and never a SIGBUS later.
+void allocate(const FileDescriptor& fd, std::size_t bytes);
+
+}  // namespace xc

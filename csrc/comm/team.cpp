@@ -1,0 +1,122 @@
+#include "comm/team.hpp"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <optional>
+#include <random>
+#include <utility>
+
+#include "core/error.hpp"
+
+namespace xc {
+namespace {
+
+// What `work` complains about, or nothing.
+template <class F>
+std::string complaint_of(F work) {
+  try {
+    work();
+    return {};
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
+std::uint64_t random_nonce() {
+  std::random_device random;
+  return (std::uint64_t{random()} << 32) | random() | 1u;
+}
+
+int available_processors() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+}  // namespace
+
+Team::Team(TeamOptions options)
+    : options_(std::move(options)), beacon_(options_.provider) {
+  greet();
+  departures_ = share(sizeof(DepartureWord));
+  const std::uint64_t nonce = random_nonce();
+  departure(rank()).nonce.store(nonce);
+  const auto nonces = all_gather(std::to_string(nonce));
+  agree(complaint_of([&] {
+    for (int r = 0; r < size(); ++r)
+      if (std::to_string(departure(r).nonce.load()) != nonces[static_cast<std::size_t>(r)])
+        throw CommError("the memory of rank " + std::to_string(r) + " that rank " + std::to_string(rank()) +
+                        " opened is another's; the two are not on one machine");
+  }));
+}
+
+Team::~Team() { leave(); }
+
+// Exchanges liveness files.
+void Team::greet() {
+  const auto tickets = all_gather(beacon_.ticket());
+  agree(complaint_of([&] {
+    for (int r = 0; r < size(); ++r)
+      watches_.push_back(r == rank() ? Watch() : Watch(tickets[static_cast<std::size_t>(r)]));
+  }));
+  beacon_.forget_name();
+}
+
+// Two exchanges: where the memory is, and whether everybody could allocate and open it. Names and descriptors can go
+// after the second; the mappings stay.
+Shared Team::share(std::size_t bytes) {
+  std::optional<SharedFile> mine;
+  std::string complaint = complaint_of([&] { mine.emplace(options_.provider, bytes); });
+  const auto tickets = all_gather(mine ? std::to_string(bytes) + " " + mine->ticket() : "");
+  Shared all;
+  if (complaint.empty())
+    complaint = complaint_of([&] {
+      for (const std::string& ticket : tickets) {
+        if (ticket.empty()) return;  // its owner complains
+        const std::size_t space = ticket.find(' ');
+        const FileDescriptor fd = SharedFile::open(ticket.substr(space + 1));
+        all.push_back(std::make_shared<Mapping>(fd, std::stoull(ticket.substr(0, space))));
+      }
+    });
+  agree(complaint);
+  return all;
+}
+
+void Team::agree(const std::string& complaint) const {
+  const auto complaints = all_gather(complaint);
+  for (int r = 0; r < size(); ++r)
+    if (const std::string& text = complaints[static_cast<std::size_t>(r)]; !text.empty())
+      throw CommError("rank " + std::to_string(r) + ": " + text);
+}
+
+DepartureWord& Team::departure(int rank) const {
+  return *reinterpret_cast<DepartureWord*>(departures_[static_cast<std::size_t>(rank)]->data());
+}
+
+// Waiting burns a processor only while every rank can have one of its own.
+Meeting Team::meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals) {
+  Company company;
+  company.alive = [this](int r) { return alive(r); };
+  company.departed = [this](int r) { return departed(r); };
+  company.interrupted = options_.interrupted;
+  company.warn = options_.warn;
+  company.limits = options_.limits;
+  company.spin = size() <= available_processors() ? Seconds(50e-6) : Seconds(0);
+  return Meeting(outcome, std::move(arrivals), rank(), std::move(company));
+}
+
+bool Team::alive(int rank) const { return watches_[static_cast<std::size_t>(rank)].alive(); }
+
+bool Team::departed(int rank) const { return departure(rank).left.load() != 0; }
+
+void Team::leave() {
+  if (!departures_.empty() && getpid() == beacon_.pid()) departure(rank()).left.store(1);
+}
+
+void Team::require_own_process() const {
+  if (getpid() != beacon_.pid())
+    throw UsageError("this process was forked from rank " + std::to_string(rank()) +
+                     " and cannot take part in its collectives; use the engine in the parent only");
+}
+
+}  // namespace xc

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace xc {
+
+// Every failure that reaches a user is one of these. A text says what was being done, which rank, and what to do.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The caller asked for something that cannot be; found before any communication, or agreed on by all ranks.
+struct UsageError : Error {
+  using Error::Error;
+};
+
+// The ranks did not ask for the same thing; raised alike on every rank before a weight is touched.
+struct MismatchError : Error {
+  using Error::Error;
+};
+
+// A rank died, left, or did not come in time.
+struct PeerError : Error {
+  PeerError(const std::string& text, int rank, std::int64_t step) : Error(text), rank(rank), step(step) {}
+  int rank;
+  std::int64_t step;
+};
+
+// The operating system or a transport refused.
+struct CommError : Error {
+  using Error::Error;
+};
+
+// CommError with the words of errno behind the text.
+[[noreturn]] void throw_errno(const std::string& doing);
+
+}  // namespace xc

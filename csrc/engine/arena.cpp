@@ -1,0 +1,42 @@
+#include "engine/arena.hpp"
+
+namespace xc {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+constexpr std::size_t kSkew = 4 * kPage + 3 * kLine;
+
+std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid - 1) / grid * grid; }
+
+}  // namespace
+
+ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,
+                         std::size_t control_bytes)
+    : workers_(static_cast<std::size_t>(workers)),
+      stride_(round_up(static_cast<std::size_t>(plan.bytes), kPage) + kSkew),
+      slot_count_(static_cast<std::size_t>(slots) + 1) {
+  const auto element = static_cast<std::size_t>(size_of(plan.master));
+  undo_bytes_ = round_up(static_cast<std::size_t>(tile) * element * slot_count_, kLine);
+  progress_offset_ = round_up(control_bytes, kLine);
+  undo_offset_ = progress_offset_ + workers_ * sizeof(ProgressWord);
+  std::size_t end = undo_offset_ + workers_ * undo_bytes_;
+  for (std::size_t v = 0; v < workers_; ++v) {
+    const Segment& segment = plan.segments[static_cast<std::size_t>(first_worker) + v];
+    shard_offset_.push_back(round_up(end, kPage) + v % 8 * 5 * kLine);
+    shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kLine) + kLine);
+    end = shard_offset_[v] + slot_count_ * shard_bytes_[v];
+  }
+  state_bytes_ = round_up(end, kPage);
+}
+
+std::size_t ArenaLayout::master(std::size_t worker, std::size_t slot) const {
+  return shard_offset_[worker] + slot * shard_bytes_[worker];
+}
+
+std::size_t ArenaLayout::progress(std::size_t worker) const {
+  return progress_offset_ + worker * sizeof(ProgressWord);
+}
+
+std::size_t ArenaLayout::undo(std::size_t worker) const { return undo_offset_ + worker * undo_bytes_; }
+
+}  // namespace xc

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "comm/team.hpp"
+#include "engine/plan.hpp"
+
+namespace xc {
+
+// Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank drives:
+// the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them) and the STATE
+// mapping (control words and posts, master weights W, rule slots S, the undo area with its progress words).
+//
+// Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile do not
+// all fall into the same sets of the cache.
+
+class ArenaLayout {
+ public:
+  ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,
+              std::size_t control_bytes);
+
+  std::size_t views_bytes() const { return 2 * workers_ * stride_; }
+  std::size_t weights(std::size_t worker) const { return 2 * worker * stride_; }
+  std::size_t gradients(std::size_t worker) const { return (2 * worker + 1) * stride_; }
+
+  std::size_t state_bytes() const { return state_bytes_; }
+  // Slot 0 is W itself, slots 1.. are the rule's.
+  std::size_t master(std::size_t worker, std::size_t slot) const;
+  std::size_t progress(std::size_t worker) const;
+  std::size_t undo(std::size_t worker) const;
+
+ private:
+  std::size_t workers_;
+  std::size_t stride_;
+  std::size_t slot_count_;
+  std::size_t undo_bytes_;
+  std::size_t progress_offset_;
+  std::size_t undo_offset_;
+  std::size_t state_bytes_;
+  std::vector<std::size_t> shard_offset_;
+  std::vector<std::size_t> shard_bytes_;
+};
+
+}  // namespace xc

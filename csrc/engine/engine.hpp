@@ -1,0 +1,77 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "comm/team.hpp"
+#include "engine/plan.hpp"
+
+namespace xc {
+
+// One group of layers: its flags are fixed, its hyper-parameters may change every step.
+struct GroupSpec {
+  unsigned flags = 0;
+  std::vector<double> hyper;
+};
+
+struct EngineOptions {
+  std::string rule;
+  std::string extrapolation;
+  std::vector<GroupSpec> groups;
+  std::int64_t tile = 4096;
+  std::string version;  // of the library, part of the signature
+};
+
+// Data-parallel training of one set of parameters. Every worker has its own weights X and gradients G; the master
+// weights w and the rule's state exist once, cut into shards. A call of step() takes the mean of all workers'
+// gradients, applies the rule, and stores each worker's next, displaced weights into its X, in one pass over memory.
+//
+// All members marked collective must be called by every rank of the team in the same order. Reading the master
+// weights is not collective: they are stable while this rank is outside a collective call.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Collective. Throws the same MismatchError on every rank when layers or options differ.
+  static std::unique_ptr<Engine> create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
+                                        const EngineOptions& options);
+
+  virtual const Plan& plan() const = 0;
+  virtual Team& team() const = 0;
+
+  // Memory of this rank's worker v, kept alive by whoever holds it.
+  virtual std::shared_ptr<std::byte> weights(int v) const = 0;
+  virtual std::shared_ptr<std::byte> gradients(int v) const = 0;
+
+  // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's state.
+  virtual void adopt(int root_worker) = 0;
+
+  struct Step {
+    // Per group, the rule's hyper-parameters and then the inner learning rate.
+    std::span<const double> hyper;
+    // Per worker of this rank and layer, whether there is a gradient. A layer without one on all workers is left
+    // alone; without one on some, theirs count as zeros.
+    std::span<const std::uint8_t> present;
+    bool fused = true;
+  };
+  // Collective.
+  virtual void step(const Step& step) = 0;
+  // Collective: this rank's part of a step whose arguments are wrong; all ranks throw `complaint`.
+  virtual void complain(const std::string& complaint) = 0;
+
+  // Between show_master and hide_master worker v's X holds w itself; hide_master restores it bit for bit.
+  virtual void show_master(int v) = 0;
+  virtual void hide_master(int v) = 0;
+  // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1, 2).
+  virtual void read(std::size_t layer, int slot, void* out) const = 0;
+
+  virtual std::int64_t steps() const = 0;
+  virtual double last_step_seconds() const = 0;
+  // Leaves w in every X of this rank and ends its part in the engine. Not collective, idempotent.
+  virtual void close() = 0;
+};
+
+}  // namespace xc

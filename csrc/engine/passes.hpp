@@ -1,0 +1,96 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine/plan.hpp"
+#include "stages/tables.hpp"
+
+namespace xc {
+
+// A step is a list of STAGES grouped into PASSES. A pass walks the shard once, tile by tile, and every stage of the
+// pass touches the tile while it is in cache. Only a scalar that must be known between two stages splits a pass; what
+// the later pass needs of the earlier one then waits in a scratch of the shard's size.
+
+// The workers' memory as a pass sees it: the arrays that are summed, the gradient that displaces each target, and
+// the targets that are published to.
+struct Workers {
+  std::vector<const std::byte*> sources;
+  std::vector<const std::byte*> own;
+  std::vector<std::byte*> targets;
+};
+
+// Elements that are treated alike: one type, one group, one count of updates. Settled before the pass begins.
+template <class T>
+struct Run {
+  std::int64_t begin;
+  std::int64_t end;
+  std::int64_t byte_begin;  // of `begin` in a worker's memory
+  std::int64_t element_size;
+  T scale;
+  T inner;
+  ReduceFn<T> reduce;
+  ApplyFn<T> apply;
+  PublishFn<T> publish;
+  DisplaceFn<T> displace;
+  alignas(kMaxScalarBytes) std::byte scalars[kMaxScalarBytes];
+};
+
+// One worker's part of the master weights and the rule's state; the pointers are to its first element.
+template <class T>
+struct Shard {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  T* w = nullptr;
+  T* slots[kMaxSlots] = {};
+};
+
+template <class T>
+struct Tile {
+  const Run<T>* run;
+  std::int64_t first_byte;
+  std::int64_t count;
+  T* w;
+  T* slots[kMaxSlots];
+  T* mean;
+  T* scratch;
+};
+
+template <class T>
+using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
+template <class T>
+using Pass = std::vector<Stage<T>>;
+
+// The passes of a step. `fused` is the engine's own way; otherwise each stage takes a pass of its own, which is what
+// a program without the engine does and what benchmarks compare with.
+template <class T>
+std::vector<Pass<T>> step_passes(bool fused);
+template <class T>
+Pass<T> sum_pass();      // reduce, publish: collectives without a rule; w is the sum itself
+template <class T>
+Pass<T> publish_pass();  // publish what w holds
+
+// Private memory of the walk over tiles.
+template <class T>
+class TileBuffers {
+ public:
+  TileBuffers(std::int64_t tile, int source_count)
+      : tile_(tile), memory_(static_cast<std::size_t>(tile * (1 + reduce_scratch_tiles(source_count)))) {}
+  std::int64_t tile() const { return tile_; }
+  T* mean() { return memory_.data(); }
+  T* scratch() { return memory_.data() + tile_; }
+
+ private:
+  std::int64_t tile_;
+  std::vector<T> memory_;
+};
+
+// Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w; `waiting`, if not
+// null, holds the reduced gradient of the whole shard between passes.
+template <class T>
+void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
+          TileBuffers<T>& buffers, T* waiting = nullptr);
+
+}  // namespace xc

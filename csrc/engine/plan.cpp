@@ -1,0 +1,69 @@
+#include "engine/plan.hpp"
+
+#include <algorithm>
+
+#include "core/error.hpp"
+
+namespace xc {
+namespace {
+
+std::int64_t round_up(std::int64_t value, std::int64_t grid) { return (value + grid - 1) / grid * grid; }
+
+std::int64_t element_count(std::span<const std::int64_t> shape) {
+  std::int64_t count = 1;
+  for (const std::int64_t extent : shape) count *= extent;
+  return count;
+}
+
+std::string list(std::span<const std::int64_t> numbers) {
+  std::string text = "(";
+  for (const std::int64_t number : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(number);
+  return text + ")";
+}
+
+DType master_of(std::span<const LayerSpec> specs) {
+  const auto is_double = [](const LayerSpec& spec) { return spec.dtype == DType::f64; };
+  if (std::none_of(specs.begin(), specs.end(), is_double)) return DType::f32;
+  if (std::all_of(specs.begin(), specs.end(), is_double)) return DType::f64;
+  const auto odd = std::find_if_not(specs.begin(), specs.end(), is_double);
+  throw UsageError("float64 parameters have float64 master weights and cannot share an engine with '" + odd->name +
+                   "' of " + std::string(name_of(odd->dtype)) + "; use one engine for each");
+}
+
+}  // namespace
+
+std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid) {
+  const std::int64_t cells = (length + grid - 1) / grid;
+  std::vector<Segment> segments;
+  for (std::int64_t k = 0; k < workers; ++k)
+    segments.push_back({0, std::min(length, cells * k / workers * grid),
+                        std::min(length, cells * (k + 1) / workers * grid), static_cast<int>(k)});
+  return segments;
+}
+
+Plan make_plan(std::span<const LayerSpec> specs, int workers) {
+  Plan plan;
+  plan.master = master_of(specs);
+  for (const LayerSpec& spec : specs) {
+    const std::int64_t count = element_count(spec.shape);
+    const std::int64_t padded = round_up(count, kLayerGrid);
+    plan.layers.push_back({spec, count, plan.length, plan.length + padded, plan.bytes});
+    plan.length += padded;
+    plan.bytes += padded * size_of(spec.dtype);
+  }
+  plan.segments = make_segments(plan.length, workers, kNormGrid);
+  return plan;
+}
+
+std::vector<std::string> signature_of(const Plan& plan) {
+  std::vector<std::string> lines = {std::to_string(plan.layers.size()) + " parameters"};
+  for (std::size_t i = 0; i < plan.layers.size(); ++i) {
+    const LayerSpec& spec = plan.layers[i].spec;
+    lines.push_back("parameter " + std::to_string(i) + " '" + spec.name + "' " + std::string(name_of(spec.dtype)) +
+                    " of shape " + list(spec.shape) + ", strides " + list(spec.strides) + ", group " +
+                    std::to_string(spec.group));
+  }
+  return lines;
+}
+
+}  // namespace xc

@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/dtype.hpp"
+
+namespace xc {
+
+// The PLAN says where everything lies and who owns what. All parameters stand one after the other in a flat run of
+// elements; each LAYER (one parameter tensor) starts at a multiple of kLayerGrid elements, so at least 64-byte
+// aligned in every type. In a worker's memory the elements have the parameter's own type, so a layer also has a byte
+// offset; in the master weights and the rule's state every element has the master type.
+
+inline constexpr std::int64_t kLayerGrid = 32;
+inline constexpr std::int64_t kNormGrid = 1024;  // segments start here, so that no norm cell has two owners
+
+struct LayerSpec {
+  std::string name;
+  DType dtype;
+  std::vector<std::int64_t> shape;
+  std::vector<std::int64_t> strides;  // in elements, dense
+  int group;
+};
+
+struct Layer {
+  LayerSpec spec;
+  std::int64_t count;   // elements of the tensor, without padding
+  std::int64_t begin;   // flat elements
+  std::int64_t end;     // with padding: the next layer's begin
+  std::int64_t byte_begin;
+};
+
+// A run of flat elements that one worker updates.
+struct Segment {
+  int bucket;
+  std::int64_t begin;
+  std::int64_t end;
+  int owner;
+  std::int64_t count() const { return end - begin; }
+};
+
+// Cuts `length` elements into one segment per worker, in the order of workers, at multiples of `grid`.
+std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid);
+
+struct Plan {
+  std::vector<Layer> layers;
+  std::vector<Segment> segments;
+  std::int64_t length = 0;  // flat elements
+  std::int64_t bytes = 0;   // of one worker's weights, or gradients
+  DType master = DType::f32;
+};
+
+// Throws UsageError for types that cannot share one engine.
+Plan make_plan(std::span<const LayerSpec> specs, int workers);
+
+// One line per fact that must be alike on all ranks; the first line that differs names the mistake.
+std::vector<std::string> signature_of(const Plan& plan);
+
+}  // namespace xc

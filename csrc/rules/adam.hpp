@@ -1,0 +1,58 @@
+#pragma once
+
+#include <array>
+#include <cmath>
+
+#include "core/host_device.hpp"
+#include "rules/rule.hpp"
+
+namespace xc {
+
+// Adam (Kingma & Ba 2015) with bias correction and, decoupled, AdamW (Loshchilov & Hutter 2019), as torch.optim.
+template <class T, bool kDecoupled>
+struct AdamRule {
+  static constexpr int kSlots = 2;
+
+  AdamRule(Hyper h, std::int64_t updates)
+      : beta1(T(h[1])),
+        beta2(T(h[2])),
+        fresh1(T(1.0 - h[1])),
+        fresh2(T(1.0 - h[2])),
+        epsilon(T(h[3])),
+        decay(T(kDecoupled ? 1.0 - h[0] * h[4] : h[4])) {
+    const double t = static_cast<double>(updates + 1);
+    rate = T(h[0] / (1.0 - std::pow(h[1], t)));
+    unbias = T(1.0 / std::sqrt(1.0 - std::pow(h[2], t)));
+  }
+
+  XC_HOST_DEVICE void operator()(T g, T& w, T& mean, T& square) const {
+    if constexpr (kDecoupled) {
+      w = w * decay;
+    } else {
+      g = g + decay * w;
+    }
+    mean = beta1 * mean + fresh1 * g;
+    square = beta2 * square + (fresh2 * g) * g;
+    w = w - rate * (mean / (std::sqrt(square) * unbias + epsilon));
+  }
+
+  T beta1, beta2, fresh1, fresh2, epsilon, decay, rate, unbias;
+};
+
+struct AdamFamily {
+  static constexpr std::string_view kName = "adam";
+  static constexpr std::array kParameters = {Parameter{"lr", 1e-3}, Parameter{"beta1", 0.9},
+                                             Parameter{"beta2", 0.999}, Parameter{"eps", 1e-8},
+                                             Parameter{"weight_decay", 0.0}};
+  static constexpr std::array<std::string_view, 1> kFlags = {"decoupled_weight_decay"};
+  static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};
+  static constexpr bool kExtrapolates = false;
+
+  static constexpr unsigned kMembers = 2;
+  static unsigned member(unsigned flags, Hyper) { return flags; }
+
+  template <class T, unsigned kMember>
+  using Member = AdamRule<T, (kMember & 1) != 0>;
+};
+
+}  // namespace xc

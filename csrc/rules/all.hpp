@@ -1,0 +1,15 @@
+#pragma once
+
+#include "rules/adam.hpp"
+#include "rules/rule.hpp"
+#include "rules/sgd.hpp"
+
+namespace xc {
+
+// The one list of rules. Tables of kernels, the Python names and the tests are derived from it.
+template <Family... F>
+struct Families {};
+
+using AllFamilies = Families<SgdFamily, AdamFamily>;
+
+}  // namespace xc

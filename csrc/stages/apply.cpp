@@ -1,0 +1,77 @@
+#include <array>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "core/clones.hpp"
+#include "rules/all.hpp"
+#include "stages/tables.hpp"
+
+// The apply stage and the tables of all rules, derived from the one list.
+
+namespace xc {
+namespace {
+
+template <class R, class T>
+XC_CLONES void apply(const void* scalars, const T* __restrict mean, T* __restrict w, T* const* slots,
+                     std::int64_t count) {
+  const R rule = *static_cast<const R*>(scalars);
+  if constexpr (R::kSlots == 0) {
+    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i]);
+  } else if constexpr (R::kSlots == 1) {
+    T* __restrict first = slots[0];
+    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i], first[i]);
+  } else {
+    T* __restrict first = slots[0];
+    T* __restrict second = slots[1];
+    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i], first[i], second[i]);
+  }
+}
+
+template <class R>
+void prepare(Hyper hyper, std::int64_t updates, void* scalars) {
+  static_assert(std::is_trivially_copyable_v<R>);
+  new (scalars) R(hyper, updates);
+}
+
+template <class T, class F, unsigned... kMember>
+std::vector<RuleKernel<T>> members(std::integer_sequence<unsigned, kMember...>) {
+  static_assert((Rule<typename F::template Member<T, kMember>, T> && ...));
+  return {{F::template Member<T, kMember>::kSlots, &prepare<typename F::template Member<T, kMember>>,
+           &apply<typename F::template Member<T, kMember>, T>}...};
+}
+
+template <class T, class... F>
+std::vector<std::vector<RuleKernel<T>>> kernels(Families<F...>) {
+  return {members<T, F>(std::make_integer_sequence<unsigned, F::kMembers>{})...};
+}
+
+template <class... F>
+std::vector<FamilyInfo> infos(Families<F...>) {
+  return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames, F::kExtrapolates, &F::member}...};
+}
+
+}  // namespace
+
+const std::vector<FamilyInfo>& families() {
+  static const std::vector<FamilyInfo> list = infos(AllFamilies{});
+  return list;
+}
+
+int family_index(std::string_view name) {
+  for (std::size_t i = 0; i < families().size(); ++i)
+    if (families()[i].name == name) return static_cast<int>(i);
+  return -1;
+}
+
+template <class T>
+const RuleKernel<T>& rule_kernel(int family, unsigned member) {
+  static const auto table = kernels<T>(AllFamilies{});
+  return table.at(static_cast<std::size_t>(family)).at(member);
+}
+
+template const RuleKernel<float>& rule_kernel<float>(int, unsigned);
+template const RuleKernel<double>& rule_kernel<double>(int, unsigned);
+
+}  // namespace xc

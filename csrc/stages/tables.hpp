@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "core/dtype.hpp"
+#include "rules/rule.hpp"
+
+namespace xc {
+
+// The CPU kernels, each a small loop over one tile, looked up once when a plan is made. Reduce and publish know the
+// element type, apply knows the rule; so the number of kernels is a sum and not a product. T is the master type.
+
+// mean[i] = scale * (tree sum over the sources of their i-th element), i < count. The tree pairs neighbours bottom-up
+// and carries the odd one. `scratch` holds reduce_scratch_tiles(sources) tiles of `count`.
+template <class T>
+using ReduceFn = void (*)(const std::byte* const* sources, int source_count, std::int64_t first_byte,
+                          std::int64_t count, T scale, T* mean, T* scratch);
+
+// Updates w and the slots in place from the reduced gradient.
+template <class T>
+using ApplyFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slots, std::int64_t count);
+
+// x = narrow(displaced w) for one worker; `own` is that worker's gradient.
+template <class T>
+using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
+
+// x -= inner * own, in place: extrapolation as a pass of its own, which only the unfused comparison takes.
+template <class T>
+using DisplaceFn = void (*)(T inner, const std::byte* own, std::byte* x, std::int64_t count);
+
+// Writes a rule's scalars for one step into kMaxScalarBytes of storage.
+using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
+
+template <class T>
+struct RuleKernel {
+  int slots;
+  PrepareFn prepare;
+  ApplyFn<T> apply;
+};
+
+// What users may know about a rule, without types.
+struct FamilyInfo {
+  std::string_view name;
+  std::span<const Parameter> parameters;
+  std::span<const std::string_view> flags;
+  std::span<const std::string_view> slot_names;
+  bool extrapolates;
+  unsigned (*member)(unsigned flags, Hyper hyper);
+};
+
+const std::vector<FamilyInfo>& families();
+int family_index(std::string_view name);          // -1 if there is none
+int extrapolation_index(std::string_view name);   // -1 if there is none
+
+int reduce_scratch_tiles(int source_count);
+template <class T>
+ReduceFn<T> reduce_kernel(DType element);
+template <class T>
+const RuleKernel<T>& rule_kernel(int family, unsigned member);
+template <class T>
+PublishFn<T> publish_kernel(DType element, int extrapolation);
+template <class T>
+DisplaceFn<T> displace_kernel(DType element);
+
+}  // namespace xc

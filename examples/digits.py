@@ -1,0 +1,237 @@
+"""Large-batch training on real data: EXTRAP-SGD against SGD on scikit-learn's handwritten digits.
+
+    mpirun -n 2 python examples/digits.py               # 2 ranks x 16 workers x 16 samples, 60 epochs
+    python examples/digits.py --workers 32 --seed 1     # one process is enough, and gives the same bits
+
+A CNN of 6,090 parameters without normalisation layers meets batches of 512 out of 1,437 training images and a
+learning rate that plain SGD bears badly. Both optimizers start at the same weights and see the same batches;
+the only difference is that EXTRAP-SGD lets every worker differentiate at a point of its own,
+w - inner_lr * (its last gradient).
+
+inner_lr is "lr" here, not the library's cautious default "lr/K": on a small net with small local batches the
+gain comes from displacements as long as a step, which smooth the loss over the workers' own gradient noise.
+
+Seeds 0 to 7 gave EXTRAP-SGD 95.3 to 97.8 % (mean 96.8), SGD 7.8 to 96.9 % (mean 76.8): most runs of SGD lose,
+the lucky ones nearly draw, and seed 0, the default, is one of those.
+
+The order of the data depends on the seed and the worker's global index alone, so any ranks x workers of the
+same product train the same model.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+import extrapcomm as xc
+
+RANK, RANKS = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+OPTIMIZERS = {
+    "sgd": (xc.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (xc.Adam, {}),
+    "adamw": (xc.AdamW, {}),
+}
+
+
+def stop(message):
+    """End on all ranks alike; rank 0 says why."""
+    if RANK == 0:
+        print(f"digits: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from sklearn.datasets import load_digits
+except ImportError as missing:
+    stop(f"{missing.name} is not installed; the examples need: pip install extrapcomm[demo]")
+
+
+class Parser(argparse.ArgumentParser):
+    def _print_message(self, message, file=None):
+        if RANK == 0:
+            super()._print_message(message, file)
+
+
+def inner_rate(text):
+    return text if text in ("lr", "lr/K") else float(text)
+
+
+def options():
+    parser = Parser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workers", type=int, default=max(1, 32 // RANKS), help="workers of each rank (default: 32 in all)")
+    add("--batch", type=int, default=16, help="samples of each worker")
+    add("--epochs", type=int, default=60, help="passes over the training images")
+    add("--lr", type=float, default=0.57, help="learning rate after the warm-up")
+    add("--warmup", type=float, default=3, help="epochs of linear warm-up")
+    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    add("--inner-lr", type=inner_rate, default="lr", help="length of the displacement: a number, lr or lr/K")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="the rule to compare with and without extrapolation",
+    )
+    return parser.parse_args()
+
+
+def check(args, samples):
+    for name in ("workers", "batch", "epochs"):
+        if getattr(args, name) < 1:
+            stop(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name, legal in (("lr", args.lr > 0), ("warmup", args.warmup >= 0), ("seed", args.seed >= 0)):
+        if not legal:
+            stop(f"--{name} {getattr(args, name)} is out of range")
+    workers = RANKS * args.workers
+    if workers * args.batch > samples:
+        fit = f"--batch {samples // workers} or less" if workers <= samples else "fewer --workers"
+        stop(
+            f"{workers} workers x {args.batch} samples = {workers * args.batch} are more than the {samples} "
+            f"training images; choose {fit}"
+        )
+
+
+def digits():
+    """(x, y) to train on (1,437 images) and (x, y) to test on (360), each x of shape (n, 1, 8, 8)."""
+    data = load_digits()
+    order = np.random.RandomState(12345).permutation(len(data.target))
+    x = torch.tensor(data.images[order] / 16 - 0.3, dtype=torch.float32).unsqueeze(1)
+    y = torch.tensor(data.target[order])
+    return (x[:1437], y[:1437]), (x[1437:], y[1437:])
+
+
+def cnn(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+    for layer in model:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+def schedule(optimizer, warmup, total):
+    """A linear warm-up, then the full rate, a tenth of it from half the way, a hundredth from three quarters."""
+
+    def factor(step):
+        return min(1.0, (step + 1) / max(1, warmup)) * 0.1 ** ((2 * step >= total) + (4 * step >= 3 * total))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def batches(args, world, samples):
+    """For each epoch the samples of this rank's workers, of shape (steps, workers, batch)."""
+    first = world.rank * world.workers
+    size = world.K * args.batch
+    for epoch in range(args.epochs):
+        order = np.random.default_rng((args.seed, epoch)).permutation(samples)
+        full = order[: samples // size * size].reshape(-1, world.K, args.batch)
+        yield torch.from_numpy(full[:, first : first + world.workers])
+
+
+class Report:
+    """Rank 0's progress: a bar on a terminal, else one line every ten epochs."""
+
+    def __init__(self, name, args, world):
+        self.name, self.epochs, self.samples, self.begin = name, args.epochs, 0, time.perf_counter()
+        self.silent = world.rank != 0
+        self.terminal = not self.silent and Console().is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+        )
+        self.bar = Progress(*columns) if self.terminal else contextlib.nullcontext()
+        self.task = self.bar.add_task(name, total=args.epochs, text="") if self.terminal else None
+
+    def epoch(self, number, loss, samples):
+        if self.silent:
+            return
+        self.samples += samples
+        rate = self.samples / (time.perf_counter() - self.begin)
+        text = f"loss {loss:.3f}  {rate:,.0f} samples/s"
+        if self.terminal:
+            self.bar.update(self.task, advance=1, text=text)
+        elif number % 10 == 0 or number == self.epochs:
+            print(f"{self.name}: epoch {number}/{self.epochs}  {text}", flush=True)
+
+
+def train(name, model, opt, args, data):
+    x, y = data
+    world = opt.world
+    steps = len(x) // (world.K * args.batch)
+    scheduler = schedule(opt, args.warmup * steps, args.epochs * steps)
+    report = Report(name, args, world)
+    with report.bar:
+        for number, epoch in enumerate(batches(args, world, len(x)), 1):
+            loss = sum(step(model, opt, scheduler, x, y, batch) for batch in epoch) / steps
+            report.epoch(number, loss, steps * world.K * args.batch)
+
+
+def step(model, opt, scheduler, x, y, batch):
+    """Every worker's gradient at its own point, then one collective. Returns the mean loss."""
+    opt.zero_grad()
+    total = 0.0
+    for v, samples in enumerate(batch):
+        with opt.worker(v):
+            loss = nn.functional.cross_entropy(model(x[samples]), y[samples])
+            loss.backward()
+            total += loss.item()
+    opt.step()
+    scheduler.step()
+    return total / len(batch)
+
+
+@torch.no_grad()
+def accuracy(model, opt, data):
+    """Percent of the test images named rightly by the weights that all workers share."""
+    x, y = data
+    with opt.master_weights():
+        return 100 * (model(x).argmax(1) == y).float().mean().item()
+
+
+def run(name, extrapolation, args, world, train_data, test_data):
+    model = cnn(args.seed)
+    optimizer, hyper = OPTIMIZERS[args.optimizer]
+    opt = optimizer(
+        model.parameters(), args.lr, extrapolation=extrapolation, inner_lr=args.inner_lr, world=world, **hyper
+    )
+    train(name, model, opt, args, train_data)
+    percent = accuracy(model, opt, test_data) if world.rank == 0 else None
+    opt.close()
+    return percent
+
+
+def main():
+    torch.set_num_threads(1)
+    args = options()
+    train_data, test_data = digits()
+    check(args, len(train_data[0]))
+    begin = time.perf_counter()
+    with xc.World(workers=args.workers) as world:
+        plain = args.optimizer.upper()
+        name = f"EXTRAP-{plain}"
+        base = run(plain, "none", args, world, train_data, test_data)
+        extrap = run(name, "local", args, world, train_data, test_data)
+        if world.rank == 0:
+            result = f"{name} {extrap:.1f} %, {plain} {base:.1f} % test accuracy"
+            setting = f"{world.K} workers x {args.batch} samples, {args.epochs} epochs"
+            print(f"digits: {result} ({setting}, {time.perf_counter() - begin:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()

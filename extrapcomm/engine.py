@@ -1,0 +1,224 @@
+"""The fused step for trainers that hold their weights in arrays."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from ._version import __version__
+from .arrays import copy_into, form_of, look_at
+from .errors import UsageError
+from .hyper import InnerRate, Rule
+from .world import World
+
+__all__ = ["Engine"]
+
+
+class Worker:
+    """One worker's arrays in shared memory, in the structure that the engine was given.
+
+    Attributes:
+        weights: where this worker evaluates its next gradient; written by the engine only.
+        grads: where this worker leaves its gradient before a step.
+    """
+
+    def __init__(self, weights: Any, grads: Any) -> None:
+        self.weights = weights
+        self.grads = grads
+
+
+class Engine:
+    """Data-parallel training of arrays: reduce, update, extrapolate and publish in one call.
+
+    Collective: every rank of the world constructs it with arrays of the same names, shapes and types. The values of
+    rank 0 are taken.
+
+    Args:
+        world: the ranks and workers that train together.
+        weights: one array, a sequence of arrays, or a dict of them (NumPy, torch or DLPack), float32, float64,
+            bfloat16 or float16. They are copied; train on `engine.weights`.
+        rule: "sgd" or "adam".
+        extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient) or "global" (the last mean).
+        inner_lr: the inner learning rate: a number, "lr", "lr/K", or a function of lr.
+        tile: how many elements go through all stages before the next ones; results do not depend on it.
+        hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...).
+
+    Raises:
+        UsageError: on every rank, for arguments that cannot be.
+        MismatchError: on every rank, if the ranks bring different arrays or options; it names the first difference.
+
+    Example:
+        >>> import numpy as np, extrapcomm as xc
+        >>> with xc.World(workers=2) as world:
+        ...     engine = xc.Engine(world, np.ones(3), lr=0.5)
+        ...     for v, worker in enumerate(engine.workers):
+        ...         worker.grads[:] = v
+        ...     engine.step()
+        ...     print(engine.weights)
+        [0.75 0.75 0.75]
+    """
+
+    def __init__(
+        self,
+        world: World,
+        weights: Any,
+        rule: str = "sgd",
+        *,
+        extrapolation: str = "none",
+        inner_lr: InnerRate = "lr/K",
+        tile: int = 4096,
+        **hyper: Any,
+    ) -> None:
+        self.world = world
+        error: Exception | None = None
+        try:
+            self._rule = Rule(rule, extrapolation)
+            self._names, arrays = _flatten(weights)
+            self._set_hyper({"inner_lr": inner_lr} | hyper)
+            forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
+            numbers = self._rule.numbers(self._group, world.K)[:-1]
+            tile = _whole(tile)
+        except Exception as caught:
+            error = caught
+        world.agree(error)
+        self._flags = self._rule.flag_bits(self._group)
+        self._has_momentum = bool(self._group.get("momentum"))
+        layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
+        groups = [(self._flags, numbers)]
+        self._core = _core.Engine(world.team, layers, groups, rule, extrapolation, tile, __version__)
+        self._structure = weights
+        self._closed = False
+        self._showing = False
+        self._present = np.ones(world.workers * len(layers), dtype=np.uint8)
+        looks = ["torch" if f.library == "torch" else "numpy" for f in forms]
+        self.workers = [
+            Worker(self._arrays(self._core.weights, v, looks), self._arrays(self._core.gradients, v, looks))
+            for v in range(world.workers)
+        ]
+        for i, array in enumerate(arrays):
+            copy_into(self._core.weights(0, i), array)
+        self._core.adopt(0)
+
+    @property
+    def weights(self) -> Any:
+        """The weights of this rank's first worker, in the structure given."""
+        return self.workers[0].weights
+
+    @property
+    def grads(self) -> Any:
+        """The gradients of this rank's first worker, in the structure given."""
+        return self.workers[0].grads
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self._core.steps
+
+    @property
+    def last_step_seconds(self) -> float:
+        """How long the last step took inside the compiled part, in seconds, waiting included."""
+        return self._core.last_step_seconds
+
+    def step(self, **hyper: Any) -> None:
+        """Collective: take the mean of all workers' gradients, update, and give every worker its next weights.
+
+        Gradients are left as they are.
+
+        Args:
+            hyper: new values of hyper-parameters, in force from this step on.
+
+        Raises:
+            UsageError, MismatchError: on every rank, with no weight touched.
+            PeerError: if a rank died, left or does not come; the engine takes no more steps.
+        """
+        self._step(hyper, fused=True)
+
+    def step_unfused(self, **hyper: Any) -> None:
+        """Collective: the same step with each stage in a pass of its own, to measure what fusion is worth."""
+        self._step(hyper, fused=False)
+
+    def _step(self, hyper: Mapping[str, Any], fused: bool) -> None:
+        if self._closed:
+            raise UsageError("this engine is closed")
+        try:
+            if hyper:
+                self._set_hyper(self._group | hyper)
+                self._rule.check_fixed(self._group, self._flags, self._has_momentum)
+            if self._showing:
+                raise UsageError("step() inside master_weights(): leave the context first")
+            table = self._rule.table([self._group], self.world.K)
+        except UsageError as error:
+            self._core.complain(str(error))
+            raise
+        self._core.step(table, self._present, fused)
+
+    def master(self) -> Any:
+        """Copies of the master weights, float32 (float64 for float64), in the structure given. Not collective."""
+        flat = [self._core.read(i, 0) for i in range(len(self._names))]
+        views = [self._core.weights(0, i) for i in range(len(self._names))]
+        return self._rebuild([_restride(f, v.shape, v.strides) for f, v in zip(flat, views, strict=True)])
+
+    @contextmanager
+    def master_weights(self) -> Iterator[None]:
+        """Within the context `weights` hold the master weights; afterwards what they held before, bit for bit.
+
+        Not collective: one rank may evaluate while others wait at the next step.
+        """
+        if self._showing or self._closed:
+            raise UsageError("master_weights() is already open, or the engine is closed")
+        self._core.show_master(0)
+        self._showing = True
+        try:
+            yield
+        finally:
+            self._showing = False
+            self._core.hide_master(0)
+
+    def close(self) -> None:
+        """Leave the master weights in `weights` and end this rank's part. Idempotent, not collective."""
+        if not self._closed:
+            self._closed = True
+            self._core.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("an Engine cannot be copied or pickled; make one in each rank")
+
+    def _set_hyper(self, values: Mapping[str, Any]) -> None:
+        presets = self._rule.presets() | {"inner_lr": "lr/K"}
+        if unknown := values.keys() - presets.keys():
+            raise UsageError(f"rule {self._rule.name!r} has no {sorted(unknown)}; it has {sorted(presets)}")
+        self._group = presets | dict(values)
+
+    def _arrays(self, look: Any, worker: int, libraries: Sequence[str]) -> Any:
+        return self._rebuild([look_at(look(worker, i), library) for i, library in enumerate(libraries)])
+
+    def _rebuild(self, arrays: list[Any]) -> Any:
+        if isinstance(self._structure, Mapping):
+            return dict(zip(self._names, arrays, strict=True))
+        return arrays if isinstance(self._structure, (list, tuple)) else arrays[0]
+
+
+def _flatten(weights: Any) -> tuple[list[str], list[Any]]:
+    if isinstance(weights, Mapping):
+        return [str(name) for name in weights], list(weights.values())
+    if isinstance(weights, (list, tuple)):
+        return [str(i) for i in range(len(weights))], list(weights)
+    return ["weights"], [weights]
+
+
+def _whole(tile: Any) -> int:
+    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+        raise UsageError(f"tile must be a whole number of at least 1, not {tile!r}")
+    return tile
+
+
+def _restride(flat: Any, shape: Sequence[int], strides: Sequence[int]) -> Any:
+    return np.lib.stride_tricks.as_strided(flat, shape, [s * flat.itemsize for s in strides])

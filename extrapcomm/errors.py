@@ -1,0 +1,37 @@
+"""What can go wrong, by who has to act."""
+
+__all__ = ["CommError", "DeviceError", "Error", "MismatchError", "PeerError", "UsageError"]
+
+
+class Error(RuntimeError):
+    """Every failure that extrapcomm raises itself."""
+
+
+class UsageError(Error, ValueError):
+    """The call cannot be done as asked; raised before anything changes, on all ranks if one of them found it."""
+
+
+class MismatchError(Error):
+    """The ranks did not ask for the same thing; raised on every rank before a weight is touched."""
+
+
+class PeerError(Error):
+    """Another rank died, left, or did not come in time.
+
+    Attributes:
+        rank: the rank that is missing.
+        step: the step at which it was missed.
+    """
+
+    def __init__(self, text: str, rank: int, step: int) -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.step = step
+
+
+class CommError(Error):
+    """The operating system or MPI refused something."""
+
+
+class DeviceError(Error):
+    """An array lies on a device that this build or this call cannot use."""

@@ -1,0 +1,102 @@
+"""Hyper-parameters: from the names users know to the numbers that the engine takes, checked."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .errors import UsageError
+
+__all__ = ["InnerRate", "Rule"]
+
+InnerRate = float | str | Callable[[float], float]
+
+
+class Rule:
+    """One of the library's rules with its list of hyper-parameters; `betas` stands for beta1, beta2, ..."""
+
+    def __init__(self, name: str, extrapolation: str) -> None:
+        rules = _core.rules()
+        if name not in rules:
+            raise UsageError(f"there is no rule {name!r}; there are {', '.join(sorted(rules))}")
+        if extrapolation not in _core.extrapolations():
+            raise UsageError(
+                f"there is no extrapolation {extrapolation!r}; there are {', '.join(_core.extrapolations())}"
+            )
+        if extrapolation != "none" and not rules[name]["extrapolates"]:
+            raise UsageError(f"rule {name!r} cannot be extrapolated; use extrapolation='none' or another rule")
+        self.name = name
+        self.extrapolation = extrapolation
+        self.parameters: dict[str, float] = rules[name]["parameters"]
+        self.flags: list[str] = rules[name]["flags"]
+        self.slots: list[str] = rules[name]["slots"]
+
+    def presets(self) -> dict[str, Any]:
+        """The rule's own values, under the names that users know."""
+        values: dict[str, Any] = {n: v for n, v in self.parameters.items() if not n.startswith("beta")}
+        betas = tuple(v for n, v in self.parameters.items() if n.startswith("beta"))
+        return values | ({"betas": betas} if betas else {}) | dict.fromkeys(self.flags, False)
+
+    def flag_bits(self, group: Mapping[str, Any]) -> int:
+        """The group's flags as the engine takes them."""
+        return sum(1 << i for i, flag in enumerate(self.flags) if group[flag])
+
+    def numbers(self, group: Mapping[str, Any], workers: int) -> list[float]:
+        """A group's hyper-parameters in the engine's order, then the inner learning rate.
+
+        Raises:
+            UsageError: for values that are not numbers, not finite or out of range.
+        """
+        numbers = [_number(name, _value(group, name)) for name in self.parameters]
+        inner = self._inner_rate(group["inner_lr"], numbers[0], workers)
+        return [*numbers, inner]
+
+    def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
+        if self.extrapolation == "none":
+            return 0.0
+        if inner == "lr":
+            return lr
+        if inner == "lr/K":
+            return lr / workers
+        if callable(inner):
+            inner = inner(lr)
+        if isinstance(inner, str):
+            raise UsageError(f"inner_lr must be a number, a function of lr, 'lr' or 'lr/K', not {inner!r}")
+        return _number("inner_lr", inner)
+
+    def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
+        """All groups' numbers in one array."""
+        return np.array([number for group in groups for number in self.numbers(group, workers)])
+
+    def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
+        """Complain if something changed that is settled when the engine is built."""
+        if self.flag_bits(group) != flags:
+            raise UsageError(f"{' and '.join(self.flags)} cannot change once the engine is built")
+        if not slots and group.get("momentum"):
+            raise UsageError("the engine was built without momentum and has no buffer for it; build a new one")
+
+
+def _value(group: Mapping[str, Any], name: str) -> Any:
+    if name in group:
+        return group[name]
+    try:
+        return group["betas"][int(name.removeprefix("beta")) - 1]
+    except (KeyError, IndexError, TypeError):
+        raise UsageError("betas must be two numbers") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"{name} must be a number, not {value!r}") from None
+    if not math.isfinite(number):
+        raise UsageError(f"{name} must be finite, not {number}")
+    if number < 0 and name != "dampening":
+        raise UsageError(f"{name} must not be negative, but is {number:g}")
+    if name.startswith("beta") and number >= 1:
+        raise UsageError(f"betas must be below 1, but one is {number:g}")
+    return number

@@ -1,0 +1,230 @@
+"""The ranks that train together, and how they find each other."""
+
+import atexit
+import logging
+import os
+import time
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core, errors
+from .errors import CommError, PeerError, UsageError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["World"]
+
+log = logging.getLogger("extrapcomm")
+
+
+class World:
+    """The ranks of a communicator, each driving the same number of workers.
+
+    A worker is one copy of the weights and one gradient; K = size x workers of them take part in every mean. Worker
+    v of rank r is number r * workers + v. One rank with n workers is the virtual world of tests and laptops: it
+    gives the same bits as n ranks with one worker each.
+
+    Collective: every rank of `comm` must call it.
+
+    Args:
+        comm: an mpi4py intracommunicator; MPI.COMM_WORLD by default. It is duplicated.
+        workers: how many workers each rank drives.
+        step_timeout: seconds that a rank may be late for a step before the others raise PeerError.
+        pass_timeout: the same inside a step, when all have come.
+        warn_after: seconds of waiting after which a warning names who is awaited.
+
+    Raises:
+        UsageError: on every rank, for arguments that cannot be, or ranks on more than one machine.
+        CommError: if the ranks cannot open each other's memory.
+
+    Example:
+        >>> import extrapcomm as xc
+        >>> world = xc.World(workers=4)
+        >>> world.K == 4 * world.size
+        True
+        >>> world.close()
+    """
+
+    def __init__(
+        self,
+        comm: "MPI.Intracomm | None" = None,
+        workers: int = 1,
+        *,
+        step_timeout: float = 1800.0,
+        pass_timeout: float = 60.0,
+        warn_after: float = 60.0,
+        provider: str = "memfd",
+    ) -> None:
+        self._team: _core.Team | None = None
+        self._timeout = pass_timeout
+        self.comm = _duplicate(comm)
+        self.rank: int = self.comm.Get_rank()
+        self.size: int = self.comm.Get_size()
+        self.workers = workers
+        self._agree_on_arguments(workers, step_timeout, pass_timeout, warn_after, provider)
+        self._require_one_machine()
+        self._team = _core.Team(
+            rank=self.rank,
+            size=self.size,
+            workers=workers,
+            all_gather=self._all_gather,
+            warn=log.warning,
+            step_timeout=step_timeout,
+            pass_timeout=pass_timeout,
+            warn_after=warn_after,
+            provider=provider,
+        )
+        _open_worlds.add(self)
+
+    @property
+    def K(self) -> int:
+        """The number of workers of all ranks."""
+        return self.size * self.workers
+
+    @property
+    def team(self) -> _core.Team:
+        """The compiled half; UsageError once the world is closed."""
+        if self._team is None:
+            raise UsageError("this world is closed")
+        return self._team
+
+    def agree(self, error: Exception | None) -> None:
+        """Collective: raise the same error on every rank if any rank brings one, that of the lowest such rank.
+
+        Errors of other kinds than extrapcomm's own become a UsageError.
+        """
+        if self.size == 1 and error:
+            raise error
+        mine = f"{type(error).__name__}:{error}" if error else ""
+        for rank, text in enumerate(self._all_gather(mine.encode())):
+            if text:
+                kind, _, words = text.decode().partition(":")
+                raise getattr(errors, kind, UsageError)(f"rank {rank}: {words}") from error
+
+    def close(self) -> None:
+        """Say good-bye: ranks that wait for this one raise PeerError. Engines of this world take no more steps.
+
+        Not collective and idempotent; weights stay readable as long as anything looks at them.
+        """
+        if self._leave():
+            _free(self.comm)
+
+    def _leave(self) -> bool:
+        if self._team is None:
+            return False
+        self._team.leave()
+        self._team = None
+        _open_worlds.discard(self)
+        return True
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"World(rank={self.rank}, size={self.size}, workers={self.workers})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("a World cannot be copied or pickled; make one in each rank")
+
+    def _agree_on_arguments(self, workers: Any, *others: Any) -> None:
+        *timeouts, provider = others
+        error = None
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+            error = UsageError(f"workers must be a whole number of at least 1, not {workers!r}")
+        elif any(not t > 0 for t in timeouts):
+            error = UsageError("timeouts must be positive numbers of seconds")
+        elif provider not in ("memfd", "posix"):
+            error = UsageError(f"provider must be 'memfd' or 'posix', not {provider!r}")
+        self.agree(error)
+        counts = [int(text) for text in self._all_gather(str(workers).encode())]
+        if len(set(counts)) > 1:
+            raise UsageError(f"every rank must drive the same number of workers; the ranks have {counts}")
+
+    def _require_one_machine(self) -> None:
+        from mpi4py import MPI
+
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        sizes = self._all_gather(f"{node.Get_size()} {os.uname().nodename}".encode())
+        node.Free()
+        if any(int(text.split()[0]) < self.size for text in sizes):
+            hosts = sorted({text.split(maxsplit=1)[1].decode() for text in sizes})
+            raise UsageError(
+                f"the {self.size} ranks lie on more than one machine ({', '.join(hosts)}) or cannot share memory; "
+                "this version works inside one machine: start all ranks on one, or give World a communicator of "
+                "one machine's ranks (comm.Split_type(MPI.COMM_TYPE_SHARED))"
+            )
+
+    def _all_gather(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in the order of ranks; bounded in time and watching for dead peers."""
+        if self.size == 1:
+            return [mine]
+        from mpi4py import MPI
+
+        counts = np.empty(self.size, dtype=np.int64)
+        self._wait(self.comm.Iallgather(np.array([len(mine)], dtype=np.int64), counts))
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        everything = np.empty(int(counts.sum()), dtype=np.uint8)
+        target = [everything, counts, starts, MPI.BYTE]
+        self._wait(self.comm.Iallgatherv([np.frombuffer(mine, dtype=np.uint8), MPI.BYTE], target))
+        return [
+            everything[start : start + count].tobytes() for start, count in zip(starts, counts, strict=True)
+        ]
+
+    def _wait(self, request: "MPI.Request") -> None:
+        since = time.monotonic()
+        next_look = since + 0.2
+        while not request.Test():
+            now = time.monotonic()
+            if now > next_look:
+                self._look_for_missing(request)
+                next_look = now + 0.2
+            if now - since > self._timeout:
+                raise CommError(
+                    f"rank {self.rank} waited {self._timeout:g} s for the other ranks to make the same collective "
+                    "call; every rank must construct worlds, engines and arrays in the same order"
+                )
+            if now - since > 1e-3:
+                time.sleep(2e-4)
+
+    def _look_for_missing(self, request: "MPI.Request") -> None:
+        """A peer that is gone for good will not complete the request."""
+        if self._team is None:
+            return
+        gone = [r for r in range(self.size) if self._team.departed(r) or not self._team.alive(r)]
+        if gone and not request.Test():
+            raise PeerError(f"rank {gone[0]} left or died before a collective construction", gone[0], 0)
+
+
+def _duplicate(comm: "MPI.Intracomm | None") -> "MPI.Intracomm":
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD if comm is None else comm
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
+    return comm.Dup()
+
+
+def _free(comm: "MPI.Intracomm") -> None:
+    from mpi4py import MPI
+
+    if not MPI.Is_finalized():
+        comm.Free()
+
+
+# A program that ends, in whatever way runs exit handlers, tells its peers; MPI is still up when these run.
+_open_worlds: "weakref.WeakSet[World]" = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for world in list(_open_worlds):
+        world._leave()

@@ -1,0 +1,80 @@
+"""Builds the C++ part through CMake; what the package is stands in pyproject.toml.
+
+`pip install .` and `pip install -e .` both end here. CMake writes the module into the folder that setuptools
+chose and keeps its objects in build/<python>-<environment>, so a second build compiles only what changed.
+XC_CMAKE_ARGS (for example "-DCMAKE_CXX_COMPILER=clang++") is added to the configuration.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeExtension(Extension):
+    """A CMake target named like the last part of the module; its sources are listed for the sdist."""
+
+    def __init__(self, name: str) -> None:
+        sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+        super().__init__(name, sources=[str(path.relative_to(ROOT)) for path in sorted(sources)])
+
+    @property
+    def target(self) -> str:
+        return self.name.rpartition(".")[2]
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds one CMake target for each extension."""
+
+    def build_extension(self, ext: CMakeExtension) -> None:
+        require("cmake", "pip install cmake", ["cmake"])
+        require("a C++20 compiler", "apt-get install g++, or set CXX", compilers())
+        folder = build_folder()
+        run("configure", "cmake", "-S", ROOT, "-B", folder, *self.options(ext))
+        run("build", "cmake", "--build", folder, "--target", ext.target, "--parallel", os.cpu_count() or 1)
+
+    def options(self, ext: CMakeExtension) -> list[str]:
+        module_folder = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        ninja = shutil.which("ninja")
+        return [
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module_folder}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DXC_BUILD_TESTS=OFF",
+            *shlex.split(os.environ.get("XC_CMAKE_ARGS", "")),
+        ]
+
+
+def build_folder() -> Path:
+    """One folder for each interpreter and virtual environment: CMake remembers the paths of both."""
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{Path(sys.prefix).name.lstrip('.')}"
+
+
+def compilers() -> list[str]:
+    """The compilers that CMake would try: CXX alone where it is set."""
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    return chosen or ["c++", "g++", "clang++", "icpx", "nvc++"]
+
+
+def require(what: str, remedy: str, names: list[str]) -> None:
+    if not any(shutil.which(name) for name in names):
+        raise SystemExit(f"extrapcomm needs {what} and found none (looked for {', '.join(names)}): {remedy}")
+
+
+def run(step: str, *command: object) -> None:
+    words = [str(word) for word in command]
+    if code := subprocess.run(words, check=False).returncode:
+        raise SystemExit(f"extrapcomm: the {step} step failed with code {code}: {shlex.join(words)}")
+
+
+setup(ext_modules=[CMakeExtension("extrapcomm._core")], cmdclass={"build_ext": CMakeBuild})

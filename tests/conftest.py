@@ -1,0 +1,200 @@
+"""Worlds for the tests, and one verdict per test for all ranks.
+
+The suite is the same at any number of ranks: `pytest` and `mpirun -n N pytest`. Every rank runs every test;
+after each phase of a test (set-up, call, tear-down) the ranks compare their outcomes, so that a test fails on
+all of them or on none and nobody walks alone into the next test's collectives.
+"""
+
+import io
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import settings
+from mpi4py import MPI
+from reference import assert_same_bits
+
+import extrapcomm as xc
+
+COMM = MPI.COMM_WORLD
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many ranks, few cores
+LIMITS = {"step_timeout": 60.0, "pass_timeout": 30.0, "warn_after": 20.0}
+
+# The same examples on every rank and in every run.
+settings.register_profile("ranks", derandomize=True, database=None, deadline=None, max_examples=40)
+settings.load_profile("ranks")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Rank 0 reports; the others speak on stderr, and only of their failures."""
+    if COMM.rank:
+        config.pluginmanager.getplugin("terminalreporter")._tw._file = io.StringIO()
+
+
+def pytest_collection_finish(session):
+    """Ranks that collected different tests could only deadlock."""
+    if len(set(COMM.allgather(tuple(item.nodeid for item in session.items)))) > 1:
+        pytest.exit(f"rank {COMM.rank}: the ranks collected different tests", returncode=3)
+
+
+def share_verdict(item, phase, failure):
+    """Collective. Raises on the ranks that did well what another rank failed with."""
+    if failure is not None and COMM.size > 1 and not item.get_closest_marker("xfail"):
+        sys.stderr.write(f"\nrank {COMM.rank}: {item.nodeid} ({phase})\n{traced(failure)}")
+        sys.stderr.flush()
+    told = COMM.allgather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+    if failure is None and others:
+        pytest.fail(f"{phase} failed elsewhere\n" + "\n".join(others), pytrace=False)
+
+
+def traced(failure):
+    """The traceback without the frames of pytest itself."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    ours = [frame for frame in frames if not {"_pytest", "pluggy"} & set(Path(frame.filename).parts)]
+    return "".join(traceback.format_list(ours) + traceback.format_exception_only(failure))
+
+
+def phase_of(name):
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def hook(item):
+        try:
+            result = yield
+        except pytest.skip.Exception:
+            share_verdict(item, name, None)
+            raise
+        except (Exception, pytest.fail.Exception) as failure:
+            share_verdict(item, name, failure)
+            raise
+        share_verdict(item, name, None)
+        return result
+
+    return hook
+
+
+pytest_runtest_setup = phase_of("set-up")
+pytest_runtest_call = phase_of("call")
+pytest_runtest_teardown = phase_of("tear-down")
+
+
+class Worlds:
+    """Worlds by communicator and number of workers, made once and kept for the session."""
+
+    def __init__(self, comm):
+        self.comm, self.made = comm, {}
+
+    def __call__(self, workers):
+        if workers not in self.made:
+            self.made[workers] = xc.World(self.comm, workers=workers, **LIMITS)
+        return self.made[workers]
+
+    def close(self):
+        for world in self.made.values():
+            world.close()
+
+
+def kept(comm):
+    worlds = Worlds(comm)
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture(scope="session")
+def worlds():
+    """worlds(V): the world of all ranks with V workers each."""
+    yield from kept(COMM)
+
+
+@pytest.fixture(scope="session")
+def virtual():
+    """virtual(K): a world of this rank alone with K workers."""
+    yield from kept(MPI.COMM_SELF)
+
+
+@pytest.fixture(scope="session")
+def world(worlds):
+    """All ranks, one worker each."""
+    return worlds(1)
+
+
+TEAMS = ["1", "2", "3", "4", "7", "ranks", "ranks x 2"]
+
+
+@pytest.fixture(params=TEAMS, ids=lambda name: f"K={name}")
+def team(request, virtual, worlds):
+    """Every kind of world: 1, 2, 3, 4 and 7 workers in one process, all ranks with one worker, with two."""
+    if request.param.isdigit():
+        return virtual(int(request.param))
+    return worlds(2 if request.param.endswith("2") else 1)
+
+
+class Pair:
+    """An engine beside its reference, fed with the same random gradients."""
+
+    def __init__(self, world, lengths, dtype, *, tile=4096, seed=0, **options):
+        self.world, self.dtype, self.lengths = world, dtype, lengths
+        self.random = np.random.default_rng(seed)
+        weights = [self.values(n) for n in lengths]
+        self.engine = xc.Engine(world, [stored(w, dtype) for w in weights], tile=tile, **options)
+        self.exact = reference.ReferenceEngine(weights, world.K, dtype=dtype, **options)
+        self.double = reference.ReferenceEngine(weights, world.K, dtype=dtype, precision="float64", **options)
+
+    def values(self, n):
+        return reference.rounded(self.random.normal(size=n).astype(reference.WORKING[self.dtype]), self.dtype)
+
+    def step(self, **hyper):
+        grads = [[self.values(n) for n in self.lengths] for _ in range(self.world.K)]
+        for worker, mine in self.local(grads):
+            for view, g in zip(worker.grads, mine, strict=False):
+                view[...] = stored(g, self.dtype)
+        self.engine.step(**hyper)
+        self.exact.step(grads, **hyper)
+        self.double.step(grads, **hyper)
+
+    def local(self, of_all):
+        """This rank's workers, each with its entry of a list over all workers."""
+        first = self.world.rank * self.world.workers
+        return zip(self.engine.workers, of_all[first : first + self.world.workers], strict=False)
+
+    def compare(self, tolerance):
+        """Equal to the reference in the engine's own type bit for bit, close to the reference in float64."""
+        for w, exact, double in zip(self.engine.master(), self.exact.w, self.double.w, strict=False):
+            assert_same_bits(w, exact, "master weights")
+            np.testing.assert_allclose(w, double, rtol=tolerance, atol=tolerance)
+        for worker, x in self.local(self.exact.x):
+            for view, exact in zip(worker.weights, x, strict=False):
+                assert_same_bits(loaded(view), exact, "published weights")
+
+
+@pytest.fixture
+def pair():
+    """pair(world, lengths, dtype, **options) -> Pair; its engine is closed after the test."""
+    made = []
+
+    def make(*args, **options):
+        made.append(Pair(*args, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.engine.close()
+
+
+def stored(values, dtype):
+    """As the array type that the engine is given for this dtype: NumPy, but torch for bfloat16."""
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(values.copy()).to(torch.bfloat16)
+
+
+def loaded(view):
+    """A view's values as a NumPy array of the working type."""
+    if not isinstance(view, np.ndarray):
+        return view.float().numpy()
+    return view.astype(reference.WORKING[str(view.dtype)])

@@ -1,0 +1,192 @@
+"""Every rule, the tree sum and every extrapolation again, in NumPy, to be read beside the papers.
+
+Nothing here is fast and nothing is shared with the library. The arithmetic follows the dtype of its arrays:
+Python floats are double until they meet an array, whose type they then take, which is how the engine derives
+its scalars. So `precision="float64"` is the standard to be close to, and `precision=None`, the engine's own
+working type, is the one to be equal to, bit for bit.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Hyper = dict[str, Any]
+
+WORKING = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
+
+
+def tree_sum(terms: Sequence[Array]) -> Array:
+    """The sum over the workers: neighbours paired bottom-up, the odd one carried."""
+    terms = list(terms)
+    while len(terms) > 1:
+        pairs = [left + right for left, right in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[2 * len(pairs) :]
+    return terms[0]
+
+
+def tree_mean(terms: Sequence[Array]) -> Array:
+    return tree_sum(terms) * (1.0 / len(terms))
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """The values of `x` after storing them as `dtype` (to nearest, ties to even), in the type of `x`."""
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return x.astype(dtype).astype(x.dtype)
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return np.where(np.isnan(x), x, bits.astype(np.uint32).view(np.float32)).astype(x.dtype)
+
+
+# --- rules: (w, mean gradient, slots, number of this step of the layer from 1, hyper) -> (w, slots)
+
+
+def sgd(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
+    """torch.optim.SGD: the buffer holds gradients, lr multiplies at the end."""
+    if h["decoupled_weight_decay"]:
+        w = w * (1 - h["lr"] * h["weight_decay"])
+    elif h["weight_decay"]:
+        g = g + h["weight_decay"] * w
+    if not h["momentum"]:
+        return w - h["lr"] * g, slots
+    buf = g if t == 1 else h["momentum"] * slots[0] + (1 - h["dampening"]) * g
+    d = g + h["momentum"] * buf if h["nesterov"] else buf
+    return w - h["lr"] * d, [buf]
+
+
+def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
+    """Adam (Kingma & Ba, Algorithm 1); AdamW (Loshchilov & Hutter) with decoupled_weight_decay."""
+    b1, b2 = h["betas"]
+    bc1, bc2 = 1 - b1**t, 1 - b2**t
+    if h["decoupled_weight_decay"]:
+        w = w * (1 - h["lr"] * h["weight_decay"])
+    elif h["weight_decay"]:
+        g = g + h["weight_decay"] * w
+    m = b1 * slots[0] + (1 - b1) * g
+    v = b2 * slots[1] + ((1 - b2) * g) * g
+    return w - (h["lr"] / bc1) * (m / (np.sqrt(v) * (1 / math.sqrt(bc2)) + h["eps"])), [m, v]
+
+
+@dataclass(frozen=True)
+class Rule:
+    update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array]]]
+    slots: int
+    defaults: Hyper
+    cases: dict[str, Hyper]  # the hyper-parameters under which the tests compare it
+
+
+RULES = {
+    "sgd": Rule(
+        sgd,
+        1,
+        {
+            "lr": 0.1,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": False,
+            "decoupled_weight_decay": False,
+        },
+        {
+            "plain": {},
+            "decayed": {"weight_decay": 0.01},
+            "momentum": {"momentum": 0.9},
+            "dampened": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+            "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+            "decoupled": {
+                "momentum": 0.8,
+                "nesterov": True,
+                "weight_decay": 0.01,
+                "decoupled_weight_decay": True,
+            },
+        },
+    ),
+    "adam": Rule(
+        adam,
+        2,
+        {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False},
+        {
+            "plain": {},
+            "decayed": {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01},
+            "decoupled": {"weight_decay": 0.01, "decoupled_weight_decay": True},
+        },
+    ),
+}
+
+# --- extrapolations: (local gradient of worker k, mean gradient) -> zeta of x_k = w - inner_lr * zeta
+
+
+EXTRAPOLATIONS: dict[str, Callable[[Array, Array], Array] | None] = {
+    "none": None,
+    "local": lambda local, mean: local,
+    "global": lambda local, mean: mean,
+}
+
+
+def inner_rate(inner_lr: Any, lr: float, K: int) -> float:
+    if callable(inner_lr):
+        return inner_lr(lr)
+    return {"lr": lr, "lr/K": lr / K}[inner_lr] if isinstance(inner_lr, str) else inner_lr
+
+
+class ReferenceEngine:
+    """K workers' steps on a list of layers: mean, rule, publish.
+
+    weights: one array per layer. dtype: the parameters' type, to which published weights are rounded.
+    precision: the type computed in (None: the engine's working type for that dtype).
+    groups: one dict per layer with hyper-parameters of its own.
+    """
+
+    def __init__(self, weights, K, rule="sgd", extrapolation="none", inner_lr="lr/K", dtype="float64",
+                 precision=None, groups=None, **hyper):  # fmt: skip
+        self.K, self.rule, self.extrapolation, self.inner_lr = K, RULES[rule], extrapolation, inner_lr
+        self.dtype, self.T = dtype, np.dtype(precision or WORKING[dtype])
+        self.w = [rounded(np.array(layer, self.T), dtype) for layer in weights]
+        self.x = [list(self.w) for _ in range(K)]
+        self.slots = [[np.zeros_like(w)] * self.rule.slots for w in self.w]
+        self.t = [0] * len(self.w)
+        self.hyper = self.rule.defaults | hyper
+        self.groups = groups or [{}] * len(self.w)
+
+    def step(self, grads, **hyper):
+        """grads[k][l]: worker k's gradient of layer l, None where absent."""
+        self.hyper |= hyper
+        for layer in range(len(self.w)):
+            local = [of_worker[layer] for of_worker in grads]
+            if any(g is not None for g in local):
+                self.step_layer(layer, local, self.hyper | self.groups[layer])
+
+    def step_layer(self, layer, local, h):
+        zero = np.zeros_like(self.w[layer])
+        local = [zero if g is None else np.asarray(g).astype(self.T) for g in local]
+        mean = tree_mean(local)
+        self.t[layer] += 1
+        w, slots = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
+        self.w[layer], self.slots[layer] = w, slots
+        for k in range(self.K):
+            self.x[k][layer] = self.publish(self.w[layer], local[k], mean, h["lr"])
+
+    def publish(self, w, local, mean, lr):
+        rate = inner_rate(self.inner_lr, lr, self.K)
+        if self.extrapolation == "none" or rate == 0:
+            return rounded(w, self.dtype)
+        return rounded(w - rate * EXTRAPOLATIONS[self.extrapolation](local, mean), self.dtype)
+
+
+def assert_same_bits(got, wanted, what="array"):
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), what
+    differ = np.flatnonzero(bits(got) != bits(wanted))
+    assert not len(differ), (
+        f"{what}: {len(differ)} of {got.size} elements differ, first at {differ[0]}: "
+        f"{got.ravel()[differ[0]]!r} instead of {wanted.ravel()[differ[0]]!r}"
+    )
+
+
+def bits(array):
+    flat = np.ascontiguousarray(array).ravel()
+    return flat.view(f"u{flat.dtype.itemsize}")

@@ -1,0 +1,216 @@
+"""Runs the pytest suite on one process, then under mpirun on several, and adds up what happened.
+
+The first run is plain pytest: it holds the doctests and the tests that start an mpirun of their own. Every
+other run is `mpirun -n N` of pytest with --with-mpi. Each rank writes to a file; rank 0's is shown as it grows
+and its JUnit file is counted, the others are shown when the run fails. A run that outlives its limit is ended
+with all it started, and every rank prints where it stood.
+
+    python tests/run.py --ranks 1 3 -- -k momentum      # what follows -- goes to pytest
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+from xml.etree import ElementTree
+
+import pytest
+
+RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+TAIL = 80  # lines of another rank's output that a failure shows
+GRACE = 10  # seconds between asking and killing
+
+
+@dataclass
+class Outcome:
+    """What one run of the suite came to."""
+
+    ranks: int
+    seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
+    skip_reasons: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.rank_folder:
+        return be_rank(options.rank_folder, options.pytest)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("run.py: told to stop"))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return report([run_suite(ranks, options) for ranks in options.ranks])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run the test suite on several numbers of ranks.")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
+    parser.add_argument("--limit", type=float, default=540.0, help="seconds for each number of ranks")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="files or folders of tests")
+    parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    return parser.parse_args()
+
+
+# ---- one rank ----
+
+
+def be_rank(folder: Path, arguments: list[str]) -> int:
+    """Runs pytest in this process, whose output goes to a file from here on."""
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    faulthandler.register(signal.SIGTERM, file=log, chain=True)
+    own = [f"--junitxml={folder / 'junit.xml'}"] if rank == "0" else ["-p", "no:cacheprovider"]
+    return pytest.main([*own, *arguments])
+
+
+# ---- one run ----
+
+
+def run_suite(ranks: int, options: argparse.Namespace) -> Outcome:
+    print(f"\n==== {ranks} {'rank' if ranks == 1 else 'ranks'} ====", flush=True)
+    with tempfile.TemporaryDirectory(prefix="extrapcomm-tests-") as name:
+        folder = Path(name)
+        os.environ["OMPI_MCA_btl_sm_backing_directory"] = name  # without mpirun, Open MPI 5 leaves a file there
+        start = time.monotonic()
+        code = run_bounded(command_line(ranks, options, folder), folder / "rank-0.log", options.limit)
+        outcome = read_junit(ranks, folder / "junit.xml")
+        outcome.seconds = time.monotonic() - start
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            outcome.counts["failed"] = max(outcome.counts["failed"], 1)
+            show_other_ranks(folder)
+    return outcome
+
+
+def command_line(ranks: int, options: argparse.Namespace, folder: Path) -> list[str]:
+    rank = [sys.executable, __file__, "--rank-folder", str(folder), "--", *options.tests, *options.pytest]
+    rank += [f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
+    if ranks == 1:
+        return rank + (["--doctest-modules", "extrapcomm"] if options.tests == ["tests"] else [])
+    mpirun = shutil.which("mpirun") or sys.exit("run.py: no mpirun on PATH; `make test` brings one")
+    return [mpirun, "-n", str(ranks), *rank, "--with-mpi"]
+
+
+def run_bounded(command: list[str], log: Path, limit: float) -> int:
+    """The exit code of a command whose log is shown meanwhile; past the limit it and its descendants end."""
+    log.touch()
+    with (
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as process,
+        log.open(errors="replace") as lines,
+    ):
+        try:
+            follow(process, lines, time.monotonic() + limit)
+        except TimeoutError:
+            end(process)
+            show_growth(lines)
+            print(f"\nrun.py: ended after {limit:.0f} s: {' '.join(command)}", flush=True)
+            return 1
+        except BaseException:
+            end(process)
+            raise
+        return process.returncode
+
+
+def follow(process: subprocess.Popen[bytes], lines: IO[str], deadline: float) -> None:
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        show_growth(lines)
+        time.sleep(0.05)
+    show_growth(lines)
+
+
+def show_growth(lines: IO[str]) -> None:
+    print(lines.read().replace("\0", ""), end="", flush=True)  # some MPI's version string ends in NUL
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a process to end, then kills by pid what is left of it and of its descendants.
+
+    The tree is read first: mpirun puts its ranks into groups and sessions of their own, where a signal to one
+    group would miss them, and orphans would be nobody's descendants.
+    """
+    family = [process.pid, *descendants(process.pid)]
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            after_name = stat.read_text().rpartition(")")[2].split()
+            children[int(after_name[1])].append(int(stat.parent.name))
+    found = list(children[pid])
+    for child in found:
+        found += children[child]
+    return found
+
+
+def show_other_ranks(folder: Path) -> None:
+    for log in sorted(folder.glob("rank-[1-9]*.log")):
+        lines = log.read_text(errors="replace").splitlines()
+        tail = lines[-TAIL:]
+        print(f"\n---- {log.stem.replace('-', ' ')}, the last {len(tail)} of {len(lines)} lines ----")
+        print("\n".join(tail), flush=True)
+
+
+# ---- all runs ----
+
+
+def read_junit(ranks: int, path: Path) -> Outcome:
+    """Counts rank 0's tests; a file that was never written counts as nothing."""
+    outcome = Outcome(ranks)
+    if not path.exists():
+        return outcome
+    for case in ElementTree.parse(path).iter("testcase"):
+        skipped = case.find("skipped")
+        failed = case.find("failure") is not None or case.find("error") is not None
+        outcome.counts["failed" if failed else "passed" if skipped is None else "skipped"] += 1
+        if skipped is not None:
+            outcome.skip_reasons.append(skip_reason(skipped))
+    return outcome
+
+
+def skip_reason(skipped: ElementTree.Element) -> str:
+    expected = "expected failure: " if skipped.get("type") == "pytest.xfail" else ""
+    return expected + skipped.get("message", "no reason given")
+
+
+def report(outcomes: list[Outcome]) -> int:
+    print("\nranks  passed  failed  skipped  seconds")
+    for outcome in outcomes:
+        passed, failed, skipped = outcome.counts.values()
+        print(f"{outcome.ranks:5}  {passed:6}  {failed:6}  {skipped:7}  {outcome.seconds:7.1f}")
+    report_skips(outcomes)
+    total = {name: sum(outcome.counts[name] for outcome in outcomes) for name in outcomes[0].counts}
+    print("\n" + ", ".join(f"{number} {name}" for name, number in total.items()))
+    return int(total["failed"] > 0 or total["passed"] == 0)
+
+
+def report_skips(outcomes: list[Outcome]) -> None:
+    """One line for each reason: how many tests it skipped, and on how many ranks."""
+    skips: dict[str, list[int]] = defaultdict(list)
+    for outcome in outcomes:
+        for reason in outcome.skip_reasons:
+            skips[reason].append(outcome.ranks)
+    for reason, ranks in sorted(skips.items()):
+        print(f"skipped {len(ranks):4} on {', '.join(map(str, sorted(set(ranks))))}: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The bits depend on the number of workers and on nothing else: not on tiles, ranks or the run."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from conftest import COMM, LIMITS
+from reference import RULES
+
+import extrapcomm as xc
+
+LENGTHS = [3000, 1, 1111, 40, 2500]
+NESTEROV = {
+    "rule": "sgd",
+    "extrapolation": "local",
+    "lr": 0.05,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-3,
+}
+ADAM = {"rule": "adam", "extrapolation": "local", "lr": 0.01, "weight_decay": 1e-3}
+
+
+def run(world, steps=5, tile=4096, dtype="float32", seed=0, **options):
+    """SHA-256 of the master weights and of all workers' published weights after some steps."""
+    random = np.random.RandomState(seed)  # its uniform numbers are the same everywhere and for ever
+
+    def values():
+        return [random.uniform(-1, 1, n).astype(dtype) for n in LENGTHS]
+
+    engine = xc.Engine(world, values(), tile=tile, **options)
+    first = world.rank * world.workers
+    for _ in range(steps):
+        grads = [values() for _ in range(world.K)]
+        for worker, mine in zip(engine.workers, grads[first : first + world.workers], strict=True):
+            for view, g, x in zip(worker.grads, mine, worker.weights, strict=True):
+                view[...] = g + x
+        engine.step()
+    published = b"".join(x.tobytes() for worker in engine.workers for x in worker.weights)
+    master = b"".join(w.tobytes() for w in engine.master())
+    engine.close()
+    return hashlib.sha256(master + b"".join(world.comm.allgather(published))).hexdigest()
+
+
+@pytest.mark.parametrize("options", [NESTEROV, ADAM], ids=["nesterov", "adam"])
+def test_tile_size_does_not_change_the_bits(team, options):
+    assert len({run(team, tile=tile, **options) for tile in (1, 7, 64, 1000, 4096, 100_000)}) == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_runs_give_the_same_bits(team, rule):
+    assert run(team, rule=rule) == run(team, rule=rule)
+    assert run(team, rule=rule) != run(team, rule=rule, seed=1)
+
+
+@pytest.mark.parametrize("extrapolation", ["local", "global"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_inner_rate_is_the_plain_optimizer(team, rule, dtype, extrapolation):
+    plain = run(team, rule=rule, dtype=dtype)
+    assert run(team, rule=rule, dtype=dtype, extrapolation=extrapolation, inner_lr=0.0) == plain
+    assert run(team, rule=rule, dtype=dtype, extrapolation=extrapolation, inner_lr=0.1) != plain
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("options", [NESTEROV, ADAM], ids=["nesterov", "adam"])
+def test_four_workers_give_the_same_bits_on_any_number_of_ranks(virtual, ranks, options):
+    if COMM.size < ranks:
+        pytest.skip(f"needs {ranks} ranks")
+    part = COMM.Split(COMM.rank // ranks, COMM.rank)
+    if part.size == ranks:
+        with xc.World(part, workers=4 // ranks, **LIMITS) as world:
+            got = run(world, **options)
+    else:
+        got = run(virtual(4), **options)
+    part.Free()
+    assert got == run(virtual(4), **options)
+
+
+GOLDEN = {
+    "nesterov": (NESTEROV, "d99ee072a7b542c23176292943198f797c16cb051645c733b067aa339c090d3f"),
+    "adam": (ADAM, "95e2039a2b7e7d36fc3d578941347d7440e9c6ed50b73eea3406b8f264975f41"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_hundred_steps_give_the_golden_bits(virtual, name):
+    """The same on every machine and build; a change here changes every user's results."""
+    options, golden = GOLDEN[name]
+    assert run(virtual(4), steps=100, **options) == golden
