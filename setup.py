@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -35,8 +36,7 @@ class CMakeBuild(build_ext):
     """Configures and builds one CMake target for each extension."""
 
     def build_extension(self, ext: CMakeExtension) -> None:
-        require("cmake", "pip install cmake", ["cmake"])
-        require("a C++20 compiler", "apt-get install g++, or set CXX", compilers())
+        require_tools()
         folder = build_folder()
         run("configure", "cmake", "-S", ROOT, "-B", folder, *self.options(ext))
         run("build", "cmake", "--build", folder, "--target", ext.target, "--parallel", os.cpu_count() or 1)
@@ -60,15 +60,18 @@ def build_folder() -> Path:
     return ROOT / "build" / f"{sys.implementation.cache_tag}-{Path(sys.prefix).name.lstrip('.')}"
 
 
-def compilers() -> list[str]:
-    """The compilers that CMake would try: CXX alone where it is set."""
-    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
-    return chosen or ["c++", "g++", "clang++", "icpx", "nvc++"]
+def require_tools() -> None:
+    """Names what is missing before CMake does so at length."""
+    compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    require(shutil.which("cmake"), "cmake", "pip install cmake")
+    require(any(map(shutil.which, compilers)), f"a compiler ({', '.join(compilers)})", "apt-get install g++")
+    require(header.exists(), f"Python's headers ({header})", "apt-get install python3-dev")
 
 
-def require(what: str, remedy: str, names: list[str]) -> None:
-    if not any(shutil.which(name) for name in names):
-        raise SystemExit(f"extrapcomm needs {what} and found none (looked for {', '.join(names)}): {remedy}")
+def require(found: object, what: str, remedy: str) -> None:
+    if not found:
+        raise SystemExit(f"extrapcomm needs {what} and found none: {remedy}, or its like on this system")
 
 
 def run(step: str, *command: object) -> None:

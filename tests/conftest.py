@@ -134,40 +134,50 @@ def team(request, virtual, worlds):
 
 
 class Pair:
-    """An engine beside its reference, fed with the same random gradients."""
+    """An engine beside its reference, fed with the same random gradients.
+
+    dtype is one for all layers, or a list of one for each.
+    """
 
     def __init__(self, world, lengths, dtype, *, tile=4096, seed=0, **options):
-        self.world, self.dtype, self.lengths = world, dtype, lengths
+        self.world = world
+        self.layers = list(
+            zip(lengths, [dtype] * len(lengths) if isinstance(dtype, str) else dtype, strict=True)
+        )
         self.random = np.random.default_rng(seed)
-        weights = [self.values(n) for n in lengths]
-        self.engine = xc.Engine(world, [stored(w, dtype) for w in weights], tile=tile, **options)
+        weights = self.values()
+        arrays = [stored(w, dtype) for w, (_, dtype) in zip(weights, self.layers, strict=True)]
+        self.engine = xc.Engine(world, arrays, tile=tile, **options)
         self.exact = reference.ReferenceEngine(weights, world.K, dtype=dtype, **options)
         self.double = reference.ReferenceEngine(weights, world.K, dtype=dtype, precision="float64", **options)
 
-    def values(self, n):
-        return reference.rounded(self.random.normal(size=n).astype(reference.WORKING[self.dtype]), self.dtype)
+    def values(self):
+        return [
+            reference.rounded(self.random.normal(size=n).astype(reference.WORKING[dtype]), dtype)
+            for n, dtype in self.layers
+        ]
 
-    def step(self, **hyper):
-        grads = [[self.values(n) for n in self.lengths] for _ in range(self.world.K)]
+    def step(self, fused=True, **hyper):
+        grads = [self.values() for _ in range(self.world.K)]
         for worker, mine in self.local(grads):
-            for view, g in zip(worker.grads, mine, strict=False):
-                view[...] = stored(g, self.dtype)
-        self.engine.step(**hyper)
+            for view, g, (_, dtype) in zip(worker.grads, mine, self.layers, strict=True):
+                view[...] = stored(g, dtype)
+        (self.engine.step if fused else self.engine.step_unfused)(**hyper)
         self.exact.step(grads, **hyper)
         self.double.step(grads, **hyper)
 
     def local(self, of_all):
         """This rank's workers, each with its entry of a list over all workers."""
         first = self.world.rank * self.world.workers
-        return zip(self.engine.workers, of_all[first : first + self.world.workers], strict=False)
+        return zip(self.engine.workers, of_all[first : first + self.world.workers], strict=True)
 
     def compare(self, tolerance):
         """Equal to the reference in the engine's own type bit for bit, close to the reference in float64."""
-        for w, exact, double in zip(self.engine.master(), self.exact.w, self.double.w, strict=False):
+        for w, exact, double in zip(self.engine.master(), self.exact.w, self.double.w, strict=True):
             assert_same_bits(w, exact, "master weights")
             np.testing.assert_allclose(w, double, rtol=tolerance, atol=tolerance)
         for worker, x in self.local(self.exact.x):
-            for view, exact in zip(worker.weights, x, strict=False):
+            for view, exact in zip(worker.weights, x, strict=True):
                 assert_same_bits(loaded(view), exact, "published weights")
 
 

@@ -136,7 +136,8 @@ def inner_rate(inner_lr: Any, lr: float, K: int) -> float:
 class ReferenceEngine:
     """K workers' steps on a list of layers: mean, rule, publish.
 
-    weights: one array per layer. dtype: the parameters' type, to which published weights are rounded.
+    weights: one array per layer.
+    dtype: the type of all parameters, or a list of one for each; what is published is rounded to it.
     precision: the type computed in (None: the engine's working type for that dtype).
     groups: one dict per layer with hyper-parameters of its own.
     """
@@ -144,8 +145,9 @@ class ReferenceEngine:
     def __init__(self, weights, K, rule="sgd", extrapolation="none", inner_lr="lr/K", dtype="float64",
                  precision=None, groups=None, **hyper):  # fmt: skip
         self.K, self.rule, self.extrapolation, self.inner_lr = K, RULES[rule], extrapolation, inner_lr
-        self.dtype, self.T = dtype, np.dtype(precision or WORKING[dtype])
-        self.w = [rounded(np.array(layer, self.T), dtype) for layer in weights]
+        self.dtypes = [dtype] * len(weights) if isinstance(dtype, str) else dtype
+        self.T = np.dtype(precision or WORKING[self.dtypes[0]])
+        self.w = [rounded(np.array(w, self.T), own) for w, own in zip(weights, self.dtypes, strict=True)]
         self.x = [list(self.w) for _ in range(K)]
         self.slots = [[np.zeros_like(w)] * self.rule.slots for w in self.w]
         self.t = [0] * len(self.w)
@@ -168,13 +170,13 @@ class ReferenceEngine:
         w, slots = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
         self.w[layer], self.slots[layer] = w, slots
         for k in range(self.K):
-            self.x[k][layer] = self.publish(self.w[layer], local[k], mean, h["lr"])
+            self.x[k][layer] = rounded(self.displaced(w, local[k], mean, h["lr"]), self.dtypes[layer])
 
-    def publish(self, w, local, mean, lr):
+    def displaced(self, w, local, mean, lr):
         rate = inner_rate(self.inner_lr, lr, self.K)
         if self.extrapolation == "none" or rate == 0:
-            return rounded(w, self.dtype)
-        return rounded(w - rate * EXTRAPOLATIONS[self.extrapolation](local, mean), self.dtype)
+            return w
+        return w - rate * EXTRAPOLATIONS[self.extrapolation](local, mean)
 
 
 def assert_same_bits(got, wanted, what="array"):

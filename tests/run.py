@@ -1,9 +1,9 @@
 """Runs the pytest suite on one process, then under mpirun on several, and adds up what happened.
 
 The first run is plain pytest: it holds the doctests and the tests that start an mpirun of their own. Every
-other run is `mpirun -n N` of pytest with --with-mpi. Each rank writes to a file; rank 0's is shown as it grows
-and its JUnit file is counted, the others are shown when the run fails. A run that outlives its limit is ended
-with all it started, and every rank prints where it stood.
+other run is `mpirun -n N` of pytest with --with-mpi. Each rank writes to a file; rank 0's is shown as it
+grows and its JUnit file is counted, the others are shown when the run fails. A run that outlives its limit is
+ended with all it started, and every rank prints where it stood.
 
     python tests/run.py --ranks 1 3 -- -k momentum      # what follows -- goes to pytest
 """
@@ -81,7 +81,7 @@ def run_suite(ranks: int, options: argparse.Namespace) -> Outcome:
     print(f"\n==== {ranks} {'rank' if ranks == 1 else 'ranks'} ====", flush=True)
     with tempfile.TemporaryDirectory(prefix="extrapcomm-tests-") as name:
         folder = Path(name)
-        os.environ["OMPI_MCA_btl_sm_backing_directory"] = name  # without mpirun, Open MPI 5 leaves a file there
+        os.environ["OMPI_MCA_btl_sm_backing_directory"] = name  # Open MPI 5 leaves a file there
         start = time.monotonic()
         code = run_bounded(command_line(ranks, options, folder), folder / "rank-0.log", options.limit)
         outcome = read_junit(ranks, folder / "junit.xml")

@@ -18,7 +18,7 @@ NESTEROV = {
     "nesterov": True,
     "weight_decay": 1e-3,
 }
-ADAM = {"rule": "adam", "extrapolation": "local", "lr": 0.01, "weight_decay": 1e-3}
+ADAM = {"rule": "adam", "lr": 0.01, "weight_decay": 1e-3}
 
 
 def run(world, steps=5, tile=4096, dtype="float32", seed=0, **options):
@@ -55,7 +55,9 @@ def test_two_runs_give_the_same_bits(team, rule):
 
 @pytest.mark.parametrize("extrapolation", ["local", "global"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [rule for rule, listed in xc._core.rules().items() if listed["extrapolates"]]
+)
 def test_zero_inner_rate_is_the_plain_optimizer(team, rule, dtype, extrapolation):
     plain = run(team, rule=rule, dtype=dtype)
     assert run(team, rule=rule, dtype=dtype, extrapolation=extrapolation, inner_lr=0.0) == plain
@@ -79,7 +81,7 @@ def test_four_workers_give_the_same_bits_on_any_number_of_ranks(virtual, ranks, 
 
 GOLDEN = {
     "nesterov": (NESTEROV, "d99ee072a7b542c23176292943198f797c16cb051645c733b067aa339c090d3f"),
-    "adam": (ADAM, "95e2039a2b7e7d36fc3d578941347d7440e9c6ed50b73eea3406b8f264975f41"),
+    "adam": (ADAM, "a38d1a806aa9f22636e3f238a4764da1ead6ce908f7cb37dcbc8e4ee41b9059b"),
 }
 
 

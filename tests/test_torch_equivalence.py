@@ -237,8 +237,8 @@ def test_values_that_torch_refuses_are_refused(world, kind, wrong):
         getattr(xc, kind)(perceptron().parameters(), world=world, **wrong)
 
 
-# Two workers, f_k(w) = a_k/2 (w - b_k)^2 with a = (1, 3), b = (1, -1), from w = 2 with lr .1 and inner_lr .05: for
-# each step the two points of differentiation, then the stored weight after it.
+# Two workers, f_k(w) = a_k/2 (w - b_k)^2 with a = (1, 3), b = (1, -1), from w = 2, lr .1, inner_lr .05:
+# for each step the two points of differentiation, then the stored weight after it.
 WORKED = {
     "plain": (
         {"extrapolation": "local"},

@@ -1,0 +1,283 @@
+"""What happens when a rank dies, is late, leaves, or asks for something else. Each test starts its own mpirun."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from mpi4py import MPI
+
+import extrapcomm as xc
+
+OPEN_MPI = "Open MPI" in MPI.Get_library_version()
+SURVIVORS = ["--with-ft", "ulfm"] if OPEN_MPI else ["-disable-auto-cleanup"]
+LIMIT = 60
+
+own_mpirun = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts its own mpirun; runs in the plain suite")
+
+PRELUDE = """
+import os, signal, sys, time
+import numpy as np
+import extrapcomm as xc
+
+def engine_of(world, **options):
+    return xc.Engine(world, np.ones(5000, "float32"), momentum=0.9, extrapolation="local", lr=0.1, **options)
+
+def report(error):
+    print(f"{type(error).__name__} rank={getattr(error, 'rank', '')} {error}", flush=True)
+"""
+
+
+def run_ranks(ranks, script, *options):
+    """The exit code, output and seconds of a script under mpirun; the whole group is killed when it takes too long."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PMIX_", "OMPI_COMM", "PMI_")) and name != "PYTEST_CURRENT_TEST"
+    }
+    command = ["mpirun", *options, "-n", str(ranks), sys.executable, "-c", PRELUDE + textwrap.dedent(script)]
+    since = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the ranks hang; so far they said:\n{process.communicate()[0]}")
+    return process.returncode, output, time.monotonic() - since
+
+
+@own_mpirun
+def test_killed_rank_is_named_by_every_survivor():
+    _, output, _ = run_ranks(
+        3,
+        """
+        world = xc.World(step_timeout=30)
+        engine = engine_of(world)
+        engine.step()
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        since = time.monotonic()
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            report(error)
+            print("weights still readable:", engine.master()[0], flush=True)
+            print("soon" if time.monotonic() - since < 2 else "late", flush=True)
+        os._exit(0)
+        """,
+        *SURVIVORS,
+    )
+    assert output.count("PeerError rank=1 rank 1 died") == 2, output
+    assert output.count("weights still readable: 1.0") == 2 and output.count("soon") == 2, output
+
+
+@own_mpirun
+def test_default_launcher_ends_the_job_when_a_rank_is_killed():
+    before = set(Path("/dev/shm").iterdir())
+    code, output, seconds = run_ranks(
+        2,
+        """
+        engine = engine_of(xc.World())
+        engine.step()
+        if engine.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            engine.step()
+        """,
+    )
+    assert code != 0 and seconds < LIMIT / 2, output
+    assert not [f for f in set(Path("/dev/shm").iterdir()) - before if "extrapcomm" in f.name]
+
+
+@own_mpirun
+def test_late_rank_is_named_by_all_when_the_deadline_passes():
+    code, output, _ = run_ranks(
+        3,
+        """
+        world = xc.World(step_timeout=1.0)
+        engine = engine_of(world)
+        engine.step()
+        if world.rank == 2:
+            time.sleep(3)
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            report(error)
+        """,
+    )
+    assert code == 0 and output.count("PeerError rank=2 rank 2 did not come in time") == 3, output
+    assert "meeting A of step 2 after 1 s" in output
+
+
+@own_mpirun
+def test_stopped_rank_is_found_by_the_deadline():
+    _, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World(step_timeout=1.0)
+        engine = engine_of(world)
+        pids = world.comm.allgather(os.getpid())
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            report(error)
+        if world.rank == 0:
+            os.kill(pids[1], signal.SIGCONT)
+        """,
+    )
+    assert "PeerError rank=1 rank 1 did not come in time" in output, output
+
+
+@own_mpirun
+def test_rank_that_exits_ends_the_wait_of_the_others():
+    code, output, seconds = run_ranks(
+        3,
+        """
+        engine = engine_of(xc.World())
+        engine.step()
+        if engine.world.rank == 1:
+            sys.exit(3)
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            report(error)
+            sys.exit(4)
+        """,
+    )
+    assert code != 0 and seconds < LIMIT / 2
+    assert output.count("PeerError rank=1 rank 1 left") == 2, output
+
+
+@own_mpirun
+def test_waiting_is_announced():
+    code, output, _ = run_ranks(
+        2,
+        """
+        import logging
+        logging.basicConfig()
+        world = xc.World(warn_after=0.3)
+        engine = engine_of(world)
+        time.sleep(1.2 * world.rank)
+        engine.step()
+        """,
+    )
+    assert code == 0 and "rank 0 has waited" in output and "at meeting A of step 1 for rank 1" in output, output
+
+
+@own_mpirun
+def test_interrupt_reaches_a_waiting_rank_and_its_peers():
+    code, output, _ = run_ranks(
+        2,
+        """
+        import threading
+        world = xc.World()
+        engine = engine_of(world)
+        if world.rank == 0:
+            threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+            try:
+                engine.step()
+            except KeyboardInterrupt as error:
+                report(error)
+        else:
+            time.sleep(1.5)
+            try:
+                engine.step()
+            except xc.PeerError as error:
+                report(error)
+        """,
+    )
+    assert code == 0 and "KeyboardInterrupt" in output and "rank 0 was interrupted" in output, output
+
+
+@own_mpirun
+def test_rank_missing_at_a_construction_is_an_error():
+    code, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World(pass_timeout=1.0)
+        if world.rank == 0:
+            try:
+                engine_of(world)
+            except xc.CommError as error:
+                report(error)
+        else:
+            time.sleep(2.5)
+        os._exit(0)
+        """,
+    )
+    assert "CommError" in output and "same collective call" in output, output
+
+
+@own_mpirun
+def test_memory_through_posix_names_works_and_leaves_nothing():
+    before = set(Path("/dev/shm").iterdir())
+    code, output, _ = run_ranks(
+        2,
+        """
+        with xc.World(provider="posix") as world:
+            engine = engine_of(world)
+            engine.step()
+            named = [name for name in os.listdir("/dev/shm") if "extrapcomm" in name]
+            print("names while running:", len(named), flush=True)
+        """,
+    )
+    assert code == 0 and output.count("names while running: 0") == 2, output
+    assert not [f for f in set(Path("/dev/shm").iterdir()) - before if "extrapcomm" in f.name]
+
+
+def test_mismatches_are_the_same_error_on_every_rank(world):
+    """A different shape, option, hyper-parameter or call on one rank; afterwards the engine still works."""
+    import numpy as np
+
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    odd = world.rank == world.size - 1
+    cases = [
+        (np.ones(5 + odd), {}, r"\(5\).*\(6\)"),
+        (np.ones(5, "f" if odd else "d"), {}, "float64.*float32"),
+        (np.ones(5), {"extrapolation": "local" if odd else "none"}, "extrapolation none.*extrapolation local"),
+        (np.ones(5), {"rule": "adam" if odd else "sgd"}, "rule sgd.*rule adam"),
+    ]
+    for weights, options, text in cases:
+        with pytest.raises(xc.MismatchError, match=text):
+            xc.Engine(world, weights, **options)
+    engine = xc.Engine(world, np.ones(5), lr=0.5)
+    with pytest.raises(xc.MismatchError, match="lr of parameter group 0 is 0.5 on rank 0 but 0.25"):
+        engine.step(lr=0.25 if odd else 0.5)
+    with pytest.raises(xc.UsageError, match=f"rank {world.size - 1}: lr must be finite"):
+        engine.step(lr=float("nan") if odd else 0.5)
+    assert engine.master().tolist() == [1.0] * 5
+    engine.grads[:] = 1
+    engine.step(lr=0.5)
+    assert engine.weights.tolist() == [0.5] * 5
+    engine.close()
+
+
+def test_wrong_argument_on_one_rank_is_an_error_on_all(world):
+    import numpy as np
+
+    odd = world.rank == world.size - 1
+    with pytest.raises(xc.UsageError, match="there is no rule 'sdg'"):
+        xc.Engine(world, np.ones(5), rule="sdg" if odd else "sgd")
+    with pytest.raises(xc.UsageError, match="int64"):
+        xc.Engine(world, np.ones(5, "int64" if odd else "float64"))
+    with pytest.raises(xc.UsageError, match="no.*momentun"):
+        xc.Engine(world, np.ones(5), **({"momentun": 0.9} if odd else {}))
+    array = xc.arena_array(4, world=world)
+    with pytest.raises(xc.UsageError, match="root 99 is not one of"):
+        xc.broadcast(array, root=99 if odd else 0)
+    with pytest.raises(xc.UsageError, match="'sum' or 'mean'"):
+        xc.all_reduce(array, op="max" if odd else "sum")
