@@ -37,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         if MPI.COMM_WORLD.rank == 0:
             super()._print_message(message, file)
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            self._print_message(message, sys.stderr)
+        leave(status)
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Times the fused step against its rivals (README.md defines every figure).")
@@ -208,17 +213,24 @@ def run_train(args: argparse.Namespace, world: xc.World, header: dict[str, Any])
     return 1 if any(row.get("nwrong") for row in rows) else 0
 
 
-def give_up() -> NoReturn:
+def leave(status: int) -> NoReturn:
+    """End MPI on all ranks before the launcher sees an error and kills those who still tidy up."""
+    MPI.Finalize()
+    time.sleep(0.2 if status else 0)
+    sys.exit(status)
+
+
+def give_up() -> None:
     """One block of text, from the lowest rank that failed, then the end of the job."""
     rank = MPI.COMM_WORLD.rank
     time.sleep(0.2 * rank)
     print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     MPI.COMM_WORLD.Abort(1)
-    raise SystemExit(1)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        exit_status = main()
     except Exception:
         give_up()
+    leave(exit_status)

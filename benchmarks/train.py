@@ -57,7 +57,7 @@ class Trainee:
 
 
 def make_model() -> nn.Module:
-    """The same perceptron at every call. It is smooth: where a rectifier flips, rounding errors grow large."""
+    """The same perceptron at every call; smooth, because rounding errors grow where rectifiers flip."""
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)]
     for layer in layers:

@@ -20,6 +20,7 @@ same product train the same model.
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 
@@ -140,13 +141,24 @@ def batches(args, world, samples):
         yield torch.from_numpy(full[:, first : first + world.workers])
 
 
+def on_terminal():
+    """Whether our output reaches one; Open MPI gives its ranks a pseudo-terminal anyway, so mpirun's counts too."""
+    if not Console().is_terminal:
+        return False
+    try:
+        with open(f"/proc/{os.getppid()}/fd/1", "ab", buffering=0) as launchers:
+            return launchers.isatty()
+    except OSError:
+        return True
+
+
 class Report:
     """Rank 0's progress: a bar on a terminal, else one line every ten epochs."""
 
     def __init__(self, name, args, world):
         self.name, self.epochs, self.samples, self.begin = name, args.epochs, 0, time.perf_counter()
         self.silent = world.rank != 0
-        self.terminal = not self.silent and Console().is_terminal
+        self.terminal = not self.silent and on_terminal()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

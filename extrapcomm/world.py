@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _core, errors
 from .errors import CommError, PeerError, UsageError
+from .launch import singleton_warning
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -67,6 +68,8 @@ class World:
         self.workers = workers
         self._agree_on_arguments(workers, step_timeout, pass_timeout, warn_after, provider)
         self._require_one_machine()
+        if comm is None and (warning := singleton_warning(self.size)):
+            log.warning(warning)
         self._team = _core.Team(
             rank=self.rank,
             size=self.size,

@@ -41,6 +41,12 @@ py::array_t<std::uint16_t> narrowed(const py::array_t<float, py::array::c_style 
 }  // namespace
 
 void register_stages(py::module_& module) {
+  module.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = "C++ compiler " __VERSION__;
+    info["instruction_set"] = std::string(instruction_set());
+    return info;
+  });
   module.def("rules", &describe_rules, "Rule name to its hyper-parameters with presets, flags and slots.");
   module.def("extrapolations", [] {
     return std::vector<std::string>(AllExtrapolations::kNames.begin(), AllExtrapolations::kNames.end());

@@ -9,3 +9,17 @@
 #else
 #define XC_CLONES
 #endif
+
+namespace xc {
+
+// The name of the clone that the loader picks on this machine.
+inline const char* chosen_clone() {
+#ifdef XC_HAVE_CLONES
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace xc

@@ -65,6 +65,8 @@ int family_index(std::string_view name) {
   return -1;
 }
 
+std::string_view instruction_set() { return chosen_clone(); }
+
 template <class T>
 const RuleKernel<T>& rule_kernel(int family, unsigned member) {
   static const auto table = kernels<T>(AllFamilies{});

@@ -55,6 +55,8 @@ const std::vector<FamilyInfo>& families();
 int family_index(std::string_view name);          // -1 if there is none
 int extrapolation_index(std::string_view name);   // -1 if there is none
 
+std::string_view instruction_set();  // the one that this machine's tile loops use
+
 int reduce_scratch_tiles(int source_count);
 template <class T>
 ReduceFn<T> reduce_kernel(DType element);

@@ -1,0 +1,132 @@
+"""`python -m extrapcomm info`: what was built, what was loaded, and what will hurt. Run it under mpirun as well."""
+
+import argparse
+import json
+import os
+import sys
+from importlib import metadata
+from typing import Any
+
+from . import _core
+from ._version import __version__
+from .errors import Error
+from .launch import cores_here, machine_limits, singleton_warning
+from .world import World
+
+_PACKAGES = ("numpy", "mpi4py", "torch", "cupy", "pybind11")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m extrapcomm", description="extrapcomm's commands")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what was built, loaded and found on this machine")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    options = parser.parse_args(arguments)
+    return show_info(options.json)
+
+
+def show_info(as_json: bool) -> int:
+    """Collective under mpirun; rank 0 prints."""
+    try:
+        facts = gather_facts()
+    except (Error, ImportError, RuntimeError) as error:
+        print(f"extrapcomm {__version__}: {error}", file=sys.stderr)
+        return 1
+    if facts["team"][0]["pid"] == os.getpid():
+        print(json.dumps(facts, indent=2) if as_json else as_text(facts))
+    return 0
+
+
+def gather_facts() -> dict[str, Any]:
+    """Everything that `info` knows, the same on every rank."""
+    from mpi4py import MPI
+
+    mine = {"host": os.uname().nodename, "pid": os.getpid(), "cores": cores_here()}
+    team = MPI.COMM_WORLD.allgather(mine)
+    World().close()  # proves that the ranks can open each other's memory
+    facts: dict[str, Any] = {
+        "extrapcomm": __version__,
+        "python": sys.version.split()[0],
+        "build": _core.build_info(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "mpi": MPI.Get_library_version().split("\0")[0].splitlines()[0],
+        "mpi_standard": ".".join(map(str, MPI.Get_version())),
+        "team": [{"rank": rank, **member} for rank, member in enumerate(team)],
+        "limits": machine_limits(),
+    }
+    facts["warnings"] = warnings_about(facts)
+    return facts
+
+
+def warnings_about(facts: dict[str, Any]) -> list[str]:
+    """What will hurt, and what to do about it."""
+    team, limits = facts["team"], facts["limits"]
+    warnings = [text for text in [singleton_warning(len(team))] if text]
+    cores = [core for member in team for core in member["cores"]]
+    if len(team) > len(set(cores)):
+        warnings.append(
+            f"{len(team)} ranks share {len(set(cores))} cores: steps stay correct but wait for one another"
+        )
+    elif len(team) > 1 and any(len(member["cores"]) == 1 for member in team):
+        warnings.append(
+            "ranks are bound to one core each, so torch has one thread: --bind-to none (Open MPI) or "
+            "-bind-to none (MPICH) frees them"
+        )
+    limit = limits["cgroup_memory_max"]
+    if limit is not None and limit < (limits["memory_available"] or 0):
+        warnings.append(
+            f"the container's memory limit is {_size(limit)}; weights, gradients and state count against it"
+        )
+    return warnings
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for people."""
+    limits = facts["limits"]
+    lines = [
+        f"extrapcomm {facts['extrapcomm']}, Python {facts['python']}",
+        f"  built with      {facts['build']['compiler']}; tile loops use {facts['build']['instruction_set']}",
+        f"  MPI loaded      {facts['mpi']} (MPI {facts['mpi_standard']})",
+        "  packages        " + ", ".join(f"{n} {v or 'not installed'}" for n, v in facts["packages"].items()),
+        f"  memory          {_size(limits['memory_available'])} available, container limit "
+        f"{_size(limits['cgroup_memory_max'])}, /dev/shm {_size(limits['dev_shm_free'])} free of "
+        f"{_size(limits['dev_shm_size'])}, huge pages for shared memory: {limits['shmem_huge_pages']}",
+        f"  team            {len(facts['team'])} rank(s), one team through shared memory",
+        *(
+            f"    rank {m['rank']}: {m['host']}, process {m['pid']}, cores {_ranges(m['cores'])}"
+            for m in facts["team"]
+        ),
+        *(f"  WARNING: {text}" for text in facts["warnings"]),
+    ]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _size(count: int | None) -> str:
+    return "unlimited" if count is None else f"{count / 1e9:.1f} GB"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Consecutive numbers as ranges.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
