@@ -59,7 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         workers, layer_range = range(self.world.workers), range(len(self._params))
         self._weights = [[look_at(self._core.weights(v, i), "torch") for i in layer_range] for v in workers]
         self._grads = [[look_at(self._core.gradients(v, i), "torch") for i in layer_range] for v in workers]
-        self._grad_addresses = [[g.data_ptr() for g in grads] for grads in self._grads]
+        self._strides = [weights.stride() for weights in self._weights[0]]
         self._present = np.zeros((self.world.workers, len(self._params)), dtype=np.uint8)
         self._bound = 0
         for mine, param in zip(self._weights[0], self._params, strict=True):
@@ -116,18 +116,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _collect(self) -> None:
         """Bring the gradients that autograd made for the bound worker into its shared memory, in one batch."""
-        present = self._present[self._bound]
-        mine, addresses = self._grads[self._bound], self._grad_addresses[self._bound]
-        targets, sources = [], []
-        for i, param in enumerate(self._params):
-            grad = param.grad
-            present[i] = grad is not None
-            if grad is not None and grad.data_ptr() != addresses[i]:
-                targets.append(mine[i])
-                sources.append(grad)
-        if sources:
-            _require_dense(sources)
-            torch._foreach_copy_(targets, sources)
+        grads = [param.grad for param in self._params]
+        try:
+            if [None if grad is None else grad.stride() for grad in grads] != self._strides:
+                grads = [None if g is None else self._laid_out(i, g) for i, g in enumerate(grads)]
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        except RuntimeError as error:  # sparse tensors have neither strides nor one address
+            raise UsageError("a gradient is sparse; use dense ones (sparse=False in Embedding)") from error
+        self._core.gather(self._bound, addresses, self._present[self._bound])
+
+    def _laid_out(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient with its parameter's strides: itself, or a copy in shared memory."""
+        mine = self._grads[self._bound][i]
+        return grad if grad.stride() == mine.stride() else mine.copy_(grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all workers of this rank.
@@ -243,11 +244,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _by_group(self, groups: list[Any]) -> Iterable[tuple[Any, dict[str, Any]]]:
         return zip(groups, self.param_groups, strict=True)
-
-
-def _require_dense(grads: list[torch.Tensor]) -> None:
-    if any(grad.layout != torch.strided for grad in grads):
-        raise UsageError("a gradient is sparse; use dense gradients (for example sparse=False in Embedding)")
 
 
 class SGD(FusedOptimizer):

@@ -65,6 +65,14 @@ void step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused
   engine.step(arguments);
 }
 
+void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
+  if (addresses.size() != engine.plan().layers.size() || present.size() != py::ssize_t(addresses.size()))
+    throw UsageError("gather takes one address and one mark for each layer");
+  const std::span<std::uint8_t> marks(present.mutable_data(), addresses.size());
+  const py::gil_scoped_release nogil;
+  engine.gather(v, addresses, marks);
+}
+
 std::vector<std::tuple<std::int64_t, std::int64_t, int>> segments(const Engine& engine) {
   std::vector<std::tuple<std::int64_t, std::int64_t, int>> list;
   for (const Segment& s : engine.plan().segments) list.emplace_back(s.begin, s.end, s.owner);
@@ -79,6 +87,7 @@ void register_engine_class(py::module_& module) {
       .def("weights", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
       .def("gradients", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
+      .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
       .def("complain", &Engine::complain, Free())

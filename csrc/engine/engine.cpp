@@ -110,6 +110,7 @@ class EngineOf final : public Engine {
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
+  void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) override;
   void adopt(int root_worker) override;
   void step(const Step& step) override;
   void complain(const std::string& complaint) override;
@@ -204,6 +205,18 @@ std::vector<Run<T>> EngineOf<T>::plain_runs() const {
   std::vector<Run<T>> runs;
   for (const Layer& layer : plan_.layers) runs.push_back(plain_run(layer));
   return runs;
+}
+
+template <class T>
+void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) {
+  std::byte* const mine = gradients(v).get();
+  for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
+    const Layer& layer = plan_.layers[i];
+    const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
+    std::byte* const to = mine + layer.byte_begin;
+    present[i] = from != nullptr;
+    if (from && from != to) std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+  }
 }
 
 // The master weights are read as a sum over one source, the root's X.

@@ -46,6 +46,11 @@ class Engine {
   virtual std::shared_ptr<std::byte> weights(int v) const = 0;
   virtual std::shared_ptr<std::byte> gradients(int v) const = 0;
 
+  // Copies gradients from elsewhere into worker v's G: per layer the address of its elements, laid out as the
+  // layer's strides say, or null where there is no gradient. Those that lie in G already stay. Marks in `present`
+  // which layers have one.
+  virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
+
   // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's state.
   virtual void adopt(int root_worker) = 0;
 
