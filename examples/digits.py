@@ -142,7 +142,7 @@ def batches(args, world, samples):
 
 
 def on_terminal():
-    """Whether our output reaches one; Open MPI gives its ranks a pseudo-terminal anyway, so mpirun's counts too."""
+    """Whether our output reaches one; Open MPI pretends so to its ranks, so that of mpirun counts too."""
     if not Console().is_terminal:
         return False
     try:

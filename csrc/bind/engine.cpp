@@ -60,6 +60,9 @@ py::array read(const Engine& engine, std::size_t layer, int slot) {
 }
 
 void step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused) {
+  const auto layers = py::ssize_t(engine.plan().layers.size());
+  if (hyper.size() != py::ssize_t(engine.hyper_count()) || present.size() != layers * engine.team().workers_per_rank())
+    throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
   const Engine::Step arguments{span_of(hyper), span_of(present), fused};
   const py::gil_scoped_release nogil;
   engine.step(arguments);

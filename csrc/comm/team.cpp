@@ -110,11 +110,13 @@ bool Team::alive(int rank) const { return watches_[static_cast<std::size_t>(rank
 bool Team::departed(int rank) const { return departure(rank).left.load() != 0; }
 
 void Team::leave() {
-  if (!departures_.empty() && getpid() == beacon_.pid()) departure(rank()).left.store(1);
+  if (!departures_.empty() && own_process()) departure(rank()).left.store(1);
 }
 
+bool Team::own_process() const { return getpid() == beacon_.pid(); }
+
 void Team::require_own_process() const {
-  if (getpid() != beacon_.pid())
+  if (!own_process())
     throw UsageError("this process was forked from rank " + std::to_string(rank()) +
                      " and cannot take part in its collectives; use the engine in the parent only");
 }

@@ -57,7 +57,8 @@ class Team {
   bool departed(int rank) const;
   // Says good-bye: peers that wait for this rank stop waiting. Idempotent.
   void leave();
-  // UsageError in a forked child: it shares the memory but not the place in the team.
+  // A forked child shares the memory but not the place in the team.
+  bool own_process() const;
   void require_own_process() const;
 
  private:

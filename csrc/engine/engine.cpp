@@ -4,54 +4,16 @@
 #include <chrono>
 #include <cstring>
 #include <map>
-#include <optional>
 
 #include "core/error.hpp"
-#include "core/hash.hpp"
 #include "engine/arena.hpp"
 #include "engine/exchange.hpp"
 #include "engine/passes.hpp"
+#include "engine/runs.hpp"
+#include "engine/signature.hpp"
 
 namespace xc {
 namespace {
-
-std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& options, const Team& team) {
-  std::vector<std::string> lines = {"extrapcomm " + options.version,
-                                    std::to_string(team.workers_per_rank()) + " workers per rank",
-                                    "rule " + options.rule, "extrapolation " + options.extrapolation,
-                                    std::to_string(options.groups.size()) + " parameter groups"};
-  for (std::size_t g = 0; g < options.groups.size(); ++g)
-    lines.push_back("flags of group " + std::to_string(g) + ": " + std::to_string(options.groups[g].flags));
-  for (std::string& line : signature_of(plan)) lines.push_back(std::move(line));
-  return lines;
-}
-
-std::string joined(const std::vector<std::string>& lines) {
-  std::string text;
-  for (const std::string& line : lines) text += line + "\n";
-  return text;
-}
-
-std::string line_at(const std::string& text, std::size_t position) {
-  const std::size_t begin = position == 0 ? 0 : text.rfind('\n', position - 1) + 1;
-  const std::string line = text.substr(begin, text.find('\n', begin) - begin);
-  return line.empty() ? "nothing more" : line;
-}
-
-// Hashes first, so that the usual case moves few bytes; the texts only to name the first line that differs.
-void require_same_signature(const Team& team, const std::vector<std::string>& lines) {
-  const std::string mine = joined(lines);
-  const auto hashes = team.all_gather(std::to_string(hash_of(mine)));
-  if (std::equal(hashes.begin() + 1, hashes.end(), hashes.begin())) return;
-  const auto texts = team.all_gather(mine);
-  for (std::size_t r = 1; r < texts.size(); ++r) {
-    const auto [a, b] = std::mismatch(texts[0].begin(), texts[0].end(), texts[r].begin(), texts[r].end());
-    if (a == texts[0].end() && b == texts[r].end()) continue;
-    const auto position = static_cast<std::size_t>(a - texts[0].begin());
-    throw MismatchError("the ranks build different engines: rank 0 has [" + line_at(texts[0], position) + "], rank " +
-                        std::to_string(r) + " has [" + line_at(texts[r], position) + "]");
-  }
-}
 
 std::vector<std::string> hyper_names(const FamilyInfo& family, std::size_t groups) {
   std::vector<std::string> names;
@@ -63,35 +25,14 @@ std::vector<std::string> hyper_names(const FamilyInfo& family, std::size_t group
   return names;
 }
 
-// A rule's member for each group, and the number of slots that the hungriest one needs.
-struct Members {
-  int family;
-  std::vector<unsigned> of_group;
-  int slots = 0;
-};
-
-template <class T>
-Members choose_members(const EngineOptions& options) {
-  Members members{family_index(options.rule), {}};
-  for (const GroupSpec& group : options.groups) {
-    const unsigned member =
-        families()[static_cast<std::size_t>(members.family)].member(group.flags, group.hyper);
-    members.of_group.push_back(member);
-    members.slots = std::max(members.slots, rule_kernel<T>(members.family, member).slots);
-  }
-  return members;
-}
-
 // The engine for one master type.
 template <class T>
 class EngineOf final : public Engine {
  public:
   EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options)
       : plan_(std::move(plan)),
-        members_(choose_members<T>(options)),
-        extrapolation_(extrapolation_index(options.extrapolation)),
-        parameters_(families()[static_cast<std::size_t>(members_.family)].parameters.size()),
-        names_(hyper_names(families()[static_cast<std::size_t>(members_.family)], options.groups.size())),
+        runs_(plan_, options, team->worker_count()),
+        names_(hyper_names(families()[static_cast<std::size_t>(family_index(options.rule))], options.groups.size())),
         control_bytes_(Exchange::control_bytes(names_.size(), plan_.layers.size())),
         layout_(layout_of(*team, team->rank(), options.tile)),
         views_(team->share(layout_.views_bytes())),
@@ -107,6 +48,7 @@ class EngineOf final : public Engine {
   Team& team() const override { return exchange_.team(); }
   std::shared_ptr<std::byte> weights(int v) const override { return view(layout_.weights(std::size_t(v))); }
   std::shared_ptr<std::byte> gradients(int v) const override { return view(layout_.gradients(std::size_t(v))); }
+  std::size_t hyper_count() const override { return names_.size(); }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
@@ -121,7 +63,7 @@ class EngineOf final : public Engine {
 
  private:
   ArenaLayout layout_of(const Team& team, int rank, std::int64_t tile) const {
-    return ArenaLayout(plan_, rank * team.workers_per_rank(), team.workers_per_rank(), members_.slots, tile,
+    return ArenaLayout(plan_, rank * team.workers_per_rank(), team.workers_per_rank(), runs_.slots(), tile,
                        control_bytes_);
   }
   std::shared_ptr<std::byte> view(std::size_t offset) const {
@@ -136,18 +78,10 @@ class EngineOf final : public Engine {
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   void publish_master(std::byte* x);
-  std::vector<Run<T>> plain_runs() const;
-  Run<T> plain_run(const Layer& layer) const;
-  bool extends(const Run<T>& run, const Layer& last, const Layer& layer) const;
-  std::vector<Run<T>> step_runs(std::span<const double> hyper, std::span<const std::uint8_t> present,
-                                bool fused) const;
-  void set_rule(Run<T>& run, std::span<const double> hyper, const Layer& layer, bool fused) const;
   void run_passes(std::span<const Run<T>> runs, bool fused);
 
   Plan plan_;
-  Members members_;
-  int extrapolation_;
-  std::size_t parameters_;
+  RunMaker<T> runs_;
   std::vector<std::string> names_;
   std::size_t control_bytes_;
   ArenaLayout layout_;
@@ -176,7 +110,7 @@ void EngineOf<T>::locate(std::int64_t tile) {
     for (std::size_t v = 0; v < static_cast<std::size_t>(team().workers_per_rank()); ++v) {
       const Segment& segment = plan_.segments[shards_.size()];
       Shard<T> shard{segment.begin, segment.end, reinterpret_cast<T*>(state + layout.master(v, 0)), {}};
-      for (int s = 0; s < members_.slots; ++s)
+      for (int s = 0; s < runs_.slots(); ++s)
         shard.slots[s] = reinterpret_cast<T*>(state + layout.master(v, static_cast<std::size_t>(s) + 1));
       shards_.push_back(shard);
       workers_.sources.push_back(views + layout.gradients(v));
@@ -184,27 +118,6 @@ void EngineOf<T>::locate(std::int64_t tile) {
     }
   }
   workers_.own = workers_.sources;
-}
-
-template <class T>
-Run<T> EngineOf<T>::plain_run(const Layer& layer) const {
-  Run<T> run{};
-  run.begin = layer.begin;
-  run.end = layer.end;
-  run.byte_begin = layer.byte_begin;
-  run.element_size = size_of(layer.spec.dtype);
-  run.scale = T(1);
-  run.reduce = reduce_kernel<T>(layer.spec.dtype);
-  run.publish = publish_kernel<T>(layer.spec.dtype, 0);
-  run.displace = displace_kernel<T>(layer.spec.dtype);
-  return run;
-}
-
-template <class T>
-std::vector<Run<T>> EngineOf<T>::plain_runs() const {
-  std::vector<Run<T>> runs;
-  for (const Layer& layer : plan_.layers) runs.push_back(plain_run(layer));
-  return runs;
 }
 
 template <class T>
@@ -226,11 +139,11 @@ void EngineOf<T>::adopt(int root_worker) {
     const Workers root{{workers_.targets[static_cast<std::size_t>(root_worker)]}, {}, {}};
     Pass<T> load = sum_pass<T>();
     load.pop_back();
-    const auto runs = plain_runs();
+    const auto runs = runs_.plain();
     for (const Shard<T>& shard : own_shards()) {
       walk<T>(load, root, runs, shard, buffers_, shard.w);
       walk<T>(publish_pass<T>(), {{}, workers_.own, workers_.targets}, runs, shard, buffers_);
-      for (int s = 0; s < members_.slots; ++s) std::fill_n(shard.slots[s], shard.end - shard.begin, T(0));
+      for (int s = 0; s < runs_.slots(); ++s) std::fill_n(shard.slots[s], shard.end - shard.begin, T(0));
     }
   });
   std::fill(updates_.begin(), updates_.end(), 0);
@@ -257,47 +170,6 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 }
 
 template <class T>
-void EngineOf<T>::set_rule(Run<T>& run, std::span<const double> hyper, const Layer& layer, bool fused) const {
-  const auto group = static_cast<std::size_t>(layer.spec.group);
-  const auto own = hyper.subspan(group * (parameters_ + 1), parameters_ + 1);
-  const RuleKernel<T>& kernel = rule_kernel<T>(members_.family, members_.of_group[group]);
-  kernel.prepare(own.first(parameters_), updates_[static_cast<std::size_t>(&layer - plan_.layers.data())],
-                 run.scalars);
-  run.apply = kernel.apply;
-  run.scale = T(1.0 / static_cast<double>(team().worker_count()));
-  run.inner = T(own.back());
-  const bool displaced = fused && run.inner != T(0);
-  run.publish = publish_kernel<T>(layer.spec.dtype, displaced ? extrapolation_ : 0);
-}
-
-template <class T>
-bool EngineOf<T>::extends(const Run<T>& run, const Layer& last, const Layer& layer) const {
-  const auto updates = [&](const Layer& l) { return updates_[static_cast<std::size_t>(&l - plan_.layers.data())]; };
-  return run.end == layer.begin && last.spec.group == layer.spec.group && last.spec.dtype == layer.spec.dtype &&
-         updates(last) == updates(layer);
-}
-
-// Neighbouring layers that are treated alike make one run; most models are one run per group.
-template <class T>
-std::vector<Run<T>> EngineOf<T>::step_runs(std::span<const double> hyper, std::span<const std::uint8_t> present,
-                                           bool fused) const {
-  std::vector<Run<T>> runs;
-  const Layer* last = nullptr;
-  for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
-    const Layer& layer = plan_.layers[i];
-    if (!present[i]) continue;
-    if (last && extends(runs.back(), *last, layer)) {
-      runs.back().end = layer.end;
-    } else {
-      runs.push_back(plain_run(layer));
-      set_rule(runs.back(), hyper, layer, fused);
-    }
-    last = &layer;
-  }
-  return runs;
-}
-
-template <class T>
 void EngineOf<T>::run_passes(std::span<const Run<T>> runs, bool fused) {
   static const auto kFused = step_passes<T>(true), kUnfused = step_passes<T>(false);
   if (!fused) waiting_.resize(static_cast<std::size_t>(own_shards().back().end - own_shards().front().begin));
@@ -316,7 +188,7 @@ void EngineOf<T>::step(const Step& step) {
   exchange_.collective({Operation::step, steps_ + 1, step.fused, step.hyper, here}, [&](std::span<const Post> posts) {
     for (const Post& post : posts)
       for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
-    run_passes(step_runs(posts[0].doubles(), present, step.fused), step.fused);
+    run_passes(runs_.for_step(posts[0].doubles(), present, updates_, step.fused), step.fused);
   });
   for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
   ++steps_;
@@ -330,7 +202,7 @@ void EngineOf<T>::complain(const std::string& complaint) {
 
 template <class T>
 void EngineOf<T>::publish_master(std::byte* x) {
-  const auto runs = plain_runs();
+  const auto runs = runs_.plain();
   for (const Shard<T>& shard : shards_) walk<T>(publish_pass<T>(), {{}, {x}, {x}}, runs, shard, buffers_);
 }
 

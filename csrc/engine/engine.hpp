@@ -54,6 +54,9 @@ class Engine {
   // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's state.
   virtual void adopt(int root_worker) = 0;
 
+  // How many numbers step() takes.
+  virtual std::size_t hyper_count() const = 0;
+
   struct Step {
     // Per group, the rule's hyper-parameters and then the inner learning rate.
     std::span<const double> hyper;

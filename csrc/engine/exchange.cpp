@@ -77,6 +77,9 @@ void Exchange::complain(const Call& call, const std::string& text) {
   require_agreement(posts, {});
 }
 
-void Exchange::close() { meeting_.close(); }
+// A forked child has a copy of this object, but not the right to speak for its parent.
+void Exchange::close() {
+  if (team_->own_process()) meeting_.close();
+}
 
 }  // namespace xc

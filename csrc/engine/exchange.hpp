@@ -30,6 +30,10 @@ class Exchange {
   Exchange(std::shared_ptr<Team> team, const Shared& control, std::vector<std::string> double_names,
            std::size_t layers);
 
+  ~Exchange() { close(); }
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
   void collective(const Call& call, const std::function<void(std::span<const Post>)>& work);
   // Takes part with nothing but a complaint, so that all ranks raise it.
   void complain(const Call& call, const std::string& text);

@@ -1,0 +1,84 @@
+#include "engine/runs.hpp"
+
+#include <algorithm>
+
+namespace xc {
+namespace {
+
+template <class T>
+Run<T> plain_run(const Layer& layer) {
+  Run<T> run{};
+  run.begin = layer.begin;
+  run.end = layer.end;
+  run.byte_begin = layer.byte_begin;
+  run.element_size = size_of(layer.spec.dtype);
+  run.scale = T(1);
+  run.reduce = reduce_kernel<T>(layer.spec.dtype);
+  run.publish = publish_kernel<T>(layer.spec.dtype, 0);
+  run.displace = displace_kernel<T>(layer.spec.dtype);
+  return run;
+}
+
+bool alike(const LayerSpec& a, const LayerSpec& b) { return a.group == b.group && a.dtype == b.dtype; }
+
+}  // namespace
+
+template <class T>
+RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker_count)
+    : plan_(plan),
+      family_(family_index(options.rule)),
+      extrapolation_(extrapolation_index(options.extrapolation)),
+      worker_count_(worker_count) {
+  const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
+  for (const GroupSpec& group : options.groups) {
+    members_.push_back(family.member(group.flags, group.hyper));
+    slots_ = std::max(slots_, rule_kernel<T>(family_, members_.back()).slots);
+  }
+}
+
+template <class T>
+std::vector<Run<T>> RunMaker<T>::plain() const {
+  std::vector<Run<T>> runs;
+  for (const Layer& layer : plan_.layers) runs.push_back(plain_run<T>(layer));
+  return runs;
+}
+
+template <class T>
+void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper, std::int64_t updates,
+                           bool fused) const {
+  const auto group = static_cast<std::size_t>(spec.group);
+  const std::size_t width = hyper.size() / members_.size();
+  const auto own = hyper.subspan(group * width, width);
+  const RuleKernel<T>& kernel = rule_kernel<T>(family_, members_[group]);
+  kernel.prepare(own.first(width - 1), updates, run.scalars);
+  run.apply = kernel.apply;
+  run.scale = T(1.0 / worker_count_);
+  run.inner = T(own.back());
+  const bool displaced = fused && run.inner != T(0);
+  run.publish = publish_kernel<T>(spec.dtype, displaced ? extrapolation_ : 0);
+}
+
+template <class T>
+std::vector<Run<T>> RunMaker<T>::for_step(std::span<const double> hyper, std::span<const std::uint8_t> present,
+                                          std::span<const std::int64_t> updates, bool fused) const {
+  std::vector<Run<T>> runs;
+  std::size_t last = 0;
+  for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
+    const Layer& layer = plan_.layers[i];
+    if (!present[i]) continue;
+    if (!runs.empty() && runs.back().end == layer.begin && updates[last] == updates[i] &&
+        alike(plan_.layers[last].spec, layer.spec)) {
+      runs.back().end = layer.end;
+    } else {
+      runs.push_back(plain_run<T>(layer));
+      set_rule(runs.back(), layer.spec, hyper, updates[i], fused);
+    }
+    last = i;
+  }
+  return runs;
+}
+
+template class RunMaker<float>;
+template class RunMaker<double>;
+
+}  // namespace xc
