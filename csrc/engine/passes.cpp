@@ -26,8 +26,8 @@ void publish_stage(const Workers& workers, const Tile<T>& tile) {
 template <class T>
 void displace_stage(const Workers& workers, const Tile<T>& tile) {
   for (std::size_t k = 0; k < workers.targets.size(); ++k)
-    tile.run->displace(tile.run->inner, workers.own[k] + tile.first_byte, workers.targets[k] + tile.first_byte,
-                       tile.count);
+    tile.run->displace(tile.run->inner, workers.own[k] + tile.first_byte, tile.mean,
+                       workers.targets[k] + tile.first_byte, tile.count);
 }
 
 template <class T>

@@ -15,7 +15,6 @@ Run<T> plain_run(const Layer& layer) {
   run.scale = T(1);
   run.reduce = reduce_kernel<T>(layer.spec.dtype);
   run.publish = publish_kernel<T>(layer.spec.dtype, 0);
-  run.displace = displace_kernel<T>(layer.spec.dtype);
   return run;
 }
 
@@ -54,8 +53,9 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const d
   run.apply = kernel.apply;
   run.scale = T(1.0 / worker_count_);
   run.inner = T(own.back());
-  const bool displaced = fused && run.inner != T(0);
-  run.publish = publish_kernel<T>(spec.dtype, displaced ? extrapolation_ : 0);
+  const int extrapolation = run.inner != T(0) ? extrapolation_ : 0;
+  run.publish = publish_kernel<T>(spec.dtype, fused ? extrapolation : 0);
+  run.displace = displace_kernel<T>(spec.dtype, extrapolation);
 }
 
 template <class T>

@@ -17,16 +17,25 @@ XC_CLONES void publish(const Master<E>* __restrict w, Master<E> inner, const std
   for (std::int64_t i = 0; i < count; ++i) x[i] = narrow<E>(K::displace(w[i], inner, widen(own[i]), mean[i]));
 }
 
-template <class E>
-XC_CLONES void displace(Master<E> inner, const std::byte* own_bytes, std::byte* x_bytes, std::int64_t count) {
+template <class E, class K>
+XC_CLONES void displace(Master<E> inner, const std::byte* own_bytes, const Master<E>* __restrict mean,
+                        std::byte* x_bytes, std::int64_t count) {
   const E* __restrict own = reinterpret_cast<const E*>(own_bytes);
   E* __restrict x = reinterpret_cast<E*>(x_bytes);
-  for (std::int64_t i = 0; i < count; ++i) x[i] = narrow<E>(widen(x[i]) - inner * widen(own[i]));
+  for (std::int64_t i = 0; i < count; ++i)
+    x[i] = narrow<E>(K::displace(widen(x[i]), inner, widen(own[i]), mean[i]));
+}
+
+// The kernels of one element type, by extrapolation.
+template <class E, class... K>
+PublishFn<Master<E>> publish_of(int extrapolation, Extrapolations<K...>) {
+  static constexpr std::array<PublishFn<Master<E>>, sizeof...(K)> kTable = {&publish<E, K>...};
+  return kTable.at(static_cast<std::size_t>(extrapolation));
 }
 
 template <class E, class... K>
-PublishFn<Master<E>> pick(int extrapolation, Extrapolations<K...>) {
-  static constexpr std::array<PublishFn<Master<E>>, sizeof...(K)> kTable = {&publish<E, K>...};
+DisplaceFn<Master<E>> displace_of(int extrapolation, Extrapolations<K...>) {
+  static constexpr std::array<DisplaceFn<Master<E>>, sizeof...(K)> kTable = {&displace<E, K>...};
   return kTable.at(static_cast<std::size_t>(extrapolation));
 }
 
@@ -40,25 +49,26 @@ int extrapolation_index(std::string_view name) {
 
 template <>
 PublishFn<float> publish_kernel<float>(DType element, int extrapolation) {
-  if (element == DType::f32) return pick<float>(extrapolation, AllExtrapolations{});
-  if (element == DType::bf16) return pick<Bf16>(extrapolation, AllExtrapolations{});
-  return pick<F16>(extrapolation, AllExtrapolations{});
+  if (element == DType::f32) return publish_of<float>(extrapolation, AllExtrapolations{});
+  if (element == DType::bf16) return publish_of<Bf16>(extrapolation, AllExtrapolations{});
+  return publish_of<F16>(extrapolation, AllExtrapolations{});
 }
 
 template <>
 PublishFn<double> publish_kernel<double>(DType, int extrapolation) {
-  return pick<double>(extrapolation, AllExtrapolations{});
+  return publish_of<double>(extrapolation, AllExtrapolations{});
 }
 
 template <>
-DisplaceFn<float> displace_kernel<float>(DType element) {
-  if (element == DType::f32) return &displace<float>;
-  return element == DType::bf16 ? &displace<Bf16> : &displace<F16>;
+DisplaceFn<float> displace_kernel<float>(DType element, int extrapolation) {
+  if (element == DType::f32) return displace_of<float>(extrapolation, AllExtrapolations{});
+  if (element == DType::bf16) return displace_of<Bf16>(extrapolation, AllExtrapolations{});
+  return displace_of<F16>(extrapolation, AllExtrapolations{});
 }
 
 template <>
-DisplaceFn<double> displace_kernel<double>(DType) {
-  return &displace<double>;
+DisplaceFn<double> displace_kernel<double>(DType, int extrapolation) {
+  return displace_of<double>(extrapolation, AllExtrapolations{});
 }
 
 }  // namespace xc

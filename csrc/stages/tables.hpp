@@ -27,9 +27,9 @@ using ApplyFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slo
 template <class T>
 using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
 
-// x -= inner * own, in place: extrapolation as a pass of its own, which only the unfused comparison takes.
+// Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
-using DisplaceFn = void (*)(T inner, const std::byte* own, std::byte* x, std::int64_t count);
+using DisplaceFn = void (*)(T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
 
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
@@ -65,6 +65,6 @@ const RuleKernel<T>& rule_kernel(int family, unsigned member);
 template <class T>
 PublishFn<T> publish_kernel(DType element, int extrapolation);
 template <class T>
-DisplaceFn<T> displace_kernel(DType element);
+DisplaceFn<T> displace_kernel(DType element, int extrapolation);
 
 }  // namespace xc
