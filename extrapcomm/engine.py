@@ -43,6 +43,7 @@ class Engine:
         extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient) or "global" (the last mean).
         inner_lr: the inner learning rate: a number, "lr", "lr/K", or a function of lr.
         tile: how many elements go through all stages before the next ones; results do not depend on it.
+        streaming: publish the weights past the cache; by default when a step moves more than the cache holds.
         hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...).
 
     Raises:
@@ -68,7 +69,8 @@ class Engine:
         *,
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
-        tile: int = 4096,
+        tile: int = 512,
+        streaming: bool | None = None,
         **hyper: Any,
     ) -> None:
         self.world = world
@@ -87,7 +89,8 @@ class Engine:
         self._has_momentum = bool(self._group.get("momentum"))
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
         groups = [(self._flags, numbers)]
-        self._core = _core.Engine(world.team, layers, groups, rule, extrapolation, tile, __version__)
+        options = (rule, extrapolation, tile, __version__, streaming)
+        self._core = _core.Engine(world.team, layers, groups, *options)
         self._structure = weights
         self._closed = False
         self._showing = False

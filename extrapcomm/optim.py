@@ -299,7 +299,7 @@ class SGD(FusedOptimizer):
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
         world: World | None = None,
-        tile: int = 4096,
+        tile: int = 512,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -363,7 +363,7 @@ class Adam(FusedOptimizer):
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
         world: World | None = None,
-        tile: int = 4096,
+        tile: int = 512,
     ) -> None:
         defaults = {
             "lr": lr,

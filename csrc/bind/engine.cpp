@@ -39,9 +39,9 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
                                     const std::string& rule, const std::string& extrapolation, std::int64_t tile,
-                                    const std::string& version) {
+                                    const std::string& version, std::optional<bool> streaming) {
   const auto specs = layers_from(layers);
-  const EngineOptions options{rule, extrapolation, groups_from(groups), tile, version};
+  const EngineOptions options{rule, extrapolation, groups_from(groups), tile, streaming, version};
   const py::gil_scoped_release nogil;
   return Engine::create(std::move(team), specs, options);
 }
@@ -86,7 +86,7 @@ void register_engine_class(py::module_& module) {
   using Free = py::call_guard<py::gil_scoped_release>;
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
-           py::arg("extrapolation"), py::arg("tile"), py::arg("version"))
+           py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
       .def("weights", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
       .def("gradients", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")

@@ -4,7 +4,8 @@ namespace xc {
 namespace {
 
 constexpr std::size_t kPage = 4096;
-constexpr std::size_t kSkew = 4 * kPage + 3 * kLine;
+constexpr std::size_t kSkews = 16;  // different starts of X and G within a page
+constexpr std::size_t kSkew = kPage / kSkews;
 
 std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid - 1) / grid * grid; }
 
@@ -12,8 +13,9 @@ std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid
 
 ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,
                          std::size_t control_bytes)
-    : workers_(static_cast<std::size_t>(workers)),
-      stride_(round_up(static_cast<std::size_t>(plan.bytes), kPage) + kSkew),
+    : first_worker_(static_cast<std::size_t>(first_worker)),
+      workers_(static_cast<std::size_t>(workers)),
+      stride_(round_up(static_cast<std::size_t>(plan.bytes), kPage) + 5 * kPage),
       slot_count_(static_cast<std::size_t>(slots) + 1) {
   const auto element = static_cast<std::size_t>(size_of(plan.master));
   undo_bytes_ = round_up(static_cast<std::size_t>(tile) * element * slot_count_, kLine);
@@ -22,11 +24,16 @@ ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int sl
   std::size_t end = undo_offset_ + workers_ * undo_bytes_;
   for (std::size_t v = 0; v < workers_; ++v) {
     const Segment& segment = plan.segments[static_cast<std::size_t>(first_worker) + v];
-    shard_offset_.push_back(round_up(end, kPage) + v % 8 * 5 * kLine);
-    shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kLine) + kLine);
+    shard_offset_.push_back(round_up(end, kPage) + kPage / 2 + 2 * kLine);
+    shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kPage) + kPage / 4);
     end = shard_offset_[v] + slot_count_ * shard_bytes_[v];
   }
   state_bytes_ = round_up(end, kPage);
+}
+
+// Where X or G number `index` of this rank starts; counted over all ranks no two neighbours start alike.
+std::size_t ArenaLayout::stream(std::size_t index) const {
+  return index * stride_ + (2 * first_worker_ + index) % kSkews * kSkew;
 }
 
 std::size_t ArenaLayout::master(std::size_t worker, std::size_t slot) const {

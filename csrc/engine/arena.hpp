@@ -22,8 +22,8 @@ class ArenaLayout {
               std::size_t control_bytes);
 
   std::size_t views_bytes() const { return 2 * workers_ * stride_; }
-  std::size_t weights(std::size_t worker) const { return 2 * worker * stride_; }
-  std::size_t gradients(std::size_t worker) const { return (2 * worker + 1) * stride_; }
+  std::size_t weights(std::size_t worker) const { return stream(2 * worker); }
+  std::size_t gradients(std::size_t worker) const { return stream(2 * worker + 1); }
 
   std::size_t state_bytes() const { return state_bytes_; }
   // Slot 0 is W itself, slots 1.. are the rule's.
@@ -32,6 +32,9 @@ class ArenaLayout {
   std::size_t undo(std::size_t worker) const;
 
  private:
+  std::size_t stream(std::size_t index) const;
+
+  std::size_t first_worker_;
   std::size_t workers_;
   std::size_t stride_;
   std::size_t slot_count_;

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/error.hpp"
+#include "core/streaming.hpp"
 #include "engine/arena.hpp"
 #include "engine/exchange.hpp"
 #include "engine/passes.hpp"
@@ -25,6 +26,11 @@ std::vector<std::string> hyper_names(const FamilyInfo& family, std::size_t group
   return names;
 }
 
+// Bytes that one step of all workers touches.
+std::int64_t touched_bytes(const Plan& plan, int slots, int workers) {
+  return 2 * workers * plan.bytes + (1 + slots) * plan.length * size_of(plan.master);
+}
+
 // The engine for one master type.
 template <class T>
 class EngineOf final : public Engine {
@@ -38,6 +44,8 @@ class EngineOf final : public Engine {
         views_(team->share(layout_.views_bytes())),
         state_(team->share(layout_.state_bytes())),
         exchange_(team, state_, names_, plan_.layers.size()),
+        passes_(step_passes<T>(options.streaming.value_or(
+            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count()))))),
         buffers_(options.tile, team->worker_count()),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {
@@ -78,7 +86,8 @@ class EngineOf final : public Engine {
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   void publish_master(std::byte* x);
-  void run_passes(std::span<const Run<T>> runs, bool fused);
+  void run_passes(std::span<const Run<T>> runs);
+  void run_unfused_passes(std::span<const Run<T>> runs);
 
   Plan plan_;
   RunMaker<T> runs_;
@@ -88,6 +97,7 @@ class EngineOf final : public Engine {
   Shared views_;
   Shared state_;
   Exchange exchange_;
+  std::vector<Pass<T>> passes_;
   TileBuffers<T> buffers_;
   std::vector<std::int64_t> updates_;   // per layer
   std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
@@ -137,11 +147,9 @@ template <class T>
 void EngineOf<T>::adopt(int root_worker) {
   exchange_.collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](std::span<const Post>) {
     const Workers root{{workers_.targets[static_cast<std::size_t>(root_worker)]}, {}, {}};
-    Pass<T> load = sum_pass<T>();
-    load.pop_back();
     const auto runs = runs_.plain();
     for (const Shard<T>& shard : own_shards()) {
-      walk<T>(load, root, runs, shard, buffers_, shard.w);
+      walk<T>(load_pass<T>(), root, runs, shard, buffers_, shard.w);
       walk<T>(publish_pass<T>(), {{}, workers_.own, workers_.targets}, runs, shard, buffers_);
       for (int s = 0; s < runs_.slots(); ++s) std::fill_n(shard.slots[s], shard.end - shard.begin, T(0));
     }
@@ -170,13 +178,19 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 }
 
 template <class T>
-void EngineOf<T>::run_passes(std::span<const Run<T>> runs, bool fused) {
-  static const auto kFused = step_passes<T>(true), kUnfused = step_passes<T>(false);
-  if (!fused) waiting_.resize(static_cast<std::size_t>(own_shards().back().end - own_shards().front().begin));
-  for (const Pass<T>& pass : fused ? kFused : kUnfused)
+void EngineOf<T>::run_passes(std::span<const Run<T>> runs) {
+  for (const Pass<T>& pass : passes_)
+    for (const Shard<T>& shard : own_shards()) walk<T>(pass, workers_, runs, shard, buffers_);
+}
+
+// The reduced gradient waits between the passes.
+template <class T>
+void EngineOf<T>::run_unfused_passes(std::span<const Run<T>> runs) {
+  const std::int64_t begin = own_shards().front().begin, end = own_shards().back().end;
+  waiting_.resize(static_cast<std::size_t>(end - begin));
+  for (const Pass<T>& pass : unfused_passes<T>())
     for (const Shard<T>& shard : own_shards())
-      walk<T>(pass, workers_, runs, shard, buffers_,
-              fused ? nullptr : waiting_.data() + (shard.begin - own_shards().front().begin));
+      walk<T>(pass, workers_, runs, shard, buffers_, waiting_.data() + (shard.begin - begin));
 }
 
 template <class T>
@@ -188,7 +202,8 @@ void EngineOf<T>::step(const Step& step) {
   exchange_.collective({Operation::step, steps_ + 1, step.fused, step.hyper, here}, [&](std::span<const Post> posts) {
     for (const Post& post : posts)
       for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
-    run_passes(runs_.for_step(posts[0].doubles(), present, updates_, step.fused), step.fused);
+    const auto runs = runs_.for_step(posts[0].doubles(), present, updates_, step.fused);
+    step.fused ? run_passes(runs) : run_unfused_passes(runs);
   });
   for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
   ++steps_;

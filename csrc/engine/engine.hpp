@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,7 +22,8 @@ struct EngineOptions {
   std::string rule;
   std::string extrapolation;
   std::vector<GroupSpec> groups;
-  std::int64_t tile = 4096;
+  std::int64_t tile = 512;
+  std::optional<bool> streaming;  // publish past the cache; by default when a step moves more than the cache holds
   std::string version;  // of the library, part of the signature
 };
 

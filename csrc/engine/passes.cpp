@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/streaming.hpp"
+
 namespace xc {
 namespace {
 
@@ -21,6 +23,38 @@ void publish_stage(const Workers& workers, const Tile<T>& tile) {
   for (std::size_t k = 0; k < workers.targets.size(); ++k)
     tile.run->publish(tile.w, tile.run->inner, workers.own[k] + tile.first_byte, tile.mean,
                       workers.targets[k] + tile.first_byte, tile.count);
+}
+
+// Of what the next tile reads (every gradient, then the master weights and the slots) number `read`, as `ahead`'s i-th.
+template <class T>
+void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, int i, Ahead& ahead) {
+  const auto gradients = static_cast<std::int64_t>(workers.sources.size());
+  if (read < gradients) {
+    const std::int64_t size = tile.run->element_size;
+    ahead.at[i] = workers.sources[static_cast<std::size_t>(read)] + tile.first_byte + tile.count * size;
+    ahead.block_bytes[i] = kStreamBlock * size;
+  } else {
+    const T* const master = read == gradients ? tile.w : tile.slots[read - gradients - 1];
+    ahead.at[i] = reinterpret_cast<const std::byte*>(master + tile.count);
+    ahead.block_bytes[i] = kStreamBlock * static_cast<std::int64_t>(sizeof(T));
+  }
+}
+
+// While one worker's weights are stored, a share of what the next tile reads is fetched, in the order it is needed.
+template <class T>
+void stream_stage(const Workers& workers, const Tile<T>& tile) {
+  const std::int64_t masters = 1 + (tile.slots[0] != nullptr) + (tile.slots[1] != nullptr);
+  const std::int64_t reads = static_cast<std::int64_t>(workers.sources.size()) + masters;
+  const auto targets = static_cast<std::int64_t>(workers.targets.size());
+  for (std::int64_t k = 0; k < targets; ++k) {
+    Ahead ahead;
+    std::int64_t read = k * reads / targets;
+    for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read) look_ahead(workers, tile, read, i, ahead);
+    const auto worker = static_cast<std::size_t>(k);
+    tile.run->stream(tile.w, tile.run->inner, workers.own[worker] + tile.first_byte, tile.mean,
+                     workers.targets[worker] + tile.first_byte, tile.count, ahead);
+  }
+  finish_streaming();
 }
 
 template <class T>
@@ -48,14 +82,23 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
 }  // namespace
 
 template <class T>
-std::vector<Pass<T>> step_passes(bool fused) {
-  if (fused) return {{&reduce_stage<T>, &apply_stage<T>, &publish_stage<T>}};
+std::vector<Pass<T>> step_passes(bool streaming) {
+  return {{&reduce_stage<T>, &apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>}};
+}
+
+template <class T>
+std::vector<Pass<T>> unfused_passes() {
   return {{&reduce_stage<T>}, {&apply_stage<T>}, {&publish_stage<T>}, {&displace_stage<T>}};
 }
 
 template <class T>
-Pass<T> sum_pass() {
-  return {&reduce_stage<T>, &publish_stage<T>};
+Pass<T> load_pass() {
+  return {&reduce_stage<T>};
+}
+
+template <class T>
+Pass<T> sum_pass(bool streaming) {
+  return {&reduce_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
 }
 
 template <class T>
@@ -76,11 +119,13 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
   }
 }
 
-#define XC_INSTANTIATE(T)                                                                                 \
-  template std::vector<Pass<T>> step_passes<T>(bool);                                                     \
-  template Pass<T> sum_pass<T>();                                                                         \
-  template Pass<T> publish_pass<T>();                                                                     \
-  template void walk<T>(const Pass<T>&, const Workers&, std::span<const Run<T>>, const Shard<T>&,         \
+#define XC_INSTANTIATE(T)                                                                         \
+  template std::vector<Pass<T>> step_passes<T>(bool);                                             \
+  template std::vector<Pass<T>> unfused_passes<T>();                                              \
+  template Pass<T> load_pass<T>();                                                                \
+  template Pass<T> sum_pass<T>(bool);                                                             \
+  template Pass<T> publish_pass<T>();                                                             \
+  template void walk<T>(const Pass<T>&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
                         TileBuffers<T>&, T*);
 XC_INSTANTIATE(float)
 XC_INSTANTIATE(double)

@@ -2,9 +2,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <span>
 #include <vector>
 
+#include "comm/control.hpp"
 #include "engine/plan.hpp"
 #include "stages/tables.hpp"
 
@@ -34,6 +37,7 @@ struct Run {
   ReduceFn<T> reduce;
   ApplyFn<T> apply;
   PublishFn<T> publish;
+  StreamFn<T> stream;
   DisplaceFn<T> displace;
   alignas(kMaxScalarBytes) std::byte scalars[kMaxScalarBytes];
 };
@@ -63,12 +67,16 @@ using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
 template <class T>
 using Pass = std::vector<Stage<T>>;
 
-// The passes of a step. `fused` is the engine's own way; otherwise each stage takes a pass of its own, which is what
-// a program without the engine does and what benchmarks compare with.
+// The passes of a step. With `streaming` the weights are published past the cache.
 template <class T>
-std::vector<Pass<T>> step_passes(bool fused);
+std::vector<Pass<T>> step_passes(bool streaming);
+// Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
-Pass<T> sum_pass();      // reduce, publish: collectives without a rule; w is the sum itself
+std::vector<Pass<T>> unfused_passes();
+template <class T>
+Pass<T> load_pass();  // reduce into the waiting array
+template <class T>
+Pass<T> sum_pass(bool streaming);  // reduce, publish: collectives without a rule; w is the sum itself
 template <class T>
 Pass<T> publish_pass();  // publish what w holds
 
@@ -77,14 +85,20 @@ template <class T>
 class TileBuffers {
  public:
   TileBuffers(std::int64_t tile, int source_count)
-      : tile_(tile), memory_(static_cast<std::size_t>(tile * (1 + reduce_scratch_tiles(source_count)))) {}
+      : tile_(tile), memory_(allocate(tile * (1 + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
-  T* mean() { return memory_.data(); }
-  T* scratch() { return memory_.data() + tile_; }
+  T* mean() { return memory_.get(); }
+  T* scratch() { return memory_.get() + tile_; }
 
  private:
+  struct Free {
+    void operator()(T* at) const { ::operator delete[](at, std::align_val_t(kLine)); }
+  };
+  static T* allocate(std::int64_t count) {
+    return new (std::align_val_t(kLine)) T[static_cast<std::size_t>(count)]();
+  }
   std::int64_t tile_;
-  std::vector<T> memory_;
+  std::unique_ptr<T[], Free> memory_;
 };
 
 // Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w; `waiting`, if not

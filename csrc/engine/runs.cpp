@@ -55,6 +55,7 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const d
   run.inner = T(own.back());
   const int extrapolation = run.inner != T(0) ? extrapolation_ : 0;
   run.publish = publish_kernel<T>(spec.dtype, fused ? extrapolation : 0);
+  run.stream = stream_kernel<T>(spec.dtype, extrapolation);
   run.displace = displace_kernel<T>(spec.dtype, extrapolation);
 }
 

@@ -1,13 +1,13 @@
 #include "engine/shared_array.hpp"
 
 #include "core/error.hpp"
-#include "core/hash.hpp"
+#include "core/streaming.hpp"
 #include "engine/passes.hpp"
 
 namespace xc {
 namespace {
 
-constexpr std::int64_t kTile = 4096;
+constexpr std::int64_t kTile = 512;
 constexpr std::size_t kPage = 4096;
 
 std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid - 1) / grid * grid; }
@@ -33,6 +33,7 @@ Run<T> whole(DType dtype, std::int64_t count, double scale) {
   run.scale = T(scale);
   run.reduce = reduce_kernel<T>(dtype);
   run.publish = publish_kernel<T>(dtype, 0);
+  run.stream = stream_kernel<T>(dtype, 0);
   return run;
 }
 
@@ -62,6 +63,7 @@ template <class T>
 void SharedArray::walk_blocks(double scale, int root) {
   TileBuffers<T> buffers(kTile, team().worker_count());
   const Run<T> run = whole<T>(dtype_, count_, scale);
+  const bool streaming = exceeds_cache(count_ * size_of(dtype_) * team().worker_count());
   const int first = team().first_worker();
   for (int k = first; k < first + team().workers_per_rank(); ++k) {
     std::byte* const own = arrays_[static_cast<std::size_t>(k)];
@@ -71,7 +73,7 @@ void SharedArray::walk_blocks(double scale, int root) {
     if (operation_ == Operation::reduce_scatter) workers.targets = {own};
     workers.own = {workers.targets.begin(), workers.targets.end()};
     const Shard<T> shard{block(k).begin, block(k).end, nullptr, {}};
-    walk<T>(sum_pass<T>(), workers, std::span(&run, 1), shard, buffers);
+    walk<T>(sum_pass<T>(streaming), workers, std::span(&run, 1), shard, buffers);
   }
 }
 

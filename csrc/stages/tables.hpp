@@ -27,6 +27,19 @@ using ApplyFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slo
 template <class T>
 using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
 
+// Two arrays that the next tile will read, and how many bytes each has for a block of kStreamBlock elements.
+inline constexpr std::int64_t kStreamBlock = 64;
+struct Ahead {
+  const std::byte* at[2] = {};
+  std::int64_t block_bytes[2] = {};
+};
+
+// The same past the cache: x is written by non-temporal stores, so its lines are not read first, and meanwhile what
+// lies ahead is fetched.
+template <class T>
+using StreamFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count,
+                          const Ahead& ahead);
+
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
 using DisplaceFn = void (*)(T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
@@ -64,6 +77,8 @@ template <class T>
 const RuleKernel<T>& rule_kernel(int family, unsigned member);
 template <class T>
 PublishFn<T> publish_kernel(DType element, int extrapolation);
+template <class T>
+StreamFn<T> stream_kernel(DType element, int extrapolation);
 template <class T>
 DisplaceFn<T> displace_kernel(DType element, int extrapolation);
 
