@@ -61,6 +61,9 @@ test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone
 	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF
 	$(BIN)/cmake --build $(CPP)
 	$(BIN)/ctest --test-dir $(CPP) --output-on-failure --no-tests=error --timeout 300
+	$(BIN)/cmake -S . -B $(CPP)-baseline -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON
+	$(BIN)/cmake --build $(CPP)-baseline --target test_golden
+	$(BIN)/ctest --test-dir $(CPP)-baseline --output-on-failure --no-tests=error -R golden
 
 lint: $(BUILT) $(VENV)/.linters ## check format, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

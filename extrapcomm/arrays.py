@@ -42,7 +42,9 @@ def form_of(array: Any, name: str = "the array") -> Form:
             f"{name} must be a NumPy array, a torch tensor or a DLPack producer, not {type(array).__name__}"
         )
     if form.dtype not in _core.dtypes():
-        raise UsageError(f"{name} has elements of type {form.dtype}; possible are {', '.join(_core.dtypes())}")
+        raise UsageError(
+            f"{name} has elements of type {form.dtype}; possible are {', '.join(_core.dtypes())}"
+        )
     return form._replace(strides=dense_strides(form.shape, form.strides))
 
 
@@ -94,9 +96,9 @@ def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ..
 def look_at(view: "_core.View", library: str) -> Any:
     """Shared memory as an array of the given library; NumPy sees bfloat16 through ml_dtypes, or else as uint16."""
     if library == "torch":
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
-        return torch.from_dlpack(view)
+        return from_dlpack(view)
     if view.dtype != "bfloat16":
         return np.asarray(view)
     ml_dtypes = sys.modules.get("ml_dtypes")
@@ -117,8 +119,8 @@ def _bits_of(array: Any) -> Any:
     """The 16-bit elements of an array whose type NumPy may not know, as uint16."""
     if isinstance(array, np.ndarray):
         return array.view(np.uint16)
-    address, _, shape, strides, _ = _core.describe_dlpack(array.__dlpack__())
-    strides = strides or _contiguous(shape)
+    address, _, shape, given, _ = _core.describe_dlpack(array.__dlpack__())
+    strides = given or _contiguous(shape)
     if 0 in shape:
         return np.empty(shape, np.uint16)
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

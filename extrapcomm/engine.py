@@ -147,7 +147,7 @@ class Engine:
             raise UsageError("this engine is closed")
         try:
             if hyper:
-                self._set_hyper(self._group | hyper)
+                self._set_hyper({**self._group, **hyper})
                 self._rule.check_fixed(self._group, self._flags, self._has_momentum)
             if self._showing:
                 raise UsageError("step() inside master_weights(): leave the context first")

@@ -27,7 +27,9 @@ class Rule:
                 f"there is no extrapolation {extrapolation!r}; there are {', '.join(_core.extrapolations())}"
             )
         if extrapolation != "none" and not rules[name]["extrapolates"]:
-            raise UsageError(f"rule {name!r} cannot be extrapolated; use extrapolation='none' or another rule")
+            raise UsageError(
+                f"rule {name!r} cannot be extrapolated; use extrapolation='none' or another rule"
+            )
         self.name = name
         self.extrapolation = extrapolation
         self.parameters: dict[str, float] = rules[name]["parameters"]
@@ -76,7 +78,9 @@ class Rule:
         if self.flag_bits(group) != flags:
             raise UsageError(f"{' and '.join(self.flags)} cannot change once the engine is built")
         if not slots and group.get("momentum"):
-            raise UsageError("the engine was built without momentum and has no buffer for it; build a new one")
+            raise UsageError(
+                "the engine was built without momentum and has no buffer for it; build a new one"
+            )
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:

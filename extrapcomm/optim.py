@@ -52,7 +52,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         except Exception as caught:
             error = caught
         self.world.agree(error)
-        self._core = _core.Engine(self.world.team, layers, groups, self.RULE, extrapolation, tile, __version__)
+        self._core = _core.Engine(
+            self.world.team, layers, groups, self.RULE, extrapolation, tile, __version__
+        )
         self._built = True
         self._settled = [(flags, bool(group.get("momentum"))) for (flags, _), group in self._by_group(groups)]
         self._params: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]

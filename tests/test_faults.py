@@ -17,7 +17,9 @@ OPEN_MPI = "Open MPI" in MPI.Get_library_version()
 SURVIVORS = ["--with-ft", "ulfm"] if OPEN_MPI else ["-disable-auto-cleanup"]
 LIMIT = 60
 
-own_mpirun = pytest.mark.skipif(MPI.COMM_WORLD.size > 1, reason="starts its own mpirun; runs in the plain suite")
+own_mpirun = pytest.mark.skipif(
+    MPI.COMM_WORLD.size > 1, reason="starts its own mpirun; runs in the plain suite"
+)
 
 PRELUDE = """
 import os, signal, sys, time
@@ -178,7 +180,9 @@ def test_waiting_is_announced():
         engine.step()
         """,
     )
-    assert code == 0 and "rank 0 has waited" in output and "at meeting A of step 1 for rank 1" in output, output
+    assert code == 0 and "rank 0 has waited" in output and "at meeting A of step 1 for rank 1" in output, (
+        output
+    )
 
 
 @own_mpirun
@@ -252,7 +256,11 @@ def test_mismatches_are_the_same_error_on_every_rank(world):
     cases = [
         (np.ones(5 + odd), {}, r"\(5\).*\(6\)"),
         (np.ones(5, "f" if odd else "d"), {}, "float64.*float32"),
-        (np.ones(5), {"extrapolation": "local" if odd else "none"}, "extrapolation none.*extrapolation local"),
+        (
+            np.ones(5),
+            {"extrapolation": "local" if odd else "none"},
+            "extrapolation none.*extrapolation local",
+        ),
         (np.ones(5), {"rule": "adam" if odd else "sgd"}, "rule sgd.*rule adam"),
     ]
     for weights, options, text in cases:

@@ -47,6 +47,14 @@ def test_tile_size_does_not_change_the_bits(team, options):
     assert len({run(team, tile=tile, **options) for tile in (1, 7, 64, 1000, 4096, 100_000)}) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("extrapolation", xc._core.extrapolations())
+def test_streaming_past_the_cache_does_not_change_the_bits(team, dtype, extrapolation):
+    options = {**NESTEROV, "extrapolation": extrapolation, "dtype": dtype}
+    cached = run(team, streaming=False, **options)
+    assert {run(team, streaming=True, tile=tile, **options) for tile in (7, 512, 1000)} == {cached}
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_two_runs_give_the_same_bits(team, rule):
     assert run(team, rule=rule) == run(team, rule=rule)

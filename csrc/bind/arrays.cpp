@@ -33,8 +33,12 @@ dlpack::DataType type_of(DType t) {
 
 py::capsule to_dlpack(const View& view) {
   auto* out = new Export{{}, view};
-  out->managed.tensor = {out->view.data.get(),        {dlpack::kCpu, 0},         static_cast<int>(view.shape.size()),
-                         type_of(view.dtype),         out->view.shape.data(),    out->view.strides.data(),
+  out->managed.tensor = {out->view.data.get(),
+                         {dlpack::kCpu, 0},
+                         static_cast<int>(view.shape.size()),
+                         type_of(view.dtype),
+                         out->view.shape.data(),
+                         out->view.strides.data(),
                          0};
   out->managed.context = out;
   out->managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Export*>(self->context); };
@@ -48,17 +52,18 @@ std::string type_name(dlpack::DataType type) {
   return "code " + std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits";
 }
 
-// (address, dtype name, shape, strides in elements or None, on the CPU?) of a capsule that stays unconsumed; valid
-// while its producer lives.
+// (address, dtype name, shape, strides in elements or None, on the CPU?) of a capsule that stays unconsumed;
+// valid while its producer lives.
 py::tuple describe_dlpack(const py::capsule& capsule) {
-  const auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kName));
+  const auto* managed =
+      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kName));
   if (!managed) throw py::error_already_set();
   const dlpack::Tensor& t = managed->tensor;
   const std::vector<std::int64_t> shape(t.shape, t.shape + t.ndim);
   py::object strides = py::none();
   if (t.strides) strides = py::cast(std::vector<std::int64_t>(t.strides, t.strides + t.ndim));
-  return py::make_tuple(reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset, type_name(t.dtype), shape, strides,
-                        t.device.type == dlpack::kCpu);
+  return py::make_tuple(reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset, type_name(t.dtype), shape,
+                        strides, t.device.type == dlpack::kCpu);
 }
 
 py::buffer_info buffer_of(View& view) {
@@ -74,7 +79,8 @@ py::buffer_info buffer_of(View& view) {
 }  // namespace
 
 void register_arrays(py::module_& module) {
-  py::class_<View>(module, "View", py::buffer_protocol(), "A look at shared memory; a buffer and a DLPack producer.")
+  py::class_<View>(module, "View", py::buffer_protocol(),
+                   "A look at shared memory; a buffer and a DLPack producer.")
       .def_buffer(&buffer_of)
       .def_property_readonly("address",
                              [](const View& v) { return reinterpret_cast<std::uintptr_t>(v.data.get()); })

@@ -1,7 +1,7 @@
 #include "bind/register.hpp"
 
-// extrapcomm._core: the engine and everything it stands on. There is no MPI in it; ranks find each other through a
-// callback that Python gives.
+// extrapcomm._core: the engine and everything it stands on. There is no MPI in it; ranks find each other
+// through a callback that Python gives.
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled part of extrapcomm.";
   xc::bind::register_errors(module);

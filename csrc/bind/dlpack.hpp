@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-// The part of the DLPack interface (https://dmlc.github.io/dlpack) that is exchanged here: version 0, which every
-// consumer understands.
+// The part of the DLPack interface (https://dmlc.github.io/dlpack) that is exchanged here: version 0, which
+// every consumer understands.
 
 namespace xc::dlpack {
 

@@ -1,10 +1,11 @@
+#include "engine/engine.hpp"
+
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include "bind/register.hpp"
 #include "bind/view.hpp"
 #include "core/error.hpp"
-#include "engine/engine.hpp"
 #include "engine/shared_array.hpp"
 
 namespace xc::bind {
@@ -38,8 +39,9 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
-                                    const std::string& rule, const std::string& extrapolation, std::int64_t tile,
-                                    const std::string& version, std::optional<bool> streaming) {
+                                    const std::string& rule, const std::string& extrapolation,
+                                    std::int64_t tile, const std::string& version,
+                                    std::optional<bool> streaming) {
   const auto specs = layers_from(layers);
   const EngineOptions options{rule, extrapolation, groups_from(groups), tile, streaming, version};
   const py::gil_scoped_release nogil;
@@ -54,14 +56,16 @@ View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::
 // A contiguous array of the master type, of the layer's elements in the order of memory.
 py::array read(const Engine& engine, std::size_t layer, int slot) {
   const bool is_double = engine.plan().master == DType::f64;
-  py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(), engine.plan().layers.at(layer).count);
+  py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(),
+                engine.plan().layers.at(layer).count);
   engine.read(layer, slot, out.mutable_data());
   return out;
 }
 
 void step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused) {
   const auto layers = py::ssize_t(engine.plan().layers.size());
-  if (hyper.size() != py::ssize_t(engine.hyper_count()) || present.size() != layers * engine.team().workers_per_rank())
+  if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
+      present.size() != layers * engine.team().workers_per_rank())
     throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
   const Engine::Step arguments{span_of(hyper), span_of(present), fused};
   const py::gil_scoped_release nogil;
@@ -87,8 +91,10 @@ void register_engine_class(py::module_& module) {
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
-      .def("weights", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
-      .def("gradients", [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
+      .def("weights",
+           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
+      .def("gradients",
+           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
@@ -102,7 +108,8 @@ void register_engine_class(py::module_& module) {
       .def_property_readonly("last_step_seconds", &Engine::last_step_seconds);
 }
 
-std::unique_ptr<SharedArray> make_array(std::shared_ptr<Team> team, const std::string& dtype, std::int64_t count) {
+std::unique_ptr<SharedArray> make_array(std::shared_ptr<Team> team, const std::string& dtype,
+                                        std::int64_t count) {
   const DType type = dtype_from(dtype);
   const py::gil_scoped_release nogil;
   return std::make_unique<SharedArray>(std::move(team), type, count);
@@ -118,8 +125,7 @@ void register_shared_array(py::module_& module) {
       .value("broadcast", Operation::broadcast);
   py::class_<SharedArray>(module, "SharedArray", "One array per worker, with collectives on them.")
       .def(py::init(&make_array), py::arg("team"), py::arg("dtype"), py::arg("count"))
-      .def("view",
-           [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}}; })
+      .def("view", [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}}; })
       .def("block", [](const SharedArray& a, int k) { return std::pair(a.block(k).begin, a.block(k).end); })
       .def("all_reduce", &SharedArray::all_reduce, Free())
       .def("reduce_scatter", &SharedArray::reduce_scatter, Free())

@@ -25,14 +25,16 @@ py::dict describe_rules() {
 
 // Conversions of the 16-bit types, as the stages do them.
 template <class E>
-py::array_t<float> widened(const py::array_t<std::uint16_t, py::array::c_style | py::array::forcecast>& bits) {
+py::array_t<float> widened(
+    const py::array_t<std::uint16_t, py::array::c_style | py::array::forcecast>& bits) {
   py::array_t<float> out(bits.size());
   for (py::ssize_t i = 0; i < bits.size(); ++i) out.mutable_data()[i] = widen(E{bits.data()[i]});
   return out;
 }
 
 template <class E>
-py::array_t<std::uint16_t> narrowed(const py::array_t<float, py::array::c_style | py::array::forcecast>& values) {
+py::array_t<std::uint16_t> narrowed(
+    const py::array_t<float, py::array::c_style | py::array::forcecast>& values) {
   py::array_t<std::uint16_t> out(values.size());
   for (py::ssize_t i = 0; i < values.size(); ++i) out.mutable_data()[i] = narrow<E>(values.data()[i]).bits;
   return out;

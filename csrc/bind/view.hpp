@@ -9,7 +9,8 @@
 
 namespace xc::bind {
 
-// A strided look at shared memory that keeps it mapped. Python sees it through the buffer protocol and DLPack.
+// A strided look at shared memory that keeps it mapped. Python sees it through the buffer protocol and
+// DLPack.
 struct View {
   std::shared_ptr<std::byte> data;
   DType dtype;

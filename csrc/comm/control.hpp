@@ -6,8 +6,8 @@
 
 namespace xc {
 
-// What lies in shared memory to let ranks meet. Words are accessed by several processes, so they must be lock-free,
-// and each kind has its own cache line.
+// What lies in shared memory to let ranks meet. Words are accessed by several processes, so they must be
+// lock-free, and each kind has its own cache line.
 
 inline constexpr std::size_t kLine = 64;
 
@@ -17,9 +17,9 @@ static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 // Why a meeting failed. The rank that is named is the one that did not come, or the one that gave up.
 enum class Failure : std::uint8_t { none, died, departed, silent, interrupted, abandoned };
 
-// The outcome of the meetings so far, in one word: 40 bits count the meetings decided, then 15 bits of rank, 8 of
-// Failure, and the sign bit says that the last one failed. It changes by compare-and-swap only, a failure is never
-// overwritten, and every rank acts on this word alone. Waiters sleep on its lower half.
+// The outcome of the meetings so far, in one word: 40 bits count the meetings decided, then 15 bits of rank,
+// 8 of Failure, and the sign bit says that the last one failed. It changes by compare-and-swap only, a
+// failure is never overwritten, and every rank acts on this word alone. Waiters sleep on its lower half.
 struct alignas(kLine) OutcomeWord {
   std::atomic<std::uint64_t> word;
   std::atomic<std::uint32_t> sleepers;
@@ -37,8 +37,8 @@ struct alignas(kLine) DepartureWord {
   std::atomic<std::uint32_t> left;
 };
 
-// How far a shard's update has come; together with the undo area beside it, what a survivor needs to finish a dead
-// rank's shard. Belongs to the shard, not to the process.
+// How far a shard's update has come; together with the undo area beside it, what a survivor needs to finish a
+// dead rank's shard. Belongs to the shard, not to the process.
 struct alignas(kLine) ProgressWord {
   std::atomic<std::uint64_t> step_pass_tile;
   std::atomic<std::uint64_t> claimed_by;

@@ -6,10 +6,10 @@
 
 namespace xc {
 
-// A rank is alive while it holds a POSIX record lock on its own liveness file. The kernel drops the lock when the
-// process ends, however it ends, and only after its threads have left user mode, so no store of a dead rank can
-// follow. Forked children do not inherit the lock. Closing ANY descriptor of the file in its owner would drop it: the
-// owner keeps the one it made and never opens another.
+// A rank is alive while it holds a POSIX record lock on its own liveness file. The kernel drops the lock when
+// the process ends, however it ends, and only after its threads have left user mode, so no store of a dead
+// rank can follow. Forked children do not inherit the lock. Closing ANY descriptor of the file in its owner
+// would drop it: the owner keeps the one it made and never opens another.
 
 class Beacon {
  public:

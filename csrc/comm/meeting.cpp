@@ -23,7 +23,8 @@ int rank_of(std::uint64_t word) { return static_cast<int>((word >> 40) & 0x7fff)
 Failure failure_of(std::uint64_t word) { return static_cast<Failure>((word >> 55) & 0xff); }
 
 std::uint64_t failure_word(std::uint64_t number, Failure why, int rank) {
-  return kFailed | (static_cast<std::uint64_t>(why) << 55) | (static_cast<std::uint64_t>(rank) << 40) | number;
+  return kFailed | (static_cast<std::uint64_t>(why) << 55) | (static_cast<std::uint64_t>(rank) << 40) |
+         number;
 }
 
 // The futex of the outcome: the lower half of its word, shared between processes.
@@ -84,7 +85,8 @@ bool Meeting::complete() const {
   return true;
 }
 
-// Moves the outcome from "the last meeting is decided" to `next`, if nobody else has, and wakes those who sleep.
+// Moves the outcome from "the last meeting is decided" to `next`, if nobody else has, and wakes those who
+// sleep.
 void Meeting::decide(std::uint64_t next) {
   std::uint64_t expected = number_of(next) - 1;
   if (!outcome_.word.compare_exchange_strong(expected, next)) return;
@@ -101,7 +103,8 @@ void Meeting::sleep(std::uint64_t seen) {
   const timespec slice = {0, kSliceNanoseconds};
   outcome_.sleepers.fetch_add(1);
   if (outcome_.word.load() == seen)
-    syscall(SYS_futex, lower_half(outcome_.word), FUTEX_WAIT, static_cast<std::uint32_t>(seen), &slice, nullptr, 0);
+    syscall(SYS_futex, lower_half(outcome_.word), FUTEX_WAIT, static_cast<std::uint32_t>(seen), &slice,
+            nullptr, 0);
   outcome_.sleepers.fetch_sub(1);
 }
 
@@ -112,7 +115,8 @@ std::string Meeting::awaited() const {
   return ranks;
 }
 
-// Once per slice: is an absent rank dead or gone, is it time to warn or to give up, does the user want to stop?
+// Once per slice: is an absent rank dead or gone, is it time to warn or to give up, does the user want to
+// stop?
 void Meeting::look_around(Wait& wait) {
   for (int r = 0; r < static_cast<int>(arrivals_.size()); ++r) {
     const ArrivalWord& arrival = *arrivals_[static_cast<std::size_t>(r)];
@@ -126,8 +130,8 @@ void Meeting::look_around(Wait& wait) {
   }
   if (!wait.warned && wait.waited() > company_.limits.warn_after) {
     wait.warned = true;
-    company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " + wait.where +
-                  " of step " + std::to_string(wait.step) + " for rank " + awaited());
+    company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " +
+                  wait.where + " of step " + std::to_string(wait.step) + " for rank " + awaited());
   }
   try {
     company_.interrupted();
@@ -139,10 +143,11 @@ void Meeting::look_around(Wait& wait) {
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
   const int rank = rank_of(word);
-  std::string text = "rank " + std::to_string(rank) + words_for(failure_of(word)) + "; noticed at " + wait.where +
-                     " of step " + std::to_string(wait.step);
+  std::string text = "rank " + std::to_string(rank) + words_for(failure_of(word)) + "; noticed at " +
+                     wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
-  throw PeerError(text + ". This engine is closed to further steps; its weights can still be read.", rank, wait.step);
+  throw PeerError(text + ". This engine is closed to further steps; its weights can still be read.", rank,
+                  wait.step);
 }
 
 void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {

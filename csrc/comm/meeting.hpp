@@ -9,10 +9,11 @@
 
 namespace xc {
 
-// MEETINGS. The ranks of a team come together at numbered meetings. A rank ARRIVES by storing the number in its own
-// word. The meeting is COMPLETE when every word has reached it; anybody may find that out, and the first who does
-// sets the one outcome word. Or somebody who waits finds an absent rank dead, gone or late and sets the word to a
-// FAILURE. Compare-and-swap decides between the two, so all ranks see the same end. A failure is final.
+// MEETINGS. The ranks of a team come together at numbered meetings. A rank ARRIVES by storing the number in
+// its own word. The meeting is COMPLETE when every word has reached it; anybody may find that out, and the
+// first who does sets the one outcome word. Or somebody who waits finds an absent rank dead, gone or late and
+// sets the word to a FAILURE. Compare-and-swap decides between the two, so all ranks see the same end. A
+// failure is final.
 
 using Seconds = std::chrono::duration<double>;
 
@@ -26,7 +27,7 @@ struct Limits {
 struct Company {
   std::function<bool(int rank)> alive;
   std::function<bool(int rank)> departed;
-  std::function<void()> interrupted;                // throws when the user wants to stop
+  std::function<void()> interrupted;  // throws when the user wants to stop
   std::function<void(const std::string&)> warn;
   Limits limits;
   Seconds spin{20e-6};
@@ -36,8 +37,8 @@ class Meeting {
  public:
   Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, int rank, Company company);
 
-  // Comes to the next meeting and returns when it is complete; throws PeerError when it failed. `where` names it in
-  // messages, `step` goes into the error.
+  // Comes to the next meeting and returns when it is complete; throws PeerError when it failed. `where` names
+  // it in messages, `step` goes into the error.
   void meet(const char* where, std::int64_t step, Seconds deadline);
 
   // Makes this and every later meeting fail for all.

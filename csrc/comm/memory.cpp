@@ -31,7 +31,8 @@ std::string megabytes(std::size_t bytes) { return std::to_string((bytes + 999'99
 
 std::string unique_name() {
   std::random_device random;
-  return "/extrapcomm-" + std::to_string(getpid()) + "-" + std::to_string(random()) + std::to_string(random());
+  return "/extrapcomm-" + std::to_string(getpid()) + "-" + std::to_string(random()) +
+         std::to_string(random());
 }
 
 FileDescriptor create(Provider provider, const std::string& name) {
@@ -66,14 +67,16 @@ Mapping::~Mapping() { munmap(data_, bytes_); }
 void allocate(const FileDescriptor& fd, std::size_t bytes) {
   const std::string need = "this rank needs " + megabytes(bytes) + " of shared memory";
   if (const std::size_t free = available_memory(); bytes > free)
-    throw CommError(need + ", but the machine has " + megabytes(free) + " available; use a smaller model, fewer "
+    throw CommError(need + ", but the machine has " + megabytes(free) +
+                    " available; use a smaller model, fewer "
                     "workers or more nodes");
   int code;
   do code = posix_fallocate(fd.get(), 0, static_cast<off_t>(bytes));
   while (code == EINTR);
   if (code == 0) return;
   errno = code;
-  throw_errno(need + ", of " + megabytes(available_memory()) + " available (a container may allow less: see its "
+  throw_errno(need + ", of " + megabytes(available_memory()) +
+              " available (a container may allow less: see its "
               "memory limit and the size of /dev/shm)");
 }
 

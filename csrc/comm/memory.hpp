@@ -7,9 +7,9 @@
 
 namespace xc {
 
-// How peers reach each other's memory. A memfd is opened through /proc/<pid>/fd: it is never visible in a file
-// system and not limited by the size of /dev/shm. Where that is refused (another PID namespace, a hardened kernel)
-// POSIX shared memory stands in; its name is removed as soon as every peer has mapped it.
+// How peers reach each other's memory. A memfd is opened through /proc/<pid>/fd: it is never visible in a
+// file system and not limited by the size of /dev/shm. Where that is refused (another PID namespace, a
+// hardened kernel) POSIX shared memory stands in; its name is removed as soon as every peer has mapped it.
 enum class Provider : std::uint8_t { memfd, posix };
 
 class FileDescriptor {

@@ -35,8 +35,7 @@ int available_processors() {
 
 }  // namespace
 
-Team::Team(TeamOptions options)
-    : options_(std::move(options)), beacon_(options_.provider) {
+Team::Team(TeamOptions options) : options_(std::move(options)), beacon_(options_.provider) {
   greet();
   departures_ = share(sizeof(DepartureWord));
   const std::uint64_t nonce = random_nonce();
@@ -62,8 +61,8 @@ void Team::greet() {
   beacon_.forget_name();
 }
 
-// Two exchanges: where the memory is, and whether everybody could allocate and open it. Names and descriptors can go
-// after the second; the mappings stay.
+// Two exchanges: where the memory is, and whether everybody could allocate and open it. Names and descriptors
+// can go after the second; the mappings stay.
 Shared Team::share(std::size_t bytes) {
   std::optional<SharedFile> mine;
   std::string complaint = complaint_of([&] { mine.emplace(options_.provider, bytes); });

@@ -12,8 +12,9 @@
 
 namespace xc {
 
-// A TEAM is the set of ranks that really opened each other's memory: each opens every peer's file and reads back the
-// number that the peer wrote there. It hands out shared memory, knows who is alive, and starts meetings.
+// A TEAM is the set of ranks that really opened each other's memory: each opens every peer's file and reads
+// back the number that the peer wrote there. It hands out shared memory, knows who is alive, and starts
+// meetings.
 
 struct TeamOptions {
   int rank = 0;

@@ -1,8 +1,9 @@
 #pragma once
 
-// Tile loops are compiled once per instruction set; the loader picks at start-up. CMake probes whether the compiler
-// and the sanitizer in use can do this and defines XC_HAVE_CLONES. No clone may use another rounding than the
-// baseline: contraction into fused multiply-add is off for the whole library, so every clone gives the same bits.
+// Tile loops are compiled once per instruction set; the loader picks at start-up. CMake probes whether the
+// compiler and the sanitizer in use can do this and defines XC_HAVE_CLONES. No clone may use another rounding
+// than the baseline: contraction into fused multiply-add is off for the whole library, so every clone gives
+// the same bits.
 
 #ifdef XC_HAVE_CLONES
 #define XC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

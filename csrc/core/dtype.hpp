@@ -8,9 +8,10 @@
 
 namespace xc {
 
-// Element types of parameters. Sums, master weights and rule state are kept in the master type: float for the three
-// shorter ones, double for f64. The 16-bit types are plain bits, converted by integer arithmetic: the loops vectorise
-// and every value rounds to nearest even, whatever the compiler thinks of native half precision.
+// Element types of parameters. Sums, master weights and rule state are kept in the master type: float for the
+// three shorter ones, double for f64. The 16-bit types are plain bits, converted by integer arithmetic: the
+// loops vectorise and every value rounds to nearest even, whatever the compiler thinks of native half
+// precision.
 
 enum class DType : std::uint8_t { f32, f64, bf16, f16 };
 
@@ -45,7 +46,9 @@ using Master = typename MasterOf<E>::type;
 XC_HOST_DEVICE inline float widen(float value) { return value; }
 XC_HOST_DEVICE inline double widen(double value) { return value; }
 
-XC_HOST_DEVICE inline float widen(Bf16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
+XC_HOST_DEVICE inline float widen(Bf16 value) {
+  return std::bit_cast<float>(std::uint32_t{value.bits} << 16);
+}
 
 // The exponent is rebased by a multiplication, which is exact and also normalises subnormals.
 XC_HOST_DEVICE inline float widen(F16 value) {
@@ -65,18 +68,18 @@ template <>
 XC_HOST_DEVICE inline Bf16 narrow<Bf16>(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<std::uint16_t>(nan ? (bits >> 16) | 0x40u : rounded)};
+  return {static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded)};
 }
 
-// Three ranges: results that are subnormal in f16 are rounded by adding 0.5, whose last mantissa bit is the f16 unit;
-// normal ones by the usual carry into the kept bits; above them come infinity and NaN.
+// Three ranges: results that are subnormal in f16 are rounded by adding 0.5, whose last mantissa bit is the
+// f16 unit; normal ones by the usual carry into the kept bits; above them come infinity and NaN.
 template <>
 XC_HOST_DEVICE inline F16 narrow<F16>(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const std::uint32_t subnormal =
+      std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const std::uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;

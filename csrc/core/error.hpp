@@ -6,7 +6,8 @@
 
 namespace xc {
 
-// Every failure that reaches a user is one of these. A text says what was being done, which rank, and what to do.
+// Every failure that reaches a user is one of these. A text says what was being done, which rank, and what to
+// do.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -5,7 +5,8 @@
 namespace xc {
 namespace {
 
-// As the kernel reports it; sysconf asks the processor itself and in virtual machines gets the whole socket's.
+// As the kernel reports it; sysconf asks the processor itself and in virtual machines gets the whole
+// socket's.
 std::int64_t last_level_cache_bytes() {
   std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
   std::int64_t kilobytes = 0;

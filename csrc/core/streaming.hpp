@@ -24,7 +24,9 @@ bool exceeds_cache(std::int64_t bytes);
 
 #if defined(__SSE2__)
 
-inline bool is_streamable(const void* to) { return reinterpret_cast<std::uintptr_t>(to) % sizeof(__m128i) == 0; }
+inline bool is_streamable(const void* to) {
+  return reinterpret_cast<std::uintptr_t>(to) % sizeof(__m128i) == 0;
+}
 
 template <std::size_t kBytes>
 [[gnu::always_inline]] inline void store_past_cache(const void* from, void* to) {

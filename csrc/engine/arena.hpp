@@ -9,12 +9,13 @@
 
 namespace xc {
 
-// Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank drives:
-// the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them) and the STATE
-// mapping (control words and posts, master weights W, rule slots S, the undo area with its progress words).
+// Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank
+// drives: the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them)
+// and the STATE mapping (control words and posts, master weights W, rule slots S, the undo area with its
+// progress words).
 //
-// Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile do not
-// all fall into the same sets of the cache.
+// Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
+// do not all fall into the same sets of the cache.
 
 class ArenaLayout {
  public:

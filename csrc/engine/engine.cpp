@@ -20,7 +20,8 @@ std::vector<std::string> hyper_names(const FamilyInfo& family, std::size_t group
   std::vector<std::string> names;
   for (std::size_t g = 0; g < groups; ++g) {
     const std::string of_group = " of parameter group " + std::to_string(g);
-    for (const Parameter& parameter : family.parameters) names.push_back(std::string(parameter.name) + of_group);
+    for (const Parameter& parameter : family.parameters)
+      names.push_back(std::string(parameter.name) + of_group);
     names.push_back("inner_lr" + of_group);
   }
   return names;
@@ -38,7 +39,8 @@ class EngineOf final : public Engine {
   EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options)
       : plan_(std::move(plan)),
         runs_(plan_, options, team->worker_count()),
-        names_(hyper_names(families()[static_cast<std::size_t>(family_index(options.rule))], options.groups.size())),
+        names_(hyper_names(families()[static_cast<std::size_t>(family_index(options.rule))],
+                           options.groups.size())),
         control_bytes_(Exchange::control_bytes(names_.size(), plan_.layers.size())),
         layout_(layout_of(*team, team->rank(), options.tile)),
         views_(team->share(layout_.views_bytes())),
@@ -55,7 +57,9 @@ class EngineOf final : public Engine {
   const Plan& plan() const override { return plan_; }
   Team& team() const override { return exchange_.team(); }
   std::shared_ptr<std::byte> weights(int v) const override { return view(layout_.weights(std::size_t(v))); }
-  std::shared_ptr<std::byte> gradients(int v) const override { return view(layout_.gradients(std::size_t(v))); }
+  std::shared_ptr<std::byte> gradients(int v) const override {
+    return view(layout_.gradients(std::size_t(v)));
+  }
   std::size_t hyper_count() const override { return names_.size(); }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
@@ -99,11 +103,11 @@ class EngineOf final : public Engine {
   Exchange exchange_;
   std::vector<Pass<T>> passes_;
   TileBuffers<T> buffers_;
-  std::vector<std::int64_t> updates_;   // per layer
-  std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
+  std::vector<std::int64_t> updates_;  // per layer
+  std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   Workers workers_;
-  std::vector<Shard<T>> shards_;        // of all workers
-  std::vector<T> waiting_;              // the reduced gradient between unfused passes
+  std::vector<Shard<T>> shards_;                  // of all workers
+  std::vector<T> waiting_;                        // the reduced gradient between unfused passes
   std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
@@ -138,7 +142,8 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
     std::byte* const to = mine + layer.byte_begin;
     present[i] = from != nullptr;
-    if (from && from != to) std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+    if (from && from != to)
+      std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
   }
 }
 
@@ -157,7 +162,8 @@ void EngineOf<T>::adopt(int root_worker) {
   std::fill(updates_.begin(), updates_.end(), 0);
 }
 
-// What a worker has no gradient for counts as zeros if another has one. Zeros stay zeros, so they are written once.
+// What a worker has no gradient for counts as zeros if another has one. Zeros stay zeros, so they are written
+// once.
 template <class T>
 void EngineOf<T>::clear_absent(std::span<const std::uint8_t> present) {
   const std::size_t layers = plan_.layers.size();
@@ -199,12 +205,13 @@ void EngineOf<T>::step(const Step& step) {
   clear_absent(step.present);
   const auto here = present_here(step.present);
   std::vector<std::uint8_t> present(here.size(), 0);
-  exchange_.collective({Operation::step, steps_ + 1, step.fused, step.hyper, here}, [&](std::span<const Post> posts) {
-    for (const Post& post : posts)
-      for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
-    const auto runs = runs_.for_step(posts[0].doubles(), present, updates_, step.fused);
-    step.fused ? run_passes(runs) : run_unfused_passes(runs);
-  });
+  exchange_.collective({Operation::step, steps_ + 1, step.fused, step.hyper, here},
+                       [&](std::span<const Post> posts) {
+                         for (const Post& post : posts)
+                           for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
+                         const auto runs = runs_.for_step(posts[0].doubles(), present, updates_, step.fused);
+                         step.fused ? run_passes(runs) : run_unfused_passes(runs);
+                       });
   for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
@@ -272,10 +279,12 @@ std::string complaint_about(std::span<const LayerSpec> layers, const EngineOptio
 
 std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
                                        const EngineOptions& options) {
-  if (const std::string complaint = complaint_about(layers, options); !complaint.empty()) throw UsageError(complaint);
+  if (const std::string complaint = complaint_about(layers, options); !complaint.empty())
+    throw UsageError(complaint);
   Plan plan = make_plan(layers, team->worker_count());
   require_same_signature(*team, full_signature(plan, options, *team));
-  if (plan.master == DType::f64) return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);
+  if (plan.master == DType::f64)
+    return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);
   return std::make_unique<EngineOf<float>>(std::move(team), std::move(plan), options);
 }
 

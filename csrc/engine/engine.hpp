@@ -23,16 +23,18 @@ struct EngineOptions {
   std::string extrapolation;
   std::vector<GroupSpec> groups;
   std::int64_t tile = 512;
-  std::optional<bool> streaming;  // publish past the cache; by default when a step moves more than the cache holds
+  std::optional<bool>
+      streaming;        // publish past the cache; by default when a step moves more than the cache holds
   std::string version;  // of the library, part of the signature
 };
 
-// Data-parallel training of one set of parameters. Every worker has its own weights X and gradients G; the master
-// weights w and the rule's state exist once, cut into shards. A call of step() takes the mean of all workers'
-// gradients, applies the rule, and stores each worker's next, displaced weights into its X, in one pass over memory.
+// Data-parallel training of one set of parameters. Every worker has its own weights X and gradients G; the
+// master weights w and the rule's state exist once, cut into shards. A call of step() takes the mean of all
+// workers' gradients, applies the rule, and stores each worker's next, displaced weights into its X, in one
+// pass over memory.
 //
-// All members marked collective must be called by every rank of the team in the same order. Reading the master
-// weights is not collective: they are stable while this rank is outside a collective call.
+// All members marked collective must be called by every rank of the team in the same order. Reading the
+// master weights is not collective: they are stable while this rank is outside a collective call.
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -49,11 +51,12 @@ class Engine {
   virtual std::shared_ptr<std::byte> gradients(int v) const = 0;
 
   // Copies gradients from elsewhere into worker v's G: per layer the address of its elements, laid out as the
-  // layer's strides say, or null where there is no gradient. Those that lie in G already stay. Marks in `present`
-  // which layers have one.
+  // layer's strides say, or null where there is no gradient. Those that lie in G already stay. Marks in
+  // `present` which layers have one.
   virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
 
-  // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's state.
+  // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's
+  // state.
   virtual void adopt(int root_worker) = 0;
 
   // How many numbers step() takes.
@@ -62,8 +65,8 @@ class Engine {
   struct Step {
     // Per group, the rule's hyper-parameters and then the inner learning rate.
     std::span<const double> hyper;
-    // Per worker of this rank and layer, whether there is a gradient. A layer without one on all workers is left
-    // alone; without one on some, theirs count as zeros.
+    // Per worker of this rank and layer, whether there is a gradient. A layer without one on all workers is
+    // left alone; without one on some, theirs count as zeros.
     std::span<const std::uint8_t> present;
     bool fused = true;
   };
@@ -75,7 +78,8 @@ class Engine {
   // Between show_master and hide_master worker v's X holds w itself; hide_master restores it bit for bit.
   virtual void show_master(int v) = 0;
   virtual void hide_master(int v) = 0;
-  // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1, 2).
+  // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1,
+  // 2).
   virtual void read(std::size_t layer, int slot, void* out) const = 0;
 
   virtual std::int64_t steps() const = 0;

@@ -11,7 +11,9 @@ namespace {
 constexpr std::size_t kArrivalOffset = sizeof(OutcomeWord);
 constexpr std::size_t kPostsOffset = kArrivalOffset + sizeof(ArrivalWord);
 
-OutcomeWord& outcome(const Shared& control) { return *reinterpret_cast<OutcomeWord*>(control.front()->data()); }
+OutcomeWord& outcome(const Shared& control) {
+  return *reinterpret_cast<OutcomeWord*>(control.front()->data());
+}
 
 std::vector<ArrivalWord*> arrivals(const Shared& control) {
   std::vector<ArrivalWord*> words;

@@ -11,9 +11,10 @@
 
 namespace xc {
 
-// How a collective call goes, whatever it computes. Every rank lays down its post and comes to meeting A; then all
-// posts are compared, and if they differ every rank throws the same error with nothing touched. Otherwise each does
-// its part of the work and comes to meeting B, after which every store of every rank is visible to all.
+// How a collective call goes, whatever it computes. Every rank lays down its post and comes to meeting A;
+// then all posts are compared, and if they differ every rank throws the same error with nothing touched.
+// Otherwise each does its part of the work and comes to meeting B, after which every store of every rank is
+// visible to all.
 class Exchange {
  public:
   struct Call {

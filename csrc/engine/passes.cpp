@@ -9,8 +9,8 @@ namespace {
 
 template <class T>
 void reduce_stage(const Workers& workers, const Tile<T>& tile) {
-  tile.run->reduce(workers.sources.data(), static_cast<int>(workers.sources.size()), tile.first_byte, tile.count,
-                   tile.run->scale, tile.mean, tile.scratch);
+  tile.run->reduce(workers.sources.data(), static_cast<int>(workers.sources.size()), tile.first_byte,
+                   tile.count, tile.run->scale, tile.mean, tile.scratch);
 }
 
 template <class T>
@@ -25,7 +25,8 @@ void publish_stage(const Workers& workers, const Tile<T>& tile) {
                       workers.targets[k] + tile.first_byte, tile.count);
 }
 
-// Of what the next tile reads (every gradient, then the master weights and the slots) number `read`, as `ahead`'s i-th.
+// Of what the next tile reads (every gradient, then the master weights and the slots) number `read`, as
+// `ahead`'s i-th.
 template <class T>
 void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, int i, Ahead& ahead) {
   const auto gradients = static_cast<std::int64_t>(workers.sources.size());
@@ -40,7 +41,8 @@ void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, 
   }
 }
 
-// While one worker's weights are stored, a share of what the next tile reads is fetched, in the order it is needed.
+// While one worker's weights are stored, a share of what the next tile reads is fetched, in the order it is
+// needed.
 template <class T>
 void stream_stage(const Workers& workers, const Tile<T>& tile) {
   const std::int64_t masters = 1 + (tile.slots[0] != nullptr) + (tile.slots[1] != nullptr);
@@ -49,7 +51,8 @@ void stream_stage(const Workers& workers, const Tile<T>& tile) {
   for (std::int64_t k = 0; k < targets; ++k) {
     Ahead ahead;
     std::int64_t read = k * reads / targets;
-    for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read) look_ahead(workers, tile, read, i, ahead);
+    for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
+      look_ahead(workers, tile, read, i, ahead);
     const auto worker = static_cast<std::size_t>(k);
     tile.run->stream(tile.w, tile.run->inner, workers.own[worker] + tile.first_byte, tile.mean,
                      workers.targets[worker] + tile.first_byte, tile.count, ahead);

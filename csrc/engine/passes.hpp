@@ -13,12 +13,12 @@
 
 namespace xc {
 
-// A step is a list of STAGES grouped into PASSES. A pass walks the shard once, tile by tile, and every stage of the
-// pass touches the tile while it is in cache. Only a scalar that must be known between two stages splits a pass; what
-// the later pass needs of the earlier one then waits in a scratch of the shard's size.
+// A step is a list of STAGES grouped into PASSES. A pass walks the shard once, tile by tile, and every stage
+// of the pass touches the tile while it is in cache. Only a scalar that must be known between two stages
+// splits a pass; what the later pass needs of the earlier one then waits in a scratch of the shard's size.
 
-// The workers' memory as a pass sees it: the arrays that are summed, the gradient that displaces each target, and
-// the targets that are published to.
+// The workers' memory as a pass sees it: the arrays that are summed, the gradient that displaces each target,
+// and the targets that are published to.
 struct Workers {
   std::vector<const std::byte*> sources;
   std::vector<const std::byte*> own;
@@ -101,8 +101,8 @@ class TileBuffers {
   std::unique_ptr<T[], Free> memory_;
 };
 
-// Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w; `waiting`, if not
-// null, holds the reduced gradient of the whole shard between passes.
+// Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w; `waiting`, if
+// not null, holds the reduced gradient of the whole shard between passes.
 template <class T>
 void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, T* waiting = nullptr);

@@ -26,8 +26,8 @@ DType master_of(std::span<const LayerSpec> specs) {
   if (std::none_of(specs.begin(), specs.end(), is_double)) return DType::f32;
   if (std::all_of(specs.begin(), specs.end(), is_double)) return DType::f64;
   const auto odd = std::find_if_not(specs.begin(), specs.end(), is_double);
-  throw UsageError("float64 parameters have float64 master weights and cannot share an engine with '" + odd->name +
-                   "' of " + std::string(name_of(odd->dtype)) + "; use one engine for each");
+  throw UsageError("float64 parameters have float64 master weights and cannot share an engine with '" +
+                   odd->name + "' of " + std::string(name_of(odd->dtype)) + "; use one engine for each");
 }
 
 }  // namespace
@@ -59,9 +59,9 @@ std::vector<std::string> signature_of(const Plan& plan) {
   std::vector<std::string> lines = {std::to_string(plan.layers.size()) + " parameters"};
   for (std::size_t i = 0; i < plan.layers.size(); ++i) {
     const LayerSpec& spec = plan.layers[i].spec;
-    lines.push_back("parameter " + std::to_string(i) + " '" + spec.name + "' " + std::string(name_of(spec.dtype)) +
-                    " of shape " + list(spec.shape) + ", strides " + list(spec.strides) + ", group " +
-                    std::to_string(spec.group));
+    lines.push_back("parameter " + std::to_string(i) + " '" + spec.name + "' " +
+                    std::string(name_of(spec.dtype)) + " of shape " + list(spec.shape) + ", strides " +
+                    list(spec.strides) + ", group " + std::to_string(spec.group));
   }
   return lines;
 }

@@ -9,10 +9,10 @@
 
 namespace xc {
 
-// The PLAN says where everything lies and who owns what. All parameters stand one after the other in a flat run of
-// elements; each LAYER (one parameter tensor) starts at a multiple of kLayerGrid elements, so at least 64-byte
-// aligned in every type. In a worker's memory the elements have the parameter's own type, so a layer also has a byte
-// offset; in the master weights and the rule's state every element has the master type.
+// The PLAN says where everything lies and who owns what. All parameters stand one after the other in a flat
+// run of elements; each LAYER (one parameter tensor) starts at a multiple of kLayerGrid elements, so at least
+// 64-byte aligned in every type. In a worker's memory the elements have the parameter's own type, so a layer
+// also has a byte offset; in the master weights and the rule's state every element has the master type.
 
 inline constexpr std::int64_t kLayerGrid = 32;
 inline constexpr std::int64_t kNormGrid = 1024;  // segments start here, so that no norm cell has two owners
@@ -27,9 +27,9 @@ struct LayerSpec {
 
 struct Layer {
   LayerSpec spec;
-  std::int64_t count;   // elements of the tensor, without padding
-  std::int64_t begin;   // flat elements
-  std::int64_t end;     // with padding: the next layer's begin
+  std::int64_t count;  // elements of the tensor, without padding
+  std::int64_t begin;  // flat elements
+  std::int64_t end;    // with padding: the next layer's begin
   std::int64_t byte_begin;
 };
 

@@ -36,20 +36,21 @@ void require_same_call(const Post& first, const Post& other, std::size_t rank) {
     throw MismatchError("rank 0 and " + rank_name(rank) + " call " + call(first) + " with different options");
 }
 
-void require_same_doubles(const Post& first, const Post& other, std::size_t rank, std::span<const std::string> names) {
+void require_same_doubles(const Post& first, const Post& other, std::size_t rank,
+                          std::span<const std::string> names) {
   for (std::size_t i = 0; i < names.size(); ++i) {
     const double a = first.doubles()[i], b = other.doubles()[i];
     if (!alike(a, b))
-      throw MismatchError(names[i] + " is " + number(a) + " on rank 0 but " + number(b) + " on " + rank_name(rank));
+      throw MismatchError(names[i] + " is " + number(a) + " on rank 0 but " + number(b) + " on " +
+                          rank_name(rank));
   }
 }
 
 }  // namespace
 
 const char* name_of(Operation operation) {
-  static constexpr const char* kNames[] = {"?",          "step",           "adopt",
-                                           "all_reduce", "reduce_scatter", "all_gather",
-                                           "broadcast"};
+  static constexpr const char* kNames[] = {"?",          "step",     "adopt", "all_reduce", "reduce_scatter",
+                                           "all_gather", "broadcast"};
   return kNames[static_cast<std::uint32_t>(operation)];
 }
 

@@ -7,10 +7,10 @@
 
 namespace xc {
 
-// A POST is what a rank lays down before meeting A so that all can check that they are about to do the same thing:
-// the operation and its number, a complaint if the rank found one with its own arguments, a hash of what must be
-// equal, hyper-parameters as doubles, and which layers have a gradient. Two posts per rank are kept and used in turn,
-// so a fast rank cannot overwrite what a slow one still reads.
+// A POST is what a rank lays down before meeting A so that all can check that they are about to do the same
+// thing: the operation and its number, a complaint if the rank found one with its own arguments, a hash of
+// what must be equal, hyper-parameters as doubles, and which layers have a gradient. Two posts per rank are
+// kept and used in turn, so a fast rank cannot overwrite what a slow one still reads.
 
 enum class Operation : std::uint32_t { step = 1, adopt, all_reduce, reduce_scatter, all_gather, broadcast };
 
@@ -29,10 +29,13 @@ struct PostHeader {
 // A view of one post in shared memory: the header, then doubles, then one byte per layer.
 class Post {
  public:
-  Post(std::byte* at, std::size_t doubles, std::size_t layers) : at_(at), doubles_(doubles), layers_(layers) {}
+  Post(std::byte* at, std::size_t doubles, std::size_t layers)
+      : at_(at), doubles_(doubles), layers_(layers) {}
   static std::size_t size(std::size_t doubles, std::size_t layers);
   PostHeader& header() const { return *reinterpret_cast<PostHeader*>(at_); }
-  std::span<double> doubles() const { return {reinterpret_cast<double*>(at_ + sizeof(PostHeader)), doubles_}; }
+  std::span<double> doubles() const {
+    return {reinterpret_cast<double*>(at_ + sizeof(PostHeader)), doubles_};
+  }
   std::span<std::uint8_t> present() const {
     return {reinterpret_cast<std::uint8_t*>(at_ + sizeof(PostHeader) + doubles_ * sizeof(double)), layers_};
   }
@@ -45,9 +48,9 @@ class Post {
   std::size_t layers_;
 };
 
-// Throws what the posts of all ranks say is wrong, the same on every rank; returns if they agree. `names` are those
-// of the doubles. Doubles agree when they differ from rank 0's by no more than a relative 1e-12: schedulers may
-// differ in the last bit between types of processor, and rank 0's are the ones used.
+// Throws what the posts of all ranks say is wrong, the same on every rank; returns if they agree. `names` are
+// those of the doubles. Doubles agree when they differ from rank 0's by no more than a relative 1e-12:
+// schedulers may differ in the last bit between types of processor, and rank 0's are the ones used.
 void require_agreement(std::span<const Post> posts, std::span<const std::string> names);
 
 }  // namespace xc

@@ -43,8 +43,8 @@ std::vector<Run<T>> RunMaker<T>::plain() const {
 }
 
 template <class T>
-void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper, std::int64_t updates,
-                           bool fused) const {
+void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper,
+                           std::int64_t updates, bool fused) const {
   const auto group = static_cast<std::size_t>(spec.group);
   const std::size_t width = hyper.size() / members_.size();
   const auto own = hyper.subspan(group * width, width);
@@ -60,7 +60,8 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const d
 }
 
 template <class T>
-std::vector<Run<T>> RunMaker<T>::for_step(std::span<const double> hyper, std::span<const std::uint8_t> present,
+std::vector<Run<T>> RunMaker<T>::for_step(std::span<const double> hyper,
+                                          std::span<const std::uint8_t> present,
                                           std::span<const std::int64_t> updates, bool fused) const {
   std::vector<Run<T>> runs;
   std::size_t last = 0;

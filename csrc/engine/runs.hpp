@@ -10,8 +10,8 @@
 
 namespace xc {
 
-// Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, count of updates) make
-// one run, so most models are one run per group.
+// Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, count of
+// updates) make one run, so most models are one run per group.
 template <class T>
 class RunMaker {
  public:
@@ -23,8 +23,8 @@ class RunMaker {
   // One run for every layer, without a rule: for loading and publishing.
   std::vector<Run<T>> plain() const;
 
-  // `hyper` holds each group's hyper-parameters and then its inner rate; `updates` how often each layer has been
-  // updated. Unfused steps displace in a stage of its own, so their publish does not.
+  // `hyper` holds each group's hyper-parameters and then its inner rate; `updates` how often each layer has
+  // been updated. Unfused steps displace in a stage of its own, so their publish does not.
   std::vector<Run<T>> for_step(std::span<const double> hyper, std::span<const std::uint8_t> present,
                                std::span<const std::int64_t> updates, bool fused) const;
 

@@ -16,8 +16,8 @@ void require_same_shape(const Team& team, DType dtype, std::int64_t count) {
   const auto shapes = team.all_gather(std::string(name_of(dtype)) + " array of " + std::to_string(count));
   for (std::size_t r = 1; r < shapes.size(); ++r)
     if (shapes[r] != shapes[0])
-      throw MismatchError("the ranks make different arrays: rank 0 a " + shapes[0] + ", rank " + std::to_string(r) +
-                          " a " + shapes[r] + " elements");
+      throw MismatchError("the ranks make different arrays: rank 0 a " + shapes[0] + ", rank " +
+                          std::to_string(r) + " a " + shapes[r] + " elements");
 }
 
 Shared checked_memory(Team& team, DType dtype, std::int64_t count, std::size_t bytes) {

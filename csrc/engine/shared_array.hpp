@@ -13,9 +13,9 @@ namespace xc {
 
 enum class Reduction : std::uint8_t { sum, mean };
 
-// One array per worker, all of the same size and type, in shared memory, with the plain collectives on them. They are
-// the engine's stages without a rule: each worker sums, or copies, its own block and publishes it. In place; sums are
-// the same tree over the workers as in a step, in the master type.
+// One array per worker, all of the same size and type, in shared memory, with the plain collectives on them.
+// They are the engine's stages without a rule: each worker sums, or copies, its own block and publishes it.
+// In place; sums are the same tree over the workers as in a step, in the master type.
 class SharedArray {
  public:
   SharedArray(std::shared_ptr<Team> team, DType dtype, std::int64_t count);  // collective

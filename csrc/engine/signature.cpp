@@ -43,8 +43,8 @@ void require_same_signature(const Team& team, const std::vector<std::string>& li
     const auto [a, b] = std::mismatch(texts[0].begin(), texts[0].end(), texts[r].begin(), texts[r].end());
     if (a == texts[0].end() && b == texts[r].end()) continue;
     const auto position = static_cast<std::size_t>(a - texts[0].begin());
-    throw MismatchError("the ranks build different engines: rank 0 has [" + line_at(texts[0], position) + "], rank " +
-                        std::to_string(r) + " has [" + line_at(texts[r], position) + "]");
+    throw MismatchError("the ranks build different engines: rank 0 has [" + line_at(texts[0], position) +
+                        "], rank " + std::to_string(r) + " has [" + line_at(texts[r], position) + "]");
   }
 }
 

@@ -8,7 +8,8 @@
 
 namespace xc {
 
-// Adam (Kingma & Ba 2015) with bias correction and, decoupled, AdamW (Loshchilov & Hutter 2019), as torch.optim.
+// Adam (Kingma & Ba 2015) with bias correction and, decoupled, AdamW (Loshchilov & Hutter 2019), as
+// torch.optim.
 template <class T, bool kDecoupled>
 struct AdamRule {
   static constexpr int kSlots = 2;

@@ -7,9 +7,9 @@
 
 namespace xc {
 
-// How worker k's next weights x_k are displaced from the new master weight w. `own` is worker k's term of the sum
-// (its last gradient, before the division by K), `mean` the reduced gradient, `inner` the inner learning rate.
-// Extrapolation for Large-batch Training in Deep Learning (ICML 2020): the local kind is EXTRAP-SGD.
+// How worker k's next weights x_k are displaced from the new master weight w. `own` is worker k's term of the
+// sum (its last gradient, before the division by K), `mean` the reduced gradient, `inner` the inner learning
+// rate. Extrapolation for Large-batch Training in Deep Learning (ICML 2020): the local kind is EXTRAP-SGD.
 
 struct NoExtrapolation {
   static constexpr std::string_view kName = "none";

@@ -7,12 +7,13 @@
 
 namespace xc {
 
-// A RULE is the arithmetic of one update of one element: a small value type over float or double that knows no
-// element type, no loop and no device. It is constructed once per step from hyper-parameters (in double, so that
-// 1 - beta and the bias corrections are right to the last bit of T) and the number of updates its layer has had.
+// A RULE is the arithmetic of one update of one element: a small value type over float or double that knows
+// no element type, no loop and no device. It is constructed once per step from hyper-parameters (in double,
+// so that 1 - beta and the bias corrections are right to the last bit of T) and the number of updates its
+// layer has had.
 //
-// A FAMILY lists what users may set and enumerates its members: one rule type per combination of flags, so that no
-// flag is asked in the inner loop.
+// A FAMILY lists what users may set and enumerates its members: one rule type per combination of flags, so
+// that no flag is asked in the inner loop.
 
 struct Parameter {
   std::string_view name;

@@ -7,9 +7,9 @@
 
 namespace xc {
 
-// Stochastic gradient descent as torch.optim.SGD: the buffer holds gradients and the rate multiplies at the end; the
-// first update of a layer fills the buffer with the gradient itself, undamped. With Nesterov momentum the stored
-// weight is the look-ahead point (Sutskever et al. 2013 in torch's variables).
+// Stochastic gradient descent as torch.optim.SGD: the buffer holds gradients and the rate multiplies at the
+// end; the first update of a layer fills the buffer with the gradient itself, undamped. With Nesterov
+// momentum the stored weight is the look-ahead point (Sutskever et al. 2013 in torch's variables).
 template <class T, bool kMomentum, bool kNesterov, bool kDecoupled>
 struct SgdRule {
   static constexpr int kSlots = kMomentum ? 1 : 0;

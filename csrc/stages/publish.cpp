@@ -7,9 +7,10 @@
 
 // The publish stage: the new weights, displaced for their worker, go straight into that worker's memory.
 //
-// When a step moves more than the caches hold, the weights are streamed: computed in blocks that fit a few cache
-// lines, then stored past the cache. An ordinary store would first read the line it is about to overwrite, a word per
-// element that the step does not need; and while stores drain, loads of the next tile can run.
+// When a step moves more than the caches hold, the weights are streamed: computed in blocks that fit a few
+// cache lines, then stored past the cache. An ordinary store would first read the line it is about to
+// overwrite, a word per element that the step does not need; and while stores drain, loads of the next tile
+// can run.
 
 namespace xc {
 namespace {
@@ -38,7 +39,8 @@ XC_CLONES void stream(const Master<E>* __restrict w, Master<E> inner, const std:
     store_past_cache<sizeof block>(block, x_bytes + i * static_cast<std::int64_t>(sizeof(E)));
   }
   E* __restrict x = reinterpret_cast<E*>(x_bytes);
-  for (std::int64_t i = blocks * kStreamBlock; i < count; ++i) x[i] = narrow<E>(K::displace(w[i], inner, widen(own[i]), mean[i]));
+  for (std::int64_t i = blocks * kStreamBlock; i < count; ++i)
+    x[i] = narrow<E>(K::displace(w[i], inner, widen(own[i]), mean[i]));
 }
 
 template <class E, class K>

@@ -4,17 +4,19 @@
 #include "core/clones.hpp"
 #include "stages/tables.hpp"
 
-// The tree sum. Up to kFan sources are summed in registers by a leaf that is unrolled for their number; more are
-// summed by splitting at the largest power of two below their number, the right part into scratch, then added. Both
-// are the same tree: neighbours paired bottom-up, the odd one carried. Only the last addition scales; the inner ones
-// multiply by one, which changes no bit.
+// The tree sum. Up to kFan sources are summed in registers by a leaf that is unrolled for their number; more
+// are summed by splitting at the largest power of two below their number, the right part into scratch, then
+// added. Both are the same tree: neighbours paired bottom-up, the odd one carried. Only the last addition
+// scales; the inner ones multiply by one, which changes no bit.
 
 namespace xc {
 namespace {
 
 constexpr int kFan = 8;
 
-constexpr int left_part(int count) { return static_cast<int>(std::bit_floor(static_cast<unsigned>(count - 1))); }
+constexpr int left_part(int count) {
+  return static_cast<int>(std::bit_floor(static_cast<unsigned>(count - 1)));
+}
 
 template <int kFirst, int kCount, class E>
 [[gnu::always_inline]] inline Master<E> tree(const E* const* source, std::int64_t i) {
@@ -27,8 +29,8 @@ template <int kFirst, int kCount, class E>
 }
 
 template <class E, int kCount>
-XC_CLONES void leaf(const std::byte* const* sources, std::int64_t first_byte, std::int64_t count, Master<E> scale,
-                    Master<E>* __restrict sum) {
+XC_CLONES void leaf(const std::byte* const* sources, std::int64_t first_byte, std::int64_t count,
+                    Master<E> scale, Master<E>* __restrict sum) {
   const E* source[kCount];
   for (int k = 0; k < kCount; ++k) source[k] = reinterpret_cast<const E*>(sources[k] + first_byte);
   for (std::int64_t i = 0; i < count; ++i) sum[i] = tree<0, kCount>(source, i) * scale;
@@ -56,7 +58,8 @@ template <class E>
 void reduce(const std::byte* const* sources, int source_count, std::int64_t first_byte, std::int64_t count,
             Master<E> scale, Master<E>* mean, Master<E>* scratch) {
   if (source_count <= kFan) {
-    leaf_for<E>(source_count, std::make_integer_sequence<int, kFan>{})(sources, first_byte, count, scale, mean);
+    leaf_for<E>(source_count, std::make_integer_sequence<int, kFan>{})(sources, first_byte, count, scale,
+                                                                       mean);
     return;
   }
   const int left = left_part(source_count);

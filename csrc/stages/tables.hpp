@@ -10,11 +10,12 @@
 
 namespace xc {
 
-// The CPU kernels, each a small loop over one tile, looked up once when a plan is made. Reduce and publish know the
-// element type, apply knows the rule; so the number of kernels is a sum and not a product. T is the master type.
+// The CPU kernels, each a small loop over one tile, looked up once when a plan is made. Reduce and publish
+// know the element type, apply knows the rule; so the number of kernels is a sum and not a product. T is the
+// master type.
 
-// mean[i] = scale * (tree sum over the sources of their i-th element), i < count. The tree pairs neighbours bottom-up
-// and carries the odd one. `scratch` holds reduce_scratch_tiles(sources) tiles of `count`.
+// mean[i] = scale * (tree sum over the sources of their i-th element), i < count. The tree pairs neighbours
+// bottom-up and carries the odd one. `scratch` holds reduce_scratch_tiles(sources) tiles of `count`.
 template <class T>
 using ReduceFn = void (*)(const std::byte* const* sources, int source_count, std::int64_t first_byte,
                           std::int64_t count, T scale, T* mean, T* scratch);
@@ -25,7 +26,8 @@ using ApplyFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slo
 
 // x = narrow(displaced w) for one worker; `own` is that worker's gradient.
 template <class T>
-using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
+using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x,
+                           std::int64_t count);
 
 // Two arrays that the next tile will read, and how many bytes each has for a block of kStreamBlock elements.
 inline constexpr std::int64_t kStreamBlock = 64;
@@ -34,11 +36,11 @@ struct Ahead {
   std::int64_t block_bytes[2] = {};
 };
 
-// The same past the cache: x is written by non-temporal stores, so its lines are not read first, and meanwhile what
-// lies ahead is fetched.
+// The same past the cache: x is written by non-temporal stores, so its lines are not read first, and
+// meanwhile what lies ahead is fetched.
 template <class T>
-using StreamFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count,
-                          const Ahead& ahead);
+using StreamFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x,
+                          std::int64_t count, const Ahead& ahead);
 
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
@@ -65,8 +67,8 @@ struct FamilyInfo {
 };
 
 const std::vector<FamilyInfo>& families();
-int family_index(std::string_view name);          // -1 if there is none
-int extrapolation_index(std::string_view name);   // -1 if there is none
+int family_index(std::string_view name);         // -1 if there is none
+int extrapolation_index(std::string_view name);  // -1 if there is none
 
 std::string_view instruction_set();  // the one that this machine's tile loops use
 

@@ -12,8 +12,8 @@
 #include "check.hpp"
 #include "comm/team.hpp"
 
-// Ranks as forked processes, without MPI. They exchange constructor messages through a page of memory that they
-// inherit.
+// Ranks as forked processes, without MPI. They exchange constructor messages through a page of memory that
+// they inherit.
 class Ranks {
  public:
   explicit Ranks(int size) : size_(size) {

@@ -74,7 +74,8 @@ void a_mismatch_is_the_same_error_on_all_ranks() {
     CHECK(lr.find("lr of parameter group 0 is 0.1") == 0);
     const double equal[] = {0.1, 0.9, 0.0, 0.0, 0.05};
     engine->step({equal, present});  // nothing was spoilt
-    const std::string calls = thrown<MismatchError>([&] { rank ? engine->step({equal, present}) : engine->adopt(0); });
+    const std::string calls =
+        thrown<MismatchError>([&] { rank ? engine->step({equal, present}) : engine->adopt(0); });
     CHECK(calls.find("rank 0 is in adopt") == 0);
     CHECK(thrown<UsageError>([&] {
             rank == 1 ? engine->complain("my lr is silly") : engine->step({equal, present});

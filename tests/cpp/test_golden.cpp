@@ -5,8 +5,8 @@
 #include "engine/engine.hpp"
 #include "ranks.hpp"
 
-// A hundred steps from fixed numbers must give fixed bits: on every processor, and from a build with and without the
-// clones of the tile loops.
+// A hundred steps from fixed numbers must give fixed bits: on every processor, and from a build with and
+// without the clones of the tile loops.
 
 using namespace xc;
 
@@ -62,5 +62,6 @@ void check_golden(std::uint64_t hash, std::uint64_t golden) {
 int main() {
   check_golden(hash_after_100_steps("sgd", "local", DType::f32, {0.1, 0.9, 0.0, 1e-4}), 0x417e0c86674467b7);
   check_golden(hash_after_100_steps("sgd", "global", DType::bf16, {0.1, 0.9, 0.0, 1e-4}), 0x93636c124f03e714);
-  check_golden(hash_after_100_steps("adam", "none", DType::f16, {0.01, 0.9, 0.999, 1e-8, 1e-2}), 0x0efb9dda5d1cd891);
+  check_golden(hash_after_100_steps("adam", "none", DType::f16, {0.01, 0.9, 0.999, 1e-8, 1e-2}),
+               0x0efb9dda5d1cd891);
 }

@@ -88,7 +88,8 @@ void an_abandoned_meeting_fails_for_all() {
   ranks.run_well([&](int rank) {
     Fixture f(ranks, rank, kPatient);
     if (rank == 0) f.meeting.abandon(Failure::abandoned);
-    CHECK(thrown<PeerError>([&] { f.meeting.meet("meeting A", 1, Seconds(20)); }).find("rank 0 gave up") == 0);
+    CHECK(thrown<PeerError>([&] { f.meeting.meet("meeting A", 1, Seconds(20)); }).find("rank 0 gave up") ==
+          0);
   });
 }
 

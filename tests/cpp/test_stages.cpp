@@ -39,7 +39,8 @@ void reduce_is_the_bottom_up_tree() {
     const auto values = random_sources(sources);
     std::vector<const std::byte*> pointers;
     for (const auto& source : values) pointers.push_back(reinterpret_cast<const std::byte*>(source.data()));
-    std::vector<float> mean(kCount), scratch(static_cast<std::size_t>(kCount * reduce_scratch_tiles(sources)));
+    std::vector<float> mean(kCount),
+        scratch(static_cast<std::size_t>(kCount * reduce_scratch_tiles(sources)));
     reduce_kernel<float>(DType::f32)(pointers.data(), sources, 0, kCount, 0.5f, mean.data(), scratch.data());
     for (std::size_t i = 0; i < kCount; ++i) {
       std::vector<float> terms;
