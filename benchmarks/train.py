@@ -21,6 +21,7 @@ import extrapcomm as xc
 DEPTH, WIDTH, BATCH = 50, 316, 16  # 100 tensors, 5.0 million parameters
 TRAIN_LR = 1e-3
 TINY = 16  # elements of a tiny tensor
+SMALL = 16_384  # elements: the engine's whole step beside the all-reduce alone
 TENSORS = 100
 
 
@@ -136,10 +137,14 @@ class Call:
 
 def make_calls(world: xc.World) -> list[Call]:
     engine = xc.Engine(world, torch.zeros(TINY), rule="sgd", momentum=0.9, extrapolation="local")
+    small = xc.Engine(world, torch.zeros(SMALL), rule="sgd", momentum=0.9, extrapolation="local")
+    buffer = np.zeros(SMALL, np.float32)
     ours = tiny_optimizer(lambda tensors: xc.ExtrapSGD(tensors, lr=1e-3, momentum=0.9, world=world))
     theirs = tiny_optimizer(lambda tensors: torch.optim.SGD(tensors, lr=1e-3, momentum=0.9, fused=True))
     return [
         Call(f"engine.step, {TINY} elements", lambda: engine.step(lr=1e-3), clock_of(engine)),
+        Call(f"engine.step, {SMALL} elements", lambda: small.step(lr=1e-3), clock_of(small)),
+        Call(f"MPI all-reduce, {SMALL} elements", lambda: world.comm.Allreduce(MPI.IN_PLACE, buffer)),
         Call(f"xc.ExtrapSGD.step, {TENSORS} tensors", ours.step, clock_of(ours)),
         Call(f"torch SGD(fused).step, {TENSORS} tensors", theirs.step),
     ]

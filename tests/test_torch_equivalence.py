@@ -280,3 +280,12 @@ def test_worked_example_of_the_paper(virtual, worlds, name):
         with opt.master_weights():
             assert p.item() == pytest.approx(stored, abs=1e-12)
     opt.close()
+
+
+def test_every_rule_of_the_library_has_an_optimizer():
+    from extrapcomm.optim import FusedOptimizer
+
+    def below(kind):
+        return {kind} | {each for child in kind.__subclasses__() for each in below(child)}
+
+    assert {kind.RULE for kind in below(FusedOptimizer)} - {""} == set(xc._core.rules())
