@@ -53,21 +53,19 @@ class Rule:
             UsageError: for values that are not numbers, not finite or out of range.
         """
         numbers = [_number(name, _value(group, name)) for name in self.parameters]
+        if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+            raise UsageError("Nesterov momentum requires a momentum and zero dampening")
         inner = self._inner_rate(group["inner_lr"], numbers[0], workers)
         return [*numbers, inner]
 
     def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
+        if isinstance(inner, str) and inner not in ("lr", "lr/K"):
+            raise UsageError(f"inner_lr must be a number, a function of lr, 'lr' or 'lr/K', not {inner!r}")
         if self.extrapolation == "none":
             return 0.0
-        if inner == "lr":
-            return lr
-        if inner == "lr/K":
-            return lr / workers
-        if callable(inner):
-            inner = inner(lr)
         if isinstance(inner, str):
-            raise UsageError(f"inner_lr must be a number, a function of lr, 'lr' or 'lr/K', not {inner!r}")
-        return _number("inner_lr", inner)
+            return lr if inner == "lr" else lr / workers
+        return _number("inner_lr", inner(lr) if callable(inner) else inner)
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
         """All groups' numbers in one array."""

@@ -283,7 +283,7 @@ def test_worked_example_of_the_paper(virtual, worlds, name):
 
 
 def test_every_rule_of_the_library_has_an_optimizer():
-    from extrapcomm.optim import FusedOptimizer
+    from extrapcomm.fused import FusedOptimizer
 
     def below(kind):
         return {kind} | {each for child in kind.__subclasses__() for each in below(child)}

@@ -80,6 +80,33 @@ void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses,
   engine.gather(v, addresses, marks);
 }
 
+// (weights or None, [slot or None, ...], updates) for every layer; arrays of the master type.
+using SavedTuple = std::tuple<std::optional<py::array>, std::vector<std::optional<py::array>>, std::int64_t>;
+
+const void* checked(const Engine& engine, const std::optional<py::array>& array, std::size_t layer) {
+  if (!array) return nullptr;
+  const bool is_double = engine.plan().master == DType::f64;
+  if (!array->dtype().equal(is_double ? py::dtype::of<double>() : py::dtype::of<float>()))
+    throw UsageError("a checkpoint's arrays must have the master type");
+  if (array->size() != engine.plan().layers[layer].count || !(array->flags() & py::array::c_style))
+    throw UsageError("a checkpoint's array has another size than its parameter");
+  return array->data();
+}
+
+void load(Engine& engine, const std::vector<SavedTuple>& tuples, std::uint64_t hash) {
+  if (tuples.size() != engine.plan().layers.size()) throw UsageError("a checkpoint must have every parameter");
+  std::vector<Engine::Saved> layers;
+  for (const auto& [weights, slots, updates] : tuples) {
+    const std::size_t layer = layers.size();
+    Engine::Saved saved{checked(engine, weights, layer), {}, updates};
+    for (const auto& slot : slots) saved.slots.push_back(checked(engine, slot, layer));
+    if (static_cast<int>(saved.slots.size()) != engine.slots()) throw UsageError("a checkpoint has other slots");
+    layers.push_back(std::move(saved));
+  }
+  const py::gil_scoped_release nogil;
+  engine.load(layers, hash);
+}
+
 std::vector<std::tuple<std::int64_t, std::int64_t, int>> segments(const Engine& engine) {
   std::vector<std::tuple<std::int64_t, std::int64_t, int>> list;
   for (const Segment& s : engine.plan().segments) list.emplace_back(s.begin, s.end, s.owner);
@@ -98,10 +125,14 @@ void register_engine_class(py::module_& module) {
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
+      .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
       .def("complain", &Engine::complain, Free())
       .def("show_master", &Engine::show_master, Free())
       .def("hide_master", &Engine::hide_master, Free())
+      .def("keep_master", &Engine::keep_master)
+      .def("updates", &Engine::updates, py::arg("layer"))
+      .def_property_readonly("slots", &Engine::slots)
       .def("read", &read, py::arg("layer"), py::arg("slot"))
       .def("close", &Engine::close, Free())
       .def_property_readonly("steps", &Engine::steps)

@@ -61,15 +61,19 @@ class EngineOf final : public Engine {
     return view(layout_.gradients(std::size_t(v)));
   }
   std::size_t hyper_count() const override { return names_.size(); }
+  int slots() const override { return runs_.slots(); }
+  std::int64_t updates(std::size_t layer) const override { return updates_[layer]; }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
   void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) override;
   void adopt(int root_worker) override;
+  void load(std::span<const Saved> layers, std::uint64_t hash) override;
   void step(const Step& step) override;
   void complain(const std::string& complaint) override;
   void show_master(int v) override;
   void hide_master(int v) override;
+  void keep_master(int v) override { hidden_.erase(v); }
   void read(std::size_t layer, int slot, void* out) const override;
   void close() override;
 
@@ -155,11 +159,37 @@ void EngineOf<T>::adopt(int root_worker) {
     const auto runs = runs_.plain();
     for (const Shard<T>& shard : own_shards()) {
       walk<T>(load_pass<T>(), root, runs, shard, buffers_, shard.w);
-      walk<T>(publish_pass<T>(), {{}, workers_.own, workers_.targets}, runs, shard, buffers_);
-      for (int s = 0; s < runs_.slots(); ++s) std::fill_n(shard.slots[s], shard.end - shard.begin, T(0));
+      walk<T>(publish_pass<T>(), workers_, runs, shard, buffers_);
     }
   });
-  std::fill(updates_.begin(), updates_.end(), 0);
+}
+
+// Copies the part of a layer's array that lies in the shard; `to` is the shard's array.
+template <class T>
+void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* to) {
+  const std::int64_t first = std::max(layer.begin, shard.begin);
+  const std::int64_t last = std::min(layer.begin + layer.count, shard.end);
+  if (first >= last) return;
+  T* const target = to + (first - shard.begin);
+  if (from)
+    std::copy_n(static_cast<const T*>(from) + (first - layer.begin), last - first, target);
+  else
+    std::fill_n(target, last - first, T(0));
+}
+
+template <class T>
+void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
+  exchange_.collective({Operation::load, steps_, hash}, [&](std::span<const Post>) {
+    for (const Shard<T>& shard : own_shards()) {
+      for (std::size_t i = 0; i < layers.size(); ++i) {
+        if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
+        for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
+          copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
+      }
+      walk<T>(publish_pass<T>(), workers_, runs_.plain(), shard, buffers_);
+    }
+  });
+  for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
 }
 
 // What a worker has no gradient for counts as zeros if another has one. Zeros stay zeros, so they are written

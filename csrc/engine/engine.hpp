@@ -55,9 +55,19 @@ class Engine {
   // `present` which layers have one.
   virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
 
-  // Collective. Takes the root worker's X as the master weights, publishes them to all, forgets the rule's
-  // state.
+  // Collective. Takes the root worker's X as the master weights and publishes them to all; the rule's state stays.
   virtual void adopt(int root_worker) = 0;
+
+  // One layer of a checkpoint: arrays of the master type in the order of memory, of w and of the rule's slots. A null
+  // array stands for zeros, null weights for those that are there.
+  struct Saved {
+    const void* weights;
+    std::vector<const void*> slots;
+    std::int64_t updates;
+  };
+  // Collective. Takes weights and state from a checkpoint that every rank has, and publishes the weights to all.
+  // Ranks whose `hash` of it differs make all throw MismatchError.
+  virtual void load(std::span<const Saved> layers, std::uint64_t hash) = 0;
 
   // How many numbers step() takes.
   virtual std::size_t hyper_count() const = 0;
@@ -78,9 +88,13 @@ class Engine {
   // Between show_master and hide_master worker v's X holds w itself; hide_master restores it bit for bit.
   virtual void show_master(int v) = 0;
   virtual void hide_master(int v) = 0;
+  // Forgets what hide_master would restore: what X holds now stays.
+  virtual void keep_master(int v) = 0;
   // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1,
   // 2).
   virtual void read(std::size_t layer, int slot, void* out) const = 0;
+  virtual int slots() const = 0;
+  virtual std::int64_t updates(std::size_t layer) const = 0;
 
   virtual std::int64_t steps() const = 0;
   virtual double last_step_seconds() const = 0;

@@ -49,8 +49,8 @@ void require_same_doubles(const Post& first, const Post& other, std::size_t rank
 }  // namespace
 
 const char* name_of(Operation operation) {
-  static constexpr const char* kNames[] = {"?",          "step",     "adopt", "all_reduce", "reduce_scatter",
-                                           "all_gather", "broadcast"};
+  static constexpr const char* kNames[] = {"?",          "step",           "adopt",      "load_state_dict",
+                                           "all_reduce", "reduce_scatter", "all_gather", "broadcast"};
   return kNames[static_cast<std::uint32_t>(operation)];
 }
 

@@ -1,0 +1,405 @@
+"""Who owns the weights: what others write is noticed, adopted, saved and loaded; nothing is lost silently."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+from conftest import COMM
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+KINDS = {
+    "SGD": (xc.SGD, torch.optim.SGD, {**MOMENTUM, "nesterov": True, "weight_decay": 1e-3}),
+    "ExtrapSGD": (xc.ExtrapSGD, torch.optim.SGD, {**MOMENTUM, "dampening": 0.1}),
+    "plain SGD": (xc.SGD, torch.optim.SGD, {"lr": 0.1}),
+    "Adam": (xc.Adam, torch.optim.Adam, {"lr": 0.01, "weight_decay": 1e-2}),
+    "AdamW": (xc.AdamW, torch.optim.AdamW, {"lr": 0.01}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def net(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 50), torch.nn.Tanh(), torch.nn.Linear(50, 3))
+    return model.to(dtype)
+
+
+def train(model, opt, world, steps=3, start=0):
+    """Steps on samples that every rank's worker 0 sees alike, so that K does not matter without extrapolation."""
+    for step in range(start, start + steps):
+        torch.manual_seed(100 + step)
+        x = torch.randn(11, 7).to(next(model.parameters()).dtype)
+        opt.zero_grad()
+        for v in range(world.workers if isinstance(opt, xc.SGD | xc.Adam) else 1):
+            with opt.worker(v) if hasattr(opt, "worker") else contextless():
+                model(x).square().sum().mul(0.1).backward()
+        opt.step()
+
+
+class contextless:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def master_values(model, opt):
+    with opt.master_weights():
+        return values(model)
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+WRITES = {
+    "in place": lambda p: p.mul_(2),
+    "copy": lambda p: p.copy_(torch.zeros_like(p)),
+    "new data": lambda p: setattr(p, "data", torch.zeros_like(p)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_foreign_write_on_one_rank_is_an_error_on_all_and_adopting_takes_it(world, write):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    before = [opt.master(i) for i in range(4)]
+    with torch.no_grad():
+        if world.rank == world.size - 1:
+            WRITES[write](model[2].weight)
+    with pytest.raises(xc.UsageError, match=r"'0\.2' was written or replaced outside"):
+        opt.step()
+    assert_equal([opt.master(i) for i in range(4)], before)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    opt.adopt()
+    assert all((m == 0.5).all() for m in master_values(model, opt))
+    assert all((p == 0.5).all() for p in model.parameters())
+    train(model, opt, world)
+    opt.close()
+
+
+def test_own_writes_are_no_false_alarm(team):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for round_ in range(3):
+        train(model, opt, team, start=round_)
+        with opt.master_weights():
+            average.update_parameters(model)
+            model.eval()
+            model(torch.zeros(1, 7))
+            model.train()
+        for p in model.parameters():
+            p.requires_grad_(round_ % 2 == 0)
+            p.requires_grad_(True)
+        torch.nn.utils.parameters_to_vector(model.parameters())
+        copy.deepcopy(model)
+        model.state_dict()
+    opt.close()
+
+
+def test_attached_model_saves_the_master_weights_and_adopts_what_it_loads(team):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)
+    opt.attach(model)
+    train(model, opt, team)
+    wanted = master_values(model, opt)
+    assert not all(torch.equal(a, b) for a, b in zip(values(model), wanted, strict=True))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer)
+    assert_equal(loaded.values(), wanted)
+    assert_equal(model[0].state_dict().values(), wanted[:2])  # a part of the model, too
+    train(model, opt, team, start=3)
+    model.load_state_dict(loaded)
+    assert_equal(model.state_dict().values(), wanted)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    opt.zero_grad()
+    opt.step()  # without gradients: adopts and changes nothing
+    assert_equal(master_values(model, opt), wanted)
+    opt.close()
+
+
+def test_loading_on_one_rank_only_is_an_error_on_all(world):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    if world.rank == 0:
+        model.load_state_dict(net(1).state_dict())
+    with pytest.raises(xc.MismatchError, match="rank 0 is in adopt"):
+        opt.step()
+    opt.close()
+
+
+def test_writing_in_master_weights_is_committed_from_rank_0(team):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)
+    train(model, opt, team)
+    with opt.master_weights(write=True), torch.no_grad():
+        for p in model.parameters():
+            p.fill_(2.0 + team.rank)
+    assert all((w == 2).all() for w in master_values(model, opt))
+    train(model, opt, team)
+    opt.close()
+
+
+def test_error_while_writing_on_one_rank_reaches_all_and_commits_nothing(world):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    before, x = master_values(model, opt), values(model)
+    odd = world.rank == world.size - 1
+    with pytest.raises(xc.UsageError, match="left by ZeroDivisionError"), opt.master_weights(write=True):
+        if odd:
+            1 / 0  # noqa: B018
+    assert_equal(master_values(model, opt), before)
+    if odd:
+        assert_equal(values(model), x)
+    opt.close()
+
+
+def test_resuming_from_a_state_dict_gives_the_same_bits_as_going_on(team, kind):
+    ours, _, hyper = kind
+    extrapolated = ours is xc.ExtrapSGD
+    model = net()
+    opt = ours(model.parameters(), **hyper, world=team)
+    train(model, opt, team)
+    saved = opt.state_dict()
+    torch.save(saved, io.BytesIO())
+    other = net(1)
+    resumed = ours(other.parameters(), **{**hyper, "lr": 0.7}, world=team)
+    resumed.load_state_dict(saved)
+    assert_equal(master_values(other, resumed), master_values(model, opt))
+    assert resumed.param_groups[0]["lr"] == hyper["lr"]
+    if not extrapolated:
+        train(model, opt, team, start=3)
+        train(other, resumed, team, start=3)
+        assert_equal(master_values(other, resumed), master_values(model, opt))
+    opt.close()
+    resumed.close()
+
+
+def test_state_goes_to_torch_and_comes_back(team, kind):
+    """Half of the training here and half there, in both orders, is the whole of it in torch."""
+    ours, theirs, hyper = kind
+    if ours is xc.ExtrapSGD:
+        ours = xc.SGD
+    wanted_model = net()
+    wanted = theirs(wanted_model.parameters(), **hyper)
+    train(wanted_model, wanted, team, 6)
+
+    model = net()
+    opt = ours(model.parameters(), **hyper, world=team)
+    train(model, opt, team, 3)
+    there_model = net(1)
+    there = theirs(there_model.parameters(), **hyper)
+    with opt.master_weights():
+        there_model.load_state_dict(model.state_dict())
+    there.load_state_dict(opt.state_dict())
+    train(there_model, there, team, 3, start=3)
+    opt.close()
+
+    first_model = net()
+    first = theirs(first_model.parameters(), **hyper)
+    train(first_model, first, team, 3)
+    back_model = net(1)
+    back_model.load_state_dict(first_model.state_dict())
+    back = ours(back_model.parameters(), **hyper, world=team)
+    back.load_state_dict(first.state_dict())
+    train(back_model, back, team, 3, start=3)
+    for got in (values(there_model), master_values(back_model, back)):
+        for a, b in zip(got, values(wanted_model), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    back.close()
+
+
+def test_state_dict_keeps_float32_masters_of_short_weights(team):
+    model = net(dtype=torch.bfloat16)
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=team)
+    train(model, opt, team)
+    state = opt.state_dict()["state"]
+    assert state[0]["master"].dtype == state[0]["momentum_buffer"].dtype == torch.float32
+    other = net(1, torch.bfloat16)
+    resumed = xc.SGD(other.parameters(), **MOMENTUM, world=team)
+    resumed.load_state_dict(opt.state_dict())
+    for i in range(4):
+        assert torch.equal(resumed.master(i), opt.master(i))
+    opt.close()
+    resumed.close()
+
+
+def test_unfitting_state_dicts_are_refused_on_all_ranks(world):
+    model = net()
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    before = master_values(model, opt)
+    good = opt.state_dict()
+    odd = world.rank == world.size - 1
+
+    def broken(change):
+        state = copy.deepcopy(good)
+        if odd:
+            change(state)
+        return state
+
+    cases = {
+        "no param_groups": lambda s: s.pop("param_groups"),
+        "groups of": lambda s: s["param_groups"][0]["params"].pop(),
+        "shape": lambda s: s["state"][0].update(master=torch.zeros(3)),
+        "nesterov.*cannot change": lambda s: s["param_groups"][0].update(nesterov=True),
+        "uses maximize": lambda s: s["param_groups"][0].update(maximize=True),
+    }
+    for text, change in cases.items():
+        with pytest.raises(xc.UsageError, match=text):
+            opt.load_state_dict(broken(change))
+    if world.size > 1:
+        with pytest.raises(xc.MismatchError, match="different options"):
+            opt.load_state_dict(broken(lambda s: s["state"][0]["master"].add_(1)))
+    assert_equal(master_values(model, opt), before)
+    opt.close()
+
+
+def test_added_group_trains_with_the_others_and_they_keep_their_state(team):
+    model, extra = net(), torch.nn.Parameter(torch.ones(5))
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=team)
+    wanted_model, wanted_extra = net(), torch.nn.Parameter(torch.ones(5))
+    wanted = torch.optim.SGD(wanted_model.parameters(), **MOMENTUM)
+    train(model, opt, team)
+    train(wanted_model, wanted, team)
+    opt.add_param_group({"params": [extra], "lr": 0.5})
+    wanted.add_param_group({"params": [wanted_extra], "lr": 0.5})
+    for m, e, o in ((model, extra, opt), (wanted_model, wanted_extra, wanted)):
+        o.zero_grad()
+        for v in range(team.workers if o is opt else 1):
+            with o.worker(v) if o is opt else contextless():
+                (m(torch.ones(2, 7)).square().sum() + e.square().sum()).backward()
+        o.step()
+    got = [*master_values(model, opt)]
+    with opt.master_weights():
+        got.append(extra.detach().clone())
+    for a, b in zip(got, [*values(wanted_model), wanted_extra.detach()], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    opt.close()
+
+
+def test_tied_channels_last_frozen_empty_and_compiled_parameters_train(team):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(2, 4, 3, padding=1).to(memory_format=torch.channels_last)
+            self.tied = self.conv
+            self.frozen = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+            self.empty = torch.nn.Parameter(torch.zeros(0, 3))
+            self.scalar = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            y = self.conv(x) * self.scalar + self.empty.sum()
+            return self.tied(y[:, :2]) + self.frozen.view(1, 4, 1, 1)
+
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(3, 2, 5, 5)
+    wanted_model = copy.deepcopy(model)
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=team)
+    wanted = torch.optim.SGD(wanted_model.parameters(), **MOMENTUM)
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        for m, o in ((model, opt), (wanted_model, wanted)):
+            o.zero_grad()
+            for v in range(team.workers if o is opt else 1):
+                with o.worker(v) if o is opt else contextless():
+                    torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).square().mean().backward()
+            o.step()
+    for a, b in zip(master_values(model, opt), values(wanted_model), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    assert torch.equal(model.frozen, torch.ones(4))
+    opt.close()
+
+
+def test_saved_parameter_is_not_larger_than_itself(world):
+    model = torch.nn.Sequential(torch.nn.Linear(10, 1, bias=False), torch.nn.Linear(1000, 1000))
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    buffer = io.BytesIO()
+    torch.save(model[0].weight, buffer)
+    assert len(buffer.getvalue()) < 4000
+    opt.close()
+
+
+def test_old_graph_raises_after_a_step_as_in_torch(world):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    loss = model(torch.ones(1, 7)).square().sum()
+    loss.backward(retain_graph=True)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    opt.close()
+
+
+def test_two_optimizers_of_a_gan_and_two_worlds_do_not_disturb_each_other(world):
+    half = COMM.Split(COMM.rank % 2, COMM.rank)
+    with xc.World(half) as other_world:
+        generator, critic = net(1), net(2)
+        first = xc.ExtrapSGD(generator.parameters(), **MOMENTUM, world=world)
+        second = xc.Adam(critic.parameters(), lr=0.01, world=other_world)
+        for step in range(3):
+            train(generator, first, world, 1, step)
+            train(critic, second, other_world, 1, step)
+        digests = world.comm.allgather([w.sum().item() for w in master_values(generator, first)])
+        assert all(d == digests[0] for d in digests)
+        first.close()
+        second.close()
+    half.Free()
+
+
+def test_buffers_are_synchronised_on_request(world):
+    model = torch.nn.BatchNorm1d(3)
+    model.running_mean.fill_(world.rank)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.sync_buffers(model, "average")
+    assert torch.allclose(model.running_mean, torch.tensor((world.size - 1) / 2))
+    model.running_mean.fill_(world.rank + 1)
+    opt.sync_buffers(model)
+    assert (model.running_mean == 1).all()
+    with pytest.raises(xc.UsageError, match="'broadcast' or 'average'"):
+        opt.sync_buffers(model, "media" if world.rank == 0 else "average")
+    opt.close()
+
+
+def test_closed_optimizer_leaves_the_master_weights_and_refuses_steps(world):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    wanted = master_values(model, opt)
+    world.comm.Barrier()
+    opt.close()
+    opt.close()
+    assert_equal(values(model), wanted)
+    for call in (opt.step, opt.adopt, lambda: opt.load_state_dict({})):
+        with pytest.raises(xc.UsageError, match="closed"):
+            call()
+    for copying in (copy.copy, copy.deepcopy):
+        with pytest.raises(xc.UsageError, match="cannot be copied"):
+            copying(opt)
+    assert np.isfinite(copy.deepcopy(model)[0].weight.detach().numpy()).all()
