@@ -41,7 +41,7 @@ endif
 endif
 endif
 
-.PHONY: help venv build demo test test-cpp lint format bench info env clean
+.PHONY: help venv build demo test test-cpp sanitize lint format bench info env clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +64,15 @@ test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone
 	$(BIN)/cmake -S . -B $(CPP)-baseline -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON
 	$(BIN)/cmake --build $(CPP)-baseline --target test_golden
 	$(BIN)/ctest --test-dir $(CPP)-baseline --output-on-failure --no-tests=error -R golden
+
+sanitize: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests under sanitizers: addresses and undefined behaviour, threads
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/asan
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error --timeout 300
+	$(BIN)/cmake -S . -B build/tsan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_SANITIZE=thread
+	$(BIN)/cmake --build build/tsan --target test_threads
+	TSAN_OPTIONS=halt_on_error=1 $(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error -R threads
 
 lint: $(BUILT) $(VENV)/.linters ## check format, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

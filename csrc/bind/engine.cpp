@@ -94,13 +94,15 @@ const void* checked(const Engine& engine, const std::optional<py::array>& array,
 }
 
 void load(Engine& engine, const std::vector<SavedTuple>& tuples, std::uint64_t hash) {
-  if (tuples.size() != engine.plan().layers.size()) throw UsageError("a checkpoint must have every parameter");
+  if (tuples.size() != engine.plan().layers.size())
+    throw UsageError("a checkpoint must have every parameter");
   std::vector<Engine::Saved> layers;
   for (const auto& [weights, slots, updates] : tuples) {
     const std::size_t layer = layers.size();
     Engine::Saved saved{checked(engine, weights, layer), {}, updates};
     for (const auto& slot : slots) saved.slots.push_back(checked(engine, slot, layer));
-    if (static_cast<int>(saved.slots.size()) != engine.slots()) throw UsageError("a checkpoint has other slots");
+    if (static_cast<int>(saved.slots.size()) != engine.slots())
+      throw UsageError("a checkpoint has other slots");
     layers.push_back(std::move(saved));
   }
   const py::gil_scoped_release nogil;

@@ -62,6 +62,12 @@ Mapping::Mapping(const FileDescriptor& fd, std::size_t bytes) : bytes_(bytes) {
   data_ = static_cast<std::byte*>(at);
 }
 
+Mapping::Mapping(std::size_t bytes) : bytes_(bytes) {
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (at == MAP_FAILED) throw_errno("allocating " + megabytes(bytes));
+  data_ = static_cast<std::byte*>(at);
+}
+
 Mapping::~Mapping() { munmap(data_, bytes_); }
 
 void allocate(const FileDescriptor& fd, std::size_t bytes) {

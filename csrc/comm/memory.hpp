@@ -10,7 +10,8 @@ namespace xc {
 // How peers reach each other's memory. A memfd is opened through /proc/<pid>/fd: it is never visible in a
 // file system and not limited by the size of /dev/shm. Where that is refused (another PID namespace, a
 // hardened kernel) POSIX shared memory stands in; its name is removed as soon as every peer has mapped it.
-enum class Provider : std::uint8_t { memfd, posix };
+// Ranks that are threads of one process (`local`) share the mapping itself.
+enum class Provider : std::uint8_t { memfd, posix, local };
 
 class FileDescriptor {
  public:
@@ -30,6 +31,7 @@ class FileDescriptor {
 class Mapping {
  public:
   Mapping(const FileDescriptor& fd, std::size_t bytes);
+  explicit Mapping(std::size_t bytes);  // of this process alone
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;

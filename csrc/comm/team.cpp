@@ -35,7 +35,8 @@ int available_processors() {
 
 }  // namespace
 
-Team::Team(TeamOptions options) : options_(std::move(options)), beacon_(options_.provider) {
+Team::Team(TeamOptions options)
+    : options_(std::move(options)), beacon_(is_local() ? Provider::memfd : options_.provider) {
   greet();
   departures_ = share(sizeof(DepartureWord));
   const std::uint64_t nonce = random_nonce();
@@ -56,14 +57,14 @@ void Team::greet() {
   const auto tickets = all_gather(beacon_.ticket());
   agree(complaint_of([&] {
     for (int r = 0; r < size(); ++r)
-      watches_.push_back(r == rank() ? Watch() : Watch(tickets[static_cast<std::size_t>(r)]));
+      watches_.push_back(r == rank() || is_local() ? Watch() : Watch(tickets[static_cast<std::size_t>(r)]));
   }));
   beacon_.forget_name();
 }
 
 // Two exchanges: where the memory is, and whether everybody could allocate and open it. Names and descriptors
 // can go after the second; the mappings stay.
-Shared Team::share(std::size_t bytes) {
+Shared Team::share_files(std::size_t bytes) {
   std::optional<SharedFile> mine;
   std::string complaint = complaint_of([&] { mine.emplace(options_.provider, bytes); });
   const auto tickets = all_gather(mine ? std::to_string(bytes) + " " + mine->ticket() : "");
@@ -78,6 +79,17 @@ Shared Team::share(std::size_t bytes) {
       }
     });
   agree(complaint);
+  return all;
+}
+
+// Threads of one process tell each other where the owner of their mapping stands, and copy it before it goes.
+Shared Team::share_locally(std::size_t bytes) {
+  const auto mine = std::make_shared<Mapping>(bytes);
+  const auto addresses = all_gather(std::to_string(reinterpret_cast<std::uintptr_t>(&mine)));
+  Shared all;
+  for (const std::string& address : addresses)
+    all.push_back(*reinterpret_cast<const std::shared_ptr<Mapping>*>(std::stoull(address)));
+  agree({});
   return all;
 }
 

@@ -46,7 +46,7 @@ class Team {
   const Limits& limits() const { return options_.limits; }
 
   // Collective. Each rank brings `bytes` of its own, zeroed, and sees all.
-  Shared share(std::size_t bytes);
+  Shared share(std::size_t bytes) { return is_local() ? share_locally(bytes) : share_files(bytes); }
   // Collective. Every rank's text; the exchange that constructors agree by.
   std::vector<std::string> all_gather(const std::string& bytes) const { return options_.all_gather(bytes); }
   // Collective. Throws the same error on every rank if any rank brings a text.
@@ -64,7 +64,10 @@ class Team {
 
  private:
   DepartureWord& departure(int rank) const;
+  bool is_local() const { return options_.provider == Provider::local; }
   void greet();
+  Shared share_files(std::size_t bytes);
+  Shared share_locally(std::size_t bytes);
 
   TeamOptions options_;
   Beacon beacon_;

@@ -55,18 +55,19 @@ class Engine {
   // `present` which layers have one.
   virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
 
-  // Collective. Takes the root worker's X as the master weights and publishes them to all; the rule's state stays.
+  // Collective. Takes the root worker's X as the master weights and publishes them to all; the rule's state
+  // stays.
   virtual void adopt(int root_worker) = 0;
 
-  // One layer of a checkpoint: arrays of the master type in the order of memory, of w and of the rule's slots. A null
-  // array stands for zeros, null weights for those that are there.
+  // One layer of a checkpoint: arrays of the master type in the order of memory, of w and of the rule's
+  // slots. A null array stands for zeros, null weights for those that are there.
   struct Saved {
     const void* weights;
     std::vector<const void*> slots;
     std::int64_t updates;
   };
-  // Collective. Takes weights and state from a checkpoint that every rank has, and publishes the weights to all.
-  // Ranks whose `hash` of it differs make all throw MismatchError.
+  // Collective. Takes weights and state from a checkpoint that every rank has, and publishes the weights to
+  // all. Ranks whose `hash` of it differs make all throw MismatchError.
   virtual void load(std::span<const Saved> layers, std::uint64_t hash) = 0;
 
   // How many numbers step() takes.

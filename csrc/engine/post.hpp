@@ -12,7 +12,15 @@ namespace xc {
 // what must be equal, hyper-parameters as doubles, and which layers have a gradient. Two posts per rank are
 // kept and used in turn, so a fast rank cannot overwrite what a slow one still reads.
 
-enum class Operation : std::uint32_t { step = 1, adopt, load, all_reduce, reduce_scatter, all_gather, broadcast };
+enum class Operation : std::uint32_t {
+  step = 1,
+  adopt,
+  load,
+  all_reduce,
+  reduce_scatter,
+  all_gather,
+  broadcast
+};
 
 const char* name_of(Operation operation);
 

@@ -1,0 +1,93 @@
+#include <barrier>
+#include <cmath>
+#include <random>
+#include <thread>
+
+#include "check.hpp"
+#include "core/error.hpp"
+#include "engine/engine.hpp"
+#include "engine/shared_array.hpp"
+
+// Four ranks as threads of one process: the same protocol, where a thread sanitizer can watch it.
+
+using namespace xc;
+
+namespace {
+
+constexpr int kRanks = 4;
+constexpr std::int64_t kLength = 5000;
+
+struct Board {
+  std::barrier<> barrier{kRanks};
+  std::vector<std::string> texts = std::vector<std::string>(kRanks);
+
+  std::vector<std::string> all_gather(int rank, const std::string& mine) {
+    texts[static_cast<std::size_t>(rank)] = mine;
+    barrier.arrive_and_wait();
+    std::vector<std::string> all = texts;
+    barrier.arrive_and_wait();
+    return all;
+  }
+};
+
+std::shared_ptr<Team> make_team(Board& board, int rank) {
+  TeamOptions options;
+  options.rank = rank;
+  options.size = kRanks;
+  options.provider = Provider::local;
+  options.all_gather = [&board, rank](const std::string& mine) { return board.all_gather(rank, mine); };
+  options.interrupted = [] {};
+  options.warn = [](const std::string&) {};
+  return std::make_shared<Team>(std::move(options));
+}
+
+// Every step each gradient is the rank's own weights, so w shrinks; one call on the way is a mismatch.
+void train(const std::shared_ptr<Team>& team) {
+  const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
+  const auto engine =
+      Engine::create(team, std::span(&layer, 1),
+                     {"sgd", "local", {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, "threads"});
+  auto* x = reinterpret_cast<float*>(engine->weights(0).get());
+  auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
+  for (std::int64_t i = 0; i < kLength; ++i) x[i] = 1;
+  engine->adopt(0);
+  std::mt19937 random(static_cast<unsigned>(team->rank()));
+  const std::uint8_t present[] = {1};
+  for (int step = 0; step < 300; ++step) {
+    for (std::int64_t i = 0; i < kLength; ++i) gradient[i] = x[i];
+    if (random() % 16 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 200));
+    const bool odd = step == 150 && team->rank() == 2;
+    const double hyper[] = {odd ? 0.02 : 0.01, 0.9, 0.0, 0.0, 0.005};
+    if (step == 150)
+      thrown<MismatchError>([&] { engine->step({hyper, present}); });
+    else
+      engine->step({hyper, present});
+  }
+  std::vector<float> w(kLength);
+  engine->read(0, 0, w.data());
+  for (const float value : w) CHECK(value == w[0] && std::abs(value) < 1);
+}
+
+void sum(const std::shared_ptr<Team>& team) {
+  SharedArray array(team, DType::f32, 1000);
+  auto* mine = reinterpret_cast<float*>(array.view(0).get());
+  for (int call = 0; call < 300; ++call) {
+    std::fill_n(mine, 1000, static_cast<float>(team->rank() + call));
+    array.all_reduce(Reduction::sum);
+    for (int i = 0; i < 1000; ++i) CHECK(mine[i] == static_cast<float>(6 + 4 * call));
+  }
+}
+
+}  // namespace
+
+int main() {
+  Board board;
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < kRanks; ++rank)
+    ranks.emplace_back([&board, rank] {
+      const auto team = make_team(board, rank);
+      train(team);
+      sum(team);
+    });
+  for (std::thread& rank : ranks) rank.join();
+}
