@@ -1,6 +1,7 @@
 """Plain collectives on arrays in shared memory: the engine's stages without a rule."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +77,18 @@ def arena_array(
         [1.5 1.5 1.5]
     """
     world = World() if world is None else world
-    name = dtype if isinstance(dtype, str) and dtype in _core.dtypes() else np.dtype(dtype).name
-    return ArenaArray(world, (shape,) if isinstance(shape, int) else tuple(shape), name)
+    error: Exception | None = None
+    try:
+        name = dtype if isinstance(dtype, str) and dtype in _core.dtypes() else np.dtype(dtype).name
+        lengths = (
+            (operator.index(shape),) if not isinstance(shape, Sequence) else tuple(map(operator.index, shape))
+        )
+        if name not in _core.dtypes() or any(length < 0 for length in lengths):
+            raise UsageError(f"no array of {name} and shape {lengths}; types are {', '.join(_core.dtypes())}")
+    except Exception as caught:
+        error = caught
+    world.agree(error)
+    return ArenaArray(world, lengths, name)
 
 
 def all_reduce(array: ArenaArray, op: str = "sum") -> None:

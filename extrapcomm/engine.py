@@ -9,7 +9,7 @@ import numpy as np
 from . import _core
 from ._version import __version__
 from .arrays import copy_into, form_of, look_at
-from .errors import UsageError
+from .errors import UsageError, describe
 from .hyper import InnerRate, Rule
 from .world import World
 
@@ -152,8 +152,8 @@ class Engine:
             if self._showing:
                 raise UsageError("step() inside master_weights(): leave the context first")
             table = self._rule.table([self._group], self.world.K)
-        except UsageError as error:
-            self._core.complain(str(error))
+        except Exception as error:
+            self._core.complain(describe(error))
             raise
         self._core.step(table, self._present, fused)
 
@@ -176,13 +176,15 @@ class Engine:
         try:
             yield
         finally:
-            self._showing = False
-            self._core.hide_master(0)
+            if self._showing:
+                self._showing = False
+                self._core.hide_master(0)
 
     def close(self) -> None:
         """Leave the master weights in `weights` and end this rank's part. Idempotent, not collective."""
         if not self._closed:
             self._closed = True
+            self._showing = False
             self._core.close()
 
     def __enter__(self) -> "Engine":

@@ -3,6 +3,11 @@
 __all__ = ["CommError", "DeviceError", "Error", "MismatchError", "PeerError", "UsageError"]
 
 
+def describe(error: BaseException) -> str:
+    """An error in words for other ranks: its own, and its kind if it is not one of ours."""
+    return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
+
+
 class Error(RuntimeError):
     """Every failure that extrapcomm raises itself."""
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from . import _core, checkpoint, hooks
 from ._version import __version__
 from .arrays import copy_into, form_of, look_at
-from .errors import UsageError
+from .errors import UsageError, describe
 from .hyper import InnerRate, Rule
 from .world import World
 
@@ -114,8 +114,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             table = self._checked_table()
             self._collect()
-        except UsageError as error:
-            self._core.complain(str(error))
+        except Exception as error:
+            self._core.complain(describe(error))
             raise
         self._core.step(table, self._present)
         self._mark_written()
@@ -157,7 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in self._params:
                 param.grad = None
             return
-        self._collect()
+        self._present[self._bound] = [param.grad is not None for param in self._params]
         for present, grads in zip(self._present, self._grads, strict=True):
             for here, grad in zip(present, grads, strict=True):
                 if here:
@@ -249,8 +249,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for i, (param, mine) in enumerate(zip(self._params, self._weights[0], strict=True)):
                 if param.data_ptr() != mine.data_ptr():
                     self._take_over(i, param, mine)
-        except UsageError as error:
-            self._core.complain(str(error))
+        except Exception as error:
+            self._core.complain(describe(error))
             raise
         self._adopt()
 
@@ -308,10 +308,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             yield
         except BaseException as error:
             self._hide_master()
-            if write:
+            if write and not self._closed:
                 self._core.complain(f"master_weights(write=True) was left by {type(error).__name__}: {error}")
             raise
-        if write:
+        if write and not self._closed:
             self._core.keep_master(self._bound)
             self._showing = False
             self._adopt()
@@ -319,6 +319,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._hide_master()
 
     def _hide_master(self) -> None:
+        if not self._showing:
+            return  # closed meanwhile
         self._showing = False
         self._core.hide_master(self._bound)
         self._mark_written()
@@ -364,8 +366,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, (flags, slots) in zip(groups, self._settled, strict=True):
                 self._rule.check_fixed(group, flags, slots)
             layers, digest = checkpoint.layers_of(state_dict, self._core, self._rule, self._params)
-        except UsageError as error:
-            self._core.complain(str(error))
+        except Exception as error:
+            self._core.complain(describe(error))
             raise
         has_weights = all(weights is not None for weights, *_ in layers)
         foreign = not has_weights and self._to_adopt
@@ -401,7 +403,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Leave the master weights in the model and end this rank's part. Idempotent, not collective."""
         if not self._closed:
-            self._switch(0)
+            if self._showing:
+                self._hide_master()
+            self._bound = 0
+            self._point_model_at(0)
             self._closed = True
             self._core.close()
             increment_version(self._params)

@@ -61,6 +61,8 @@ class World:
         provider: str = "memfd",
     ) -> None:
         self._team: _core.Team | None = None
+        self._pid = os.getpid()
+        self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout
         self.comm = _duplicate(comm)
         self.rank: int = self.comm.Get_rank()
@@ -102,7 +104,7 @@ class World:
         """
         if self.size == 1 and error:
             raise error
-        mine = f"{type(error).__name__}:{error}" if error else ""
+        mine = f"{type(error).__name__}:{errors.describe(error)}" if error else ""
         for rank, text in enumerate(self._all_gather(mine.encode())):
             if text:
                 kind, _, words = text.decode().partition(":")
@@ -113,7 +115,7 @@ class World:
 
         Not collective and idempotent; weights stay readable as long as anything looks at them.
         """
-        if self._leave():
+        if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
 
     def _leave(self) -> bool:
@@ -172,17 +174,28 @@ class World:
             return [mine]
         from mpi4py import MPI
 
+        if self._lost:
+            raise CommError("an earlier collective construction of this world was not completed by all ranks")
         counts = np.empty(self.size, dtype=np.int64)
-        self._wait(self.comm.Iallgather(np.array([len(mine)], dtype=np.int64), counts))
+        length = np.array([len(mine)], dtype=np.int64)
+        self._wait(self.comm.Iallgather(length, counts), length, counts)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        sent = np.frombuffer(mine, dtype=np.uint8)
         everything = np.empty(int(counts.sum()), dtype=np.uint8)
-        target = [everything, counts, starts, MPI.BYTE]
-        self._wait(self.comm.Iallgatherv([np.frombuffer(mine, dtype=np.uint8), MPI.BYTE], target))
+        request = self.comm.Iallgatherv([sent, MPI.BYTE], [everything, counts, starts, MPI.BYTE])
+        self._wait(request, sent, everything, counts, starts)
         return [
             everything[start : start + count].tobytes() for start, count in zip(starts, counts, strict=True)
         ]
 
-    def _wait(self, request: "MPI.Request") -> None:
+    def _wait(self, request: "MPI.Request", *buffers: Any) -> None:
+        try:
+            self._wait_bounded(request)
+        except BaseException:
+            self._lost.append((request, buffers))
+            raise
+
+    def _wait_bounded(self, request: "MPI.Request") -> None:
         since = time.monotonic()
         next_look = since + 0.2
         while not request.Test():

@@ -293,3 +293,89 @@ def test_wrong_argument_on_one_rank_is_an_error_on_all(world):
         xc.broadcast(array, root=99 if odd else 0)
     with pytest.raises(xc.UsageError, match="'sum' or 'mean'"):
         xc.all_reduce(array, op="max" if odd else "sum")
+
+
+@own_mpirun
+def test_signal_handler_that_raises_after_completion_lets_nobody_drift():
+    code, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World(step_timeout=5)
+        engine = engine_of(world)
+        def handler(*_):
+            time.sleep(0.5)
+            raise InterruptedError("stop")
+        signal.signal(signal.SIGUSR1, handler)
+        if world.rank == 0:
+            import threading
+            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+        else:
+            time.sleep(0.5)
+        for _ in range(2):
+            try:
+                engine.step()
+                say(f"rank {world.rank} stepped")
+            except InterruptedError:
+                say("interrupted")
+            except xc.PeerError as error:
+                report(error)
+        """,
+    )
+    assert code == 0 and output.count("interrupted") >= 1, output
+    assert "rank 0 stepped" not in output and "rank 1 stepped" not in output, output
+
+
+@own_mpirun
+def test_weights_of_a_torn_step_are_not_given_out():
+    _, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World()
+        engine = xc.Engine(world, np.ones(30_000_000, "float32"), momentum=0.9, lr=0.1)
+        engine.step()
+        if world.rank == 1:
+            import threading
+            threading.Timer(0.003, os.kill, [os.getpid(), signal.SIGKILL]).start()
+        try:
+            for _ in range(1000):
+                engine.step()
+        except xc.PeerError as error:
+            report(error)
+            try:
+                engine.master()
+                say("settled" if "meeting A" in str(error) else "torn")
+            except xc.UsageError as unsettled:
+                say(f"refused: {unsettled}")
+        time.sleep(1)
+        os._exit(0)
+        """,
+        *SURVIVORS,
+    )
+    assert "rank 1 died" in output and "torn" not in output, output
+    assert "settled" in output or "refused: a rank was lost in the middle of a step" in output, output
+
+
+def test_differing_tiles_or_momentum_at_construction_are_a_mismatch(world):
+    import numpy as np
+
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    odd = world.rank == world.size - 1
+    for options in ({"tile": 512 + odd}, {"momentum": 0.9 * odd}):
+        with pytest.raises(xc.MismatchError, match="tile 512.*tile 513|kernel 0.*kernel 4"):
+            xc.Engine(world, np.ones(5000, np.float32), **options)
+
+
+def test_any_error_of_one_rank_in_its_step_is_an_error_of_all(world):
+    import numpy as np
+
+    def inner(lr):
+        return lr / (world.rank != world.size - 1)
+
+    engine = xc.Engine(world, np.ones(5), extrapolation="local", inner_lr=0.1)
+    with pytest.raises(xc.UsageError, match="ZeroDivisionError"):
+        engine.step(inner_lr=inner)
+    with pytest.raises(xc.UsageError, match="must be a number"):
+        engine.step(lr="x" + "é" * 300, inner_lr=0.1)
+    engine.step(lr=0.1)
+    engine.close()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from reference import ReferenceEngine, assert_same_bits
 
 import extrapcomm as xc
@@ -105,3 +106,17 @@ def test_step_without_any_gradient_changes_nothing(team, kind):
     with opt.master_weights():
         assert_same_bits(p.detach().numpy(), np.arange(10, dtype="float32"))
     opt.close()
+
+
+def test_gradients_that_were_dropped_do_not_come_back():
+    """Backward in a worker, zero_grad, then a step to which the worker brings nothing."""
+    with xc.World(MPI.COMM_SELF, workers=2) as world:
+        w = torch.nn.Parameter(torch.zeros(3))
+        opt = xc.SGD([w], lr=1.0, world=world)
+        with opt.worker(1):
+            (w.sum() * 1000).backward()
+        opt.zero_grad()
+        (w.sum() * 0).backward()
+        opt.step()
+        assert w.tolist() == [0, 0, 0]
+        opt.close()

@@ -9,11 +9,19 @@ namespace xc::bind {
 namespace {
 
 // Waits run without the interpreter's lock; what they ask of Python takes it for a moment.
-std::function<std::vector<std::string>(const std::string&)> all_gather_through(const py::function& function) {
-  return [function](const std::string& mine) {
+// So is their last reference dropped, wherever that happens.
+std::shared_ptr<const py::function> held(const py::function& function) {
+  return {new py::function(function), [](const py::function* last) {
+            const py::gil_scoped_acquire gil;
+            delete last;
+          }};
+}
+
+std::function<std::vector<std::string>(const std::string&)> all_gather_through(const py::function& callback) {
+  return [function = held(callback)](const std::string& mine) {
     const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
-    for (const py::handle item : function(py::bytes(mine))) all.push_back(item.cast<std::string>());
+    for (const py::handle item : (*function)(py::bytes(mine))) all.push_back(item.cast<std::string>());
     return all;
   };
 }
@@ -23,10 +31,10 @@ void run_signal_handlers() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-std::function<void(const std::string&)> warn_through(const py::function& function) {
-  return [function](const std::string& text) {
+std::function<void(const std::string&)> warn_through(const py::function& callback) {
+  return [function = held(callback)](const std::string& text) {
     const py::gil_scoped_acquire gil;
-    function(text);
+    (*function)(text);
   };
 }
 

@@ -38,6 +38,5 @@ struct ManagedTensor {
 };
 
 inline constexpr const char* kName = "dltensor";
-inline constexpr const char* kUsedName = "used_dltensor";
 
 }  // namespace xc::dlpack

@@ -48,6 +48,12 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
   return Engine::create(std::move(team), specs, options);
 }
 
+// One of this rank's workers.
+int checked_worker(const Engine& engine, int v) {
+  if (v < 0 || v >= engine.team().workers_per_rank()) throw UsageError("there is no worker " + std::to_string(v));
+  return v;
+}
+
 View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::size_t layer) {
   const Layer& l = engine.plan().layers.at(layer);
   return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides};
@@ -58,6 +64,7 @@ py::array read(const Engine& engine, std::size_t layer, int slot) {
   const bool is_double = engine.plan().master == DType::f64;
   py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(),
                 engine.plan().layers.at(layer).count);
+  if (slot < 0 || slot > engine.slots()) throw UsageError("there is no slot " + std::to_string(slot));
   engine.read(layer, slot, out.mutable_data());
   return out;
 }
@@ -77,7 +84,7 @@ void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses,
     throw UsageError("gather takes one address and one mark for each layer");
   const std::span<std::uint8_t> marks(present.mutable_data(), addresses.size());
   const py::gil_scoped_release nogil;
-  engine.gather(v, addresses, marks);
+  engine.gather(checked_worker(engine, v), addresses, marks);
 }
 
 // (weights or None, [slot or None, ...], updates) for every layer; arrays of the master type.
@@ -121,16 +128,16 @@ void register_engine_class(py::module_& module) {
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
       .def("weights",
-           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(v), layer); })
+           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
       .def("gradients",
-           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(v), layer); })
+           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(checked_worker(e, v)), layer); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
       .def("complain", &Engine::complain, Free())
-      .def("show_master", &Engine::show_master, Free())
+      .def("show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
       .def("hide_master", &Engine::hide_master, Free())
       .def("keep_master", &Engine::keep_master)
       .def("updates", &Engine::updates, py::arg("layer"))

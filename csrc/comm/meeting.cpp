@@ -128,17 +128,19 @@ void Meeting::look_around(Wait& wait) {
     if (dead) fail(Failure::died, r);
     if (wait.waited() > wait.deadline) fail(Failure::silent, r);
   }
-  if (!wait.warned && wait.waited() > company_.limits.warn_after) {
-    wait.warned = true;
-    company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " +
-                  wait.where + " of step " + std::to_string(wait.step) + " for rank " + awaited());
-  }
   try {
+    if (!wait.warned && wait.waited() > company_.limits.warn_after) warn(wait);
     company_.interrupted();
   } catch (...) {
-    fail(Failure::interrupted, rank_);
+    abandon(Failure::interrupted);  // even if this meeting is complete by now: this rank does not go on
     throw;
   }
+}
+
+void Meeting::warn(Wait& wait) {
+  wait.warned = true;
+  company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " + wait.where +
+                " of step " + std::to_string(wait.step) + " for rank " + awaited());
 }
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
@@ -146,7 +148,7 @@ void Meeting::raise(std::uint64_t word, const Wait& wait) const {
   std::string text = "rank " + std::to_string(rank) + words_for(failure_of(word)) + "; noticed at " +
                      wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
-  throw PeerError(text + ". This engine is closed to further steps; its weights can still be read.", rank,
+  throw PeerError(text + ". This engine takes no further steps.", rank,
                   wait.step);
 }
 

@@ -57,6 +57,7 @@ class Meeting {
   bool settled(std::uint64_t word) const;
   void sleep(std::uint64_t seen);
   void look_around(Wait& wait);
+  void warn(Wait& wait);
   std::string awaited() const;
   [[noreturn]] void raise(std::uint64_t word, const Wait& wait) const;
 

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <fstream>
 #include <random>
@@ -15,7 +16,9 @@
 namespace xc {
 namespace {
 
-// /proc/meminfo's MemAvailable in bytes; the largest number where it cannot be read.
+constexpr std::size_t kUnknown = SIZE_MAX;
+
+// /proc/meminfo's MemAvailable in bytes.
 std::size_t available_memory() {
   std::ifstream file("/proc/meminfo");
   std::string key, unit;
@@ -24,7 +27,20 @@ std::size_t available_memory() {
     if (key == "MemAvailable:") return kilobytes * 1024;
     std::getline(file, unit);
   }
-  return SIZE_MAX;
+  return kUnknown;
+}
+
+std::size_t number_in(const char* path) {
+  std::ifstream file(path);
+  std::size_t number = 0;
+  return file >> number ? number : kUnknown;
+}
+
+// What the container may still take; its memory counts against the limit, shared or not.
+std::size_t allowed_memory() {
+  const std::size_t limit = number_in("/sys/fs/cgroup/memory.max");
+  const std::size_t used = number_in("/sys/fs/cgroup/memory.current");
+  return limit == kUnknown || used == kUnknown ? kUnknown : limit - std::min(limit, used);
 }
 
 std::string megabytes(std::size_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
@@ -70,20 +86,21 @@ Mapping::Mapping(std::size_t bytes) : bytes_(bytes) {
 
 Mapping::~Mapping() { munmap(data_, bytes_); }
 
+void require_obtainable(std::size_t bytes) {
+  const std::size_t free = std::min(available_memory(), allowed_memory());
+  if (bytes > free)
+    throw CommError("the ranks together need " + megabytes(bytes) + " of shared memory, but the machine has " +
+                    megabytes(free) + " to give; use a smaller model, fewer workers or more nodes");
+}
+
 void allocate(const FileDescriptor& fd, std::size_t bytes) {
-  const std::string need = "this rank needs " + megabytes(bytes) + " of shared memory";
-  if (const std::size_t free = available_memory(); bytes > free)
-    throw CommError(need + ", but the machine has " + megabytes(free) +
-                    " available; use a smaller model, fewer "
-                    "workers or more nodes");
   int code;
   do code = posix_fallocate(fd.get(), 0, static_cast<off_t>(bytes));
   while (code == EINTR);
   if (code == 0) return;
   errno = code;
-  throw_errno(need + ", of " + megabytes(available_memory()) +
-              " available (a container may allow less: see its "
-              "memory limit and the size of /dev/shm)");
+  throw_errno("this rank needs " + megabytes(bytes) + " of shared memory, of " + megabytes(available_memory()) +
+              " available (a container may allow less: see its memory limit and the size of /dev/shm)");
 }
 
 SharedFile::SharedFile(Provider provider, std::size_t bytes)

@@ -61,6 +61,9 @@ class SharedFile {
   std::string name_;
 };
 
+// CommError, with both sizes, if the machine or the container cannot give so many bytes.
+void require_obtainable(std::size_t bytes);
+
 // Gives `fd` its pages now, so that a shortage is an error here and never a SIGBUS later.
 void allocate(const FileDescriptor& fd, std::size_t bytes);
 

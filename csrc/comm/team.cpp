@@ -12,25 +12,23 @@
 namespace xc {
 namespace {
 
-// What `work` complains about, or nothing.
-template <class F>
-std::string complaint_of(F work) {
-  try {
-    work();
-    return {};
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-}
-
 std::uint64_t random_nonce() {
   std::random_device random;
   return (std::uint64_t{random()} << 32) | random() | 1u;
 }
 
-int available_processors() {
+std::string own_processors() {
   cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  CPU_ZERO(&set);
+  sched_getaffinity(0, sizeof set, &set);
+  return {reinterpret_cast<const char*>(&set), sizeof set};
+}
+
+int count_processors(const std::vector<std::string>& sets) {
+  cpu_set_t all;
+  CPU_ZERO(&all);
+  for (const std::string& text : sets) CPU_OR(&all, &all, reinterpret_cast<const cpu_set_t*>(text.data()));
+  return CPU_COUNT(&all);
 }
 
 }  // namespace
@@ -38,6 +36,7 @@ int available_processors() {
 Team::Team(TeamOptions options)
     : options_(std::move(options)), beacon_(is_local() ? Provider::memfd : options_.provider) {
   greet();
+  processors_ = count_processors(all_gather(own_processors()));
   departures_ = share(sizeof(DepartureWord));
   const std::uint64_t nonce = random_nonce();
   departure(rank()).nonce.store(nonce);
@@ -64,7 +63,14 @@ void Team::greet() {
 
 // Two exchanges: where the memory is, and whether everybody could allocate and open it. Names and descriptors
 // can go after the second; the mappings stay.
+void Team::require_memory(std::size_t bytes) const {
+  std::size_t total = 0;
+  for (const std::string& text : all_gather(std::to_string(bytes))) total += std::stoull(text);
+  agree(complaint_of([&] { require_obtainable(total); }));
+}
+
 Shared Team::share_files(std::size_t bytes) {
+  require_memory(bytes);
   std::optional<SharedFile> mine;
   std::string complaint = complaint_of([&] { mine.emplace(options_.provider, bytes); });
   const auto tickets = all_gather(mine ? std::to_string(bytes) + " " + mine->ticket() : "");
@@ -93,11 +99,11 @@ Shared Team::share_locally(std::size_t bytes) {
   return all;
 }
 
-void Team::agree(const std::string& complaint) const {
-  const auto complaints = all_gather(complaint);
-  for (int r = 0; r < size(); ++r)
-    if (const std::string& text = complaints[static_cast<std::size_t>(r)]; !text.empty())
-      throw CommError("rank " + std::to_string(r) + ": " + text);
+std::string Team::first_complaint(const std::string& mine) const {
+  const auto complaints = all_gather(mine);
+  for (std::size_t r = 0; r < complaints.size(); ++r)
+    if (!complaints[r].empty()) return (size() > 1 ? "rank " + std::to_string(r) + ": " : "") + complaints[r];
+  return {};
 }
 
 DepartureWord& Team::departure(int rank) const {
@@ -112,7 +118,7 @@ Meeting Team::meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals) 
   company.interrupted = options_.interrupted;
   company.warn = options_.warn;
   company.limits = options_.limits;
-  company.spin = size() <= available_processors() ? Seconds(50e-6) : Seconds(0);
+  company.spin = size() <= processors_ ? Seconds(50e-6) : Seconds(0);
   return Meeting(outcome, std::move(arrivals), rank(), std::move(company));
 }
 
@@ -125,6 +131,11 @@ void Team::leave() {
 }
 
 bool Team::own_process() const { return getpid() == beacon_.pid(); }
+
+void Team::require_member() const {
+  require_own_process();
+  if (departed(rank())) throw UsageError("this world is closed");
+}
 
 void Team::require_own_process() const {
   if (!own_process())

@@ -9,6 +9,7 @@
 #include "comm/liveness.hpp"
 #include "comm/meeting.hpp"
 #include "comm/memory.hpp"
+#include "core/error.hpp"
 
 namespace xc {
 
@@ -49,8 +50,11 @@ class Team {
   Shared share(std::size_t bytes) { return is_local() ? share_locally(bytes) : share_files(bytes); }
   // Collective. Every rank's text; the exchange that constructors agree by.
   std::vector<std::string> all_gather(const std::string& bytes) const { return options_.all_gather(bytes); }
-  // Collective. Throws the same error on every rank if any rank brings a text.
-  void agree(const std::string& complaint) const;
+  // Collective. Throws the same E on every rank if any rank brings a text.
+  template <class E = CommError>
+  void agree(const std::string& complaint) const {
+    if (const std::string text = first_complaint(complaint); !text.empty()) throw E(text);
+  }
 
   Meeting meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals);
 
@@ -61,11 +65,15 @@ class Team {
   // A forked child shares the memory but not the place in the team.
   bool own_process() const;
   void require_own_process() const;
+  // UsageError there, and after leave().
+  void require_member() const;
 
  private:
+  std::string first_complaint(const std::string& mine) const;
   DepartureWord& departure(int rank) const;
   bool is_local() const { return options_.provider == Provider::local; }
   void greet();
+  void require_memory(std::size_t bytes) const;
   Shared share_files(std::size_t bytes);
   Shared share_locally(std::size_t bytes);
 
@@ -73,6 +81,7 @@ class Team {
   Beacon beacon_;
   std::vector<Watch> watches_;
   Shared departures_;
+  int processors_ = 1;  // that the ranks may use together
 };
 
 }  // namespace xc

@@ -34,6 +34,17 @@ struct CommError : Error {
   using Error::Error;
 };
 
+// What `work` complains about, or nothing.
+template <class F>
+std::string complaint_of(F work) {
+  try {
+    work();
+    return {};
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
 // CommError with the words of errno behind the text.
 [[noreturn]] void throw_errno(const std::string& doing);
 

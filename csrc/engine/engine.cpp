@@ -32,6 +32,13 @@ std::int64_t touched_bytes(const Plan& plan, int slots, int workers) {
   return 2 * workers * plan.bytes + (1 + slots) * plan.length * size_of(plan.master);
 }
 
+// No tile is longer than the longest shard.
+std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
+  std::int64_t longest = 1;
+  for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
+  return std::min(tile, longest);
+}
+
 // The engine for one master type.
 template <class T>
 class EngineOf final : public Engine {
@@ -42,16 +49,17 @@ class EngineOf final : public Engine {
         names_(hyper_names(families()[static_cast<std::size_t>(family_index(options.rule))],
                            options.groups.size())),
         control_bytes_(Exchange::control_bytes(names_.size(), plan_.layers.size())),
-        layout_(layout_of(*team, team->rank(), options.tile)),
+        tile_(useful_tile(plan_, options.tile)),
+        layout_(layout_of(*team, team->rank())),
         views_(team->share(layout_.views_bytes())),
         state_(team->share(layout_.state_bytes())),
         exchange_(team, state_, names_, plan_.layers.size()),
         passes_(step_passes<T>(options.streaming.value_or(
             exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count()))))),
-        buffers_(options.tile, team->worker_count()),
+        buffers_(tile_, team->worker_count()),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {
-    locate(options.tile);
+    locate();
   }
 
   const Plan& plan() const override { return plan_; }
@@ -78,8 +86,8 @@ class EngineOf final : public Engine {
   void close() override;
 
  private:
-  ArenaLayout layout_of(const Team& team, int rank, std::int64_t tile) const {
-    return ArenaLayout(plan_, rank * team.workers_per_rank(), team.workers_per_rank(), runs_.slots(), tile,
+  ArenaLayout layout_of(const Team& team, int rank) const {
+    return ArenaLayout(plan_, rank * team.workers_per_rank(), team.workers_per_rank(), runs_.slots(), tile_,
                        control_bytes_);
   }
   std::shared_ptr<std::byte> view(std::size_t offset) const {
@@ -90,9 +98,10 @@ class EngineOf final : public Engine {
     return std::span(shards_).subspan(static_cast<std::size_t>(team().first_worker()),
                                       static_cast<std::size_t>(team().workers_per_rank()));
   }
-  void locate(std::int64_t tile);
+  void locate();
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
+  void require_settled() const;
   void publish_master(std::byte* x);
   void run_passes(std::span<const Run<T>> runs);
   void run_unfused_passes(std::span<const Run<T>> runs);
@@ -101,6 +110,7 @@ class EngineOf final : public Engine {
   RunMaker<T> runs_;
   std::vector<std::string> names_;
   std::size_t control_bytes_;
+  std::int64_t tile_;
   ArenaLayout layout_;
   Shared views_;
   Shared state_;
@@ -120,9 +130,9 @@ class EngineOf final : public Engine {
 
 // Finds every worker's arrays in the mappings of all ranks.
 template <class T>
-void EngineOf<T>::locate(std::int64_t tile) {
+void EngineOf<T>::locate() {
   for (int r = 0; r < team().size(); ++r) {
-    const ArenaLayout layout = layout_of(team(), r, tile);
+    const ArenaLayout layout = layout_of(team(), r);
     std::byte* views = views_[static_cast<std::size_t>(r)]->data();
     std::byte* state = state_[static_cast<std::size_t>(r)]->data();
     for (std::size_t v = 0; v < static_cast<std::size_t>(team().workers_per_rank()); ++v) {
@@ -146,6 +156,7 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
     std::byte* const to = mine + layer.byte_begin;
     present[i] = from != nullptr;
+    if (from) cleared_[static_cast<std::size_t>(v) * plan_.layers.size() + i] = 0;
     if (from && from != to)
       std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
   }
@@ -259,7 +270,16 @@ void EngineOf<T>::publish_master(std::byte* x) {
 }
 
 template <class T>
+void EngineOf<T>::require_settled() const {
+  team().require_own_process();
+  if (exchange_.unsettled())
+    throw UsageError("a rank was lost in the middle of a step, so the master weights are part old and part new; go "
+                     "back to the last checkpoint");
+}
+
+template <class T>
 void EngineOf<T>::show_master(int v) {
+  require_settled();
   std::byte* x = weights(v).get();
   hidden_.emplace(v, std::vector<std::byte>(x, x + plan_.bytes));
   publish_master(x);
@@ -267,14 +287,16 @@ void EngineOf<T>::show_master(int v) {
 
 template <class T>
 void EngineOf<T>::hide_master(int v) {
+  team().require_own_process();
   const auto found = hidden_.find(v);
-  if (found == hidden_.end()) return;
+  if (found == hidden_.end() || plan_.bytes == 0) return;
   std::memcpy(weights(v).get(), found->second.data(), found->second.size());
   hidden_.erase(found);
 }
 
 template <class T>
 void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
+  require_settled();
   const std::int64_t begin = plan_.layers[layer].begin, end = begin + plan_.layers[layer].count;
   for (const Shard<T>& shard : shards_) {
     const std::int64_t first = std::max(begin, shard.begin), last = std::min(end, shard.end);
@@ -286,32 +308,33 @@ void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
 
 template <class T>
 void EngineOf<T>::close() {
-  if (closed_) return;
+  if (closed_ || !team().own_process()) return;
   closed_ = true;
   hidden_.clear();
-  for (int v = 0; v < team().workers_per_rank(); ++v) publish_master(weights(v).get());
+  if (!exchange_.unsettled())
+    for (int v = 0; v < team().workers_per_rank(); ++v) publish_master(weights(v).get());
   exchange_.close();
 }
 
-// What this rank finds wrong with its own arguments.
-std::string complaint_about(std::span<const LayerSpec> layers, const EngineOptions& options) {
-  if (family_index(options.rule) < 0) return "there is no rule '" + options.rule + "'";
+void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& options) {
+  if (family_index(options.rule) < 0) throw UsageError("there is no rule '" + options.rule + "'");
   if (extrapolation_index(options.extrapolation) < 0)
-    return "there is no extrapolation '" + options.extrapolation + "'";
-  if (options.tile < 1) return "tile must be at least one element";
+    throw UsageError("there is no extrapolation '" + options.extrapolation + "'");
+  if (options.tile < 1) throw UsageError("tile must be at least one element");
   for (const LayerSpec& layer : layers)
     if (layer.group < 0 || layer.group >= static_cast<int>(options.groups.size()))
-      return "'" + layer.name + "' belongs to a group that does not exist";
-  return {};
+      throw UsageError("'" + layer.name + "' belongs to a group that does not exist");
 }
 
 }  // namespace
 
 std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
                                        const EngineOptions& options) {
-  if (const std::string complaint = complaint_about(layers, options); !complaint.empty())
-    throw UsageError(complaint);
-  Plan plan = make_plan(layers, team->worker_count());
+  Plan plan;
+  team->agree<UsageError>(complaint_of([&] {
+    check_arguments(layers, options);
+    plan = make_plan(layers, team->worker_count());
+  }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)
     return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);

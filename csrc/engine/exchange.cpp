@@ -51,7 +51,7 @@ void Exchange::meet_at_a(const Call& call) {
 }
 
 void Exchange::collective(const Call& call, const std::function<void(std::span<const Post>)>& work) {
-  team_->require_own_process();
+  team_->require_member();
   const Post mine = post(team_->rank());
   mine.complain("");
   std::copy(call.doubles.begin(), call.doubles.end(), mine.doubles().begin());
@@ -62,15 +62,20 @@ void Exchange::collective(const Call& call, const std::function<void(std::span<c
   for (int r = 0; r < team_->size(); ++r) posts.push_back(post(r));
   ++sequence_;
   require_agreement(posts, call.doubles.empty() ? std::span<const std::string>() : double_names_);
-  {
+  unsettled_ = true;
+  try {
     const FloatEnvironment environment;
     work(posts);
+  } catch (...) {
+    meeting_.abandon(Failure::abandoned);
+    throw;
   }
   meeting_.meet("meeting B", call.step, meeting_.limits().inside_pass);
+  unsettled_ = false;
 }
 
 void Exchange::complain(const Call& call, const std::string& text) {
-  team_->require_own_process();
+  team_->require_member();
   post(team_->rank()).complain(text);
   meet_at_a(call);
   std::vector<Post> posts;

@@ -41,6 +41,9 @@ class Exchange {
   // Makes the others' waits end. Idempotent.
   void close();
 
+  // A pass began and not all ranks are known to have ended it: what it writes may be half old, half new.
+  bool unsettled() const { return unsettled_; }
+
   Team& team() const { return *team_; }
 
  private:
@@ -53,6 +56,7 @@ class Exchange {
   std::size_t layers_;
   Meeting meeting_;
   std::uint64_t sequence_ = 0;
+  bool unsettled_ = false;
 };
 
 }  // namespace xc

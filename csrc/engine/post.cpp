@@ -17,7 +17,7 @@ std::string number(double value) {
 }
 
 bool alike(double a, double b) {
-  return a == b || std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b));
+  return a == b || (std::isfinite(a - b) && std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b)));
 }
 
 std::string call(const Post& post) {
@@ -59,7 +59,9 @@ std::size_t Post::size(std::size_t doubles, std::size_t layers) {
 }
 
 void Post::complain(const std::string& text) const {
-  header().complaint_size = static_cast<std::uint32_t>(std::min(text.size(), kComplaintBytes));
+  std::size_t size = std::min(text.size(), kComplaintBytes);
+  while (size < text.size() && size > 0 && (text[size] & 0xc0) == 0x80) --size;  // not inside a UTF-8 character
+  header().complaint_size = static_cast<std::uint32_t>(size);
   std::memcpy(header().complaint, text.data(), header().complaint_size);
 }
 
@@ -67,10 +69,8 @@ void require_agreement(std::span<const Post> posts, std::span<const std::string>
   for (std::size_t r = 0; r < posts.size(); ++r)
     if (posts[r].header().complaint_size > 0)
       throw UsageError((posts.size() > 1 ? rank_name(r) + ": " : "") + posts[r].complaint());
-  for (std::size_t r = 1; r < posts.size(); ++r) {
-    require_same_call(posts[0], posts[r], r);
-    require_same_doubles(posts[0], posts[r], r, names);
-  }
+  for (std::size_t r = 1; r < posts.size(); ++r) require_same_call(posts[0], posts[r], r);
+  for (std::size_t r = 1; r < posts.size(); ++r) require_same_doubles(posts[0], posts[r], r, names);
 }
 
 }  // namespace xc

@@ -4,9 +4,18 @@
 
 #include "core/error.hpp"
 #include "core/hash.hpp"
+#include "stages/tables.hpp"
 
 namespace xc {
 namespace {
+
+// Flags, and whether there is momentum: both decide which state arrays a group has.
+std::string member_line(const EngineOptions& options, std::size_t group) {
+  const FamilyInfo& family = families()[static_cast<std::size_t>(family_index(options.rule))];
+  const GroupSpec& spec = options.groups[group];
+  return "parameter group " + std::to_string(group) + " with flags " + std::to_string(spec.flags) + ", kernel " +
+         std::to_string(family.member(spec.flags, spec.hyper));
+}
 
 std::string joined(const std::vector<std::string>& lines) {
   std::string text;
@@ -25,10 +34,10 @@ std::string line_at(const std::string& text, std::size_t position) {
 std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& options, const Team& team) {
   std::vector<std::string> lines = {"extrapcomm " + options.version,
                                     std::to_string(team.workers_per_rank()) + " workers per rank",
-                                    "rule " + options.rule, "extrapolation " + options.extrapolation,
+                                    "tile " + std::to_string(options.tile), "rule " + options.rule, "extrapolation " + options.extrapolation,
                                     std::to_string(options.groups.size()) + " parameter groups"};
   for (std::size_t g = 0; g < options.groups.size(); ++g)
-    lines.push_back("flags of group " + std::to_string(g) + ": " + std::to_string(options.groups[g].flags));
+    lines.push_back(member_line(options, g));
   for (std::string& line : signature_of(plan)) lines.push_back(std::move(line));
   return lines;
 }
