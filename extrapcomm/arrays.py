@@ -4,6 +4,8 @@ import ctypes
 import math
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from . import _core
 from .errors import DeviceError, UsageError
 
-__all__ = ["Form", "copy_into", "dense_strides", "form_of", "look_at"]
+__all__ = ["Form", "copy_into", "dense_strides", "form_of", "look_at", "require_visible"]
 
 
 class Form(NamedTuple):
@@ -101,8 +103,15 @@ def look_at(view: "_core.View", library: str) -> Any:
         return from_dlpack(view)
     if view.dtype != "bfloat16":
         return np.asarray(view)
-    ml_dtypes = sys.modules.get("ml_dtypes")
-    return view.as_bits().view(ml_dtypes.bfloat16) if ml_dtypes else view.as_bits()
+    if find_spec("ml_dtypes") is None:
+        return view.as_bits()
+    return view.as_bits().view(import_module("ml_dtypes").bfloat16)
+
+
+def require_visible(form: Form) -> None:
+    """UsageError if NumPy could only show the bits of such an array."""
+    if form.dtype == "bfloat16" and form.library != "torch" and find_spec("ml_dtypes") is None:
+        raise UsageError("NumPy sees bfloat16 through the package ml_dtypes, which is not installed")
 
 
 def copy_into(view: "_core.View", array: Any) -> None:

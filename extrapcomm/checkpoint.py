@@ -11,12 +11,12 @@ from . import _core
 from .errors import UsageError
 from .hyper import Rule
 
-__all__ = ["fill", "groups_of", "layers_of", "restore", "snapshot", "strided"]
+__all__ = ["FOREIGN_SWITCHES", "fill", "groups_of", "layers_of", "restore", "snapshot", "strided"]
 
 Layer = tuple[NDArray[Any] | None, list[NDArray[Any] | None], int]
 
 # Switches of torch's rules that change the arithmetic and have no counterpart here.
-_FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
+FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
 
 
 def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]
             f"the state_dict has groups of {sizes} parameters, the optimizer of "
             f"{[len(group['params']) for group in current]}"
         )
-    if switches := [s for s in _FOREIGN_SWITCHES if any(group.get(s) for group in saved)]:
+    if switches := [s for s in FOREIGN_SWITCHES if any(group.get(s) for group in saved)]:
         raise UsageError(f"the state_dict uses {', '.join(switches)}, which extrapcomm does not have")
     return [{**now, **then} for now, then in zip(current, saved, strict=True)]
 

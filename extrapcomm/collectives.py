@@ -27,8 +27,9 @@ class ArenaArray:
         shape: the shape of each.
     """
 
-    def __init__(self, world: World, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, world: World, shape: tuple[int, ...], dtype: str, owns_world: bool) -> None:
         self.world = world
+        self._owns_world = owns_world
         self.shape = shape
         self._core = _core.SharedArray(world.team, dtype, math.prod(shape))
         self.views = [look_at(self._core.view(v), "numpy").reshape(shape) for v in range(world.workers)]
@@ -50,6 +51,8 @@ class ArenaArray:
     def close(self) -> None:
         """End this rank's part; other ranks' collectives on it raise PeerError. The views stay readable."""
         self._core.close()
+        if self._owns_world:
+            self.world.close()
 
 
 def arena_array(
@@ -76,6 +79,7 @@ def arena_array(
         ...     print(a.view)
         [1.5 1.5 1.5]
     """
+    owns_world = world is None
     world = World() if world is None else world
     error: Exception | None = None
     try:
@@ -87,8 +91,8 @@ def arena_array(
             raise UsageError(f"no array of {name} and shape {lengths}; types are {', '.join(_core.dtypes())}")
     except Exception as caught:
         error = caught
-    world.agree(error)
-    return ArenaArray(world, lengths, name)
+    world.agree(error, "" if error else f"{name} array of shape {lengths}")
+    return ArenaArray(world, lengths, name, owns_world)
 
 
 def all_reduce(array: ArenaArray, op: str = "sum") -> None:
@@ -106,6 +110,7 @@ def all_reduce(array: ArenaArray, op: str = "sum") -> None:
         MismatchError: if ranks are in different collective calls; on every rank, nothing changed.
         PeerError: if a rank died or does not come.
     """
+    _require_array(array)
     array._core.all_reduce(_reduction(array, op, _core.Operation.all_reduce))
 
 
@@ -114,6 +119,7 @@ def reduce_scatter(array: ArenaArray, op: str = "sum") -> None:
 
     The rest of each array stays as it is. Arguments and errors are those of `all_reduce`.
     """
+    _require_array(array)
     array._core.reduce_scatter(_reduction(array, op, _core.Operation.reduce_scatter))
 
 
@@ -122,6 +128,7 @@ def all_gather(array: ArenaArray) -> None:
 
     Errors are those of `all_reduce`.
     """
+    _require_array(array)
     array._core.all_gather()
 
 
@@ -130,11 +137,17 @@ def broadcast(array: ArenaArray, root: int = 0) -> None:
 
     Errors are those of `all_reduce`; a root that is no worker is a UsageError on every rank.
     """
+    _require_array(array)
     if not (isinstance(root, int) and 0 <= root < array.world.K):
         array._core.complain(
             _core.Operation.broadcast, f"root {root!r} is not one of the {array.world.K} workers"
         )
     array._core.broadcast(root)
+
+
+def _require_array(array: Any) -> None:
+    if not isinstance(array, ArenaArray):
+        raise UsageError(f"collectives work on arrays made by arena_array(), not on {type(array).__name__}")
 
 
 def _reduction(array: ArenaArray, op: str, operation: _core.Operation) -> _core.Reduction:

@@ -2,31 +2,35 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from . import _core
 from ._version import __version__
-from .arrays import copy_into, form_of, look_at
+from .arrays import copy_into, form_of, look_at, require_visible
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule
+from .hyper import InnerRate, Rule, check_tile
 from .world import World
 
 __all__ = ["Engine"]
 
 
+@dataclass(frozen=True)
 class Worker:
-    """One worker's arrays in shared memory, in the structure that the engine was given.
+    """One worker's arrays in shared memory, in the structure that the engine was given, which is read-only.
+
+    Write into the arrays (`grads["w"][:] = ...`), not into the structure.
 
     Attributes:
         weights: where this worker evaluates its next gradient; written by the engine only.
         grads: where this worker leaves its gradient before a step.
     """
 
-    def __init__(self, weights: Any, grads: Any) -> None:
-        self.weights = weights
-        self.grads = grads
+    weights: Any
+    grads: Any
 
 
 class Engine:
@@ -73,18 +77,22 @@ class Engine:
         streaming: bool | None = None,
         **hyper: Any,
     ) -> None:
+        if not isinstance(world, World):
+            raise UsageError(f"world must be a World, not {world!r}")
         self.world = world
         error: Exception | None = None
         try:
             self._rule = Rule(rule, extrapolation)
             self._names, arrays = _flatten(weights)
-            self._set_hyper({"inner_lr": inner_lr} | hyper)
+            self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
             numbers = self._rule.numbers(self._group, world.K)[:-1]
-            tile = _whole(tile)
+            for form in forms:
+                require_visible(form)
+            check_tile(tile)
         except Exception as caught:
             error = caught
-        world.agree(error)
+        world.agree(error, "Engine")
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = bool(self._group.get("momentum"))
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
@@ -146,16 +154,16 @@ class Engine:
         if self._closed:
             raise UsageError("this engine is closed")
         try:
-            if hyper:
-                self._set_hyper({**self._group, **hyper})
-                self._rule.check_fixed(self._group, self._flags, self._has_momentum)
+            group = self._completed({**self._group, **hyper})
+            self._rule.check_fixed(group, self._flags, self._has_momentum)
             if self._showing:
                 raise UsageError("step() inside master_weights(): leave the context first")
-            table = self._rule.table([self._group], self.world.K)
+            table = self._rule.table([group], self.world.K)
         except Exception as error:
             self._core.complain(describe(error))
             raise
         self._core.step(table, self._present, fused)
+        self._group = group
 
     def master(self) -> Any:
         """Copies of the master weights, float32 (float64 for float64), in the structure given. Not collective."""
@@ -196,19 +204,19 @@ class Engine:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError("an Engine cannot be copied or pickled; make one in each rank")
 
-    def _set_hyper(self, values: Mapping[str, Any]) -> None:
+    def _completed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         presets = self._rule.presets() | {"inner_lr": "lr/K"}
         if unknown := values.keys() - presets.keys():
             raise UsageError(f"rule {self._rule.name!r} has no {sorted(unknown)}; it has {sorted(presets)}")
-        self._group = presets | dict(values)
+        return {**presets, **values}
 
     def _arrays(self, look: Any, worker: int, libraries: Sequence[str]) -> Any:
         return self._rebuild([look_at(look(worker, i), library) for i, library in enumerate(libraries)])
 
     def _rebuild(self, arrays: list[Any]) -> Any:
         if isinstance(self._structure, Mapping):
-            return dict(zip(self._names, arrays, strict=True))
-        return arrays if isinstance(self._structure, (list, tuple)) else arrays[0]
+            return MappingProxyType(dict(zip(self._structure, arrays, strict=True)))
+        return tuple(arrays) if isinstance(self._structure, (list, tuple)) else arrays[0]
 
 
 def _flatten(weights: Any) -> tuple[list[str], list[Any]]:
@@ -217,12 +225,6 @@ def _flatten(weights: Any) -> tuple[list[str], list[Any]]:
     if isinstance(weights, (list, tuple)):
         return [str(i) for i in range(len(weights))], list(weights)
     return ["weights"], [weights]
-
-
-def _whole(tile: Any) -> int:
-    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
-        raise UsageError(f"tile must be a whole number of at least 1, not {tile!r}")
-    return tile
 
 
 def _restride(flat: Any, shape: Sequence[int], strides: Sequence[int]) -> Any:

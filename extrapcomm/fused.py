@@ -12,8 +12,8 @@ from . import _core, checkpoint, hooks
 from ._version import __version__
 from .arrays import copy_into, form_of, look_at
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule
-from .world import World
+from .hyper import InnerRate, Rule, check_tile
+from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
 
@@ -44,17 +44,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         world: World | None,
         tile: int,
     ) -> None:
+        if not (world is None or isinstance(world, World)):
+            raise UsageError(f"world must be a World, not {world!r}")
+        self._owns_world = world is None
         self.world = World() if world is None else world
-        self._built = self._closed = self._showing = self._to_adopt = False
+        self._built = self._closed = self._showing = self._to_adopt = self._warned = False
         self._tile = tile
         error: Exception | None = None
         try:
             self._rule = Rule(self.RULE, extrapolation)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
+            check_tile(tile)
         except Exception as caught:
             error = caught
-        self.world.agree(error)
+        self.world.agree(error, type(self).__name__)
         self._build(layers, groups)
 
     def _build(self, layers: list[Any], groups: list[Any]) -> None:
@@ -117,6 +121,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         except Exception as error:
             self._core.complain(describe(error))
             raise
+        if self.world.workers > 1:
+            self._warn_of_idle_workers()
         self._core.step(table, self._present)
         self._mark_written()
         return loss
@@ -128,6 +134,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
         return self._rule.table(self.param_groups, self.world.K)
+
+    def _warn_of_idle_workers(self) -> None:
+        idle = ~self._present.any(axis=1)
+        if idle.any() and not idle.all() and not self._warned:
+            self._warned = True
+            log.warning(
+                "%d of this rank's %d workers have no gradient at all and count as zeros in the mean: "
+                "run forward and backward once in `with opt.worker(v)` for every v",
+                idle.sum(),
+                self.world.workers,
+            )
 
     def _collect(self) -> None:
         """Bring the gradients that autograd made for the bound worker into its shared memory, in one batch."""
@@ -394,7 +411,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             layers, groups = self._describe()
         except Exception as caught:
             error = caught
-        self.world.agree(error)
+        self.world.agree(error, "parameter group")
         self._core.close()
         self._build(layers, groups)
         checkpoint.restore(self._core, saved, len(self._params))
@@ -410,6 +427,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._closed = True
             self._core.close()
             increment_version(self._params)
+            if self._owns_world:
+                self.world.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -423,10 +442,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _describe(self) -> tuple[list[Any], list[Any]]:
         """The engine's layers and groups."""
-        layers, groups = [], []
+        layers, groups, seen = [], [], set()
         for g, group in enumerate(self.param_groups):
+            if switches := [s for s in checkpoint.FOREIGN_SWITCHES if group.get(s)]:
+                raise UsageError(f"extrapcomm's optimizers do not have {', '.join(switches)}")
             names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
+                if id(param) in seen:
+                    raise UsageError(f"parameter {name!r} is given twice")
+                seen.add(id(param))
                 form = form_of(param, f"parameter {name!r}")
                 layers.append((name, form.dtype, form.shape, form.strides, g))
             numbers = self._rule.numbers(group, self.world.K)[:-1]

@@ -58,7 +58,7 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
         if how in ("broadcast", "average")
         else UsageError(f"how must be 'broadcast' or 'average', not {how!r}")
     )
-    world.agree(error)
+    world.agree(error, "sync_buffers")
     for buffer in model.buffers():
         average = how == "average" and buffer.is_floating_point()
         values = buffer.detach().to(torch.float64).numpy() if average else buffer.detach().numpy()

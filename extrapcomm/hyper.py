@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import UsageError
 
-__all__ = ["InnerRate", "Rule"]
+__all__ = ["InnerRate", "Rule", "check_tile"]
 
 InnerRate = float | str | Callable[[float], float]
 
@@ -81,13 +81,21 @@ class Rule:
             )
 
 
+def check_tile(tile: Any) -> None:
+    """UsageError if this is no number of elements."""
+    if not isinstance(tile, int) or isinstance(tile, bool) or not 1 <= tile < 2**40:
+        raise UsageError(f"tile must be a whole number of at least 1, not {tile!r}")
+
+
 def _value(group: Mapping[str, Any], name: str) -> Any:
     if name in group:
         return group[name]
+    if not name.startswith("beta"):
+        raise UsageError(f"the parameter group has no {name!r}")
     try:
-        return group["betas"][int(name.removeprefix("beta")) - 1]
+        return tuple(group["betas"])[int(name.removeprefix("beta")) - 1]
     except (KeyError, IndexError, TypeError):
-        raise UsageError("betas must be two numbers") from None
+        raise UsageError("betas must be a pair of numbers") from None
 
 
 def _number(name: str, value: Any) -> float:

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import weakref
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +64,17 @@ class World:
         self._team: _core.Team | None = None
         self._pid = os.getpid()
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
-        self._timeout = pass_timeout
-        self.comm = _duplicate(comm)
+        self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
+        self.comm = self._duplicate(comm)
         self.rank: int = self.comm.Get_rank()
         self.size: int = self.comm.Get_size()
         self.workers = workers
-        self._agree_on_arguments(workers, step_timeout, pass_timeout, warn_after, provider)
+        error: Exception | None = None
+        try:
+            _check_arguments(workers, (step_timeout, pass_timeout, warn_after), provider)
+        except Exception as caught:
+            error = caught
+        self.agree(error, f"World of {workers} workers per rank")
         self._require_one_machine()
         if comm is None and (warning := singleton_warning(self.size)):
             log.warning(warning)
@@ -97,18 +103,29 @@ class World:
             raise UsageError("this world is closed")
         return self._team
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: Exception | None, what: str) -> None:
         """Collective: raise the same error on every rank if any rank brings one, that of the lowest such rank.
 
         Errors of other kinds than extrapcomm's own become a UsageError.
+
+        Args:
+            error: what this rank found wrong, or None.
+            what: what this rank is about to make; MismatchError if another makes something else.
         """
         if self.size == 1 and error:
             raise error
-        mine = f"{type(error).__name__}:{errors.describe(error)}" if error else ""
-        for rank, text in enumerate(self._all_gather(mine.encode())):
-            if text:
-                kind, _, words = text.decode().partition(":")
+        mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
+        texts = [text.decode() for text in self._all_gather(mine.encode())]
+        for rank, text in enumerate(texts):
+            kind, _, words = text.partition("\0")
+            if kind:
                 raise getattr(errors, kind, UsageError)(f"rank {rank}: {words}") from error
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise errors.MismatchError(
+                    f"every rank must construct the same things in the same order: rank 0 makes a {texts[0][1:]}, "
+                    f"rank {rank} a {text[1:]}"
+                )
 
     def close(self) -> None:
         """Say good-bye: ranks that wait for this one raise PeerError. Engines of this world take no more steps.
@@ -140,32 +157,26 @@ class World:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError("a World cannot be copied or pickled; make one in each rank")
 
-    def _agree_on_arguments(self, workers: Any, *others: Any) -> None:
-        *timeouts, provider = others
-        error = None
-        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-            error = UsageError(f"workers must be a whole number of at least 1, not {workers!r}")
-        elif any(not t > 0 for t in timeouts):
-            error = UsageError("timeouts must be positive numbers of seconds")
-        elif provider not in ("memfd", "posix"):
-            error = UsageError(f"provider must be 'memfd' or 'posix', not {provider!r}")
-        self.agree(error)
-        counts = [int(text) for text in self._all_gather(str(workers).encode())]
-        if len(set(counts)) > 1:
-            raise UsageError(f"every rank must drive the same number of workers; the ranks have {counts}")
-
-    def _require_one_machine(self) -> None:
+    def _duplicate(self, comm: "MPI.Intracomm | None") -> "MPI.Intracomm":
         from mpi4py import MPI
 
-        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        sizes = self._all_gather(f"{node.Get_size()} {os.uname().nodename}".encode())
-        node.Free()
-        if any(int(text.split()[0]) < self.size for text in sizes):
-            hosts = sorted({text.split(maxsplit=1)[1].decode() for text in sizes})
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+            raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        duplicate, request = comm.Idup()
+        self._wait(request, duplicate)
+        return duplicate
+
+    def _require_one_machine(self) -> None:
+        """The same boot of the same kernel; whether memory can be shared is seen when it is opened."""
+        places = [text.decode() for text in self._all_gather(f"{_boot_id()} {os.uname().nodename}".encode())]
+        if len({place.split()[0] for place in places}) > 1:
+            hosts = sorted({place.split(maxsplit=1)[1] for place in places})
             raise UsageError(
-                f"the {self.size} ranks lie on more than one machine ({', '.join(hosts)}) or cannot share memory; "
-                "this version works inside one machine: start all ranks on one, or give World a communicator of "
-                "one machine's ranks (comm.Split_type(MPI.COMM_TYPE_SHARED))"
+                f"the {self.size} ranks lie on {len({p.split()[0] for p in places})} machines ({', '.join(hosts)}); "
+                "this version works inside one: start all ranks on one machine, or give World a communicator of one "
+                "machine's ranks (comm.Split_type(MPI.COMM_TYPE_SHARED))"
             )
 
     def _all_gather(self, mine: bytes) -> list[bytes]:
@@ -220,13 +231,20 @@ class World:
             raise PeerError(f"rank {gone[0]} left or died before a collective construction", gone[0], 0)
 
 
-def _duplicate(comm: "MPI.Intracomm | None") -> "MPI.Intracomm":
-    from mpi4py import MPI
+def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -> None:
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise UsageError(f"workers must be a whole number of at least 1, not {workers!r}")
+    if any(not float(seconds) > 0 for seconds in timeouts):
+        raise UsageError("timeouts must be positive numbers of seconds")
+    if provider not in ("memfd", "posix"):
+        raise UsageError(f"provider must be 'memfd' or 'posix', not {provider!r}")
 
-    comm = MPI.COMM_WORLD if comm is None else comm
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
-    return comm.Dup()
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
 
 
 def _free(comm: "MPI.Intracomm") -> None:

@@ -1,5 +1,7 @@
 """Every rule x extrapolation x dtype x kind of world against the reference."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from conftest import Pair
@@ -203,7 +205,7 @@ def test_weights_keep_their_structure(world):
 
 
 def shapes(weights):
-    if isinstance(weights, dict):
+    if isinstance(weights, Mapping):
         return {name: w.shape for name, w in weights.items()}
     return [w.shape for w in weights] if isinstance(weights, (list, tuple)) else weights.shape
 

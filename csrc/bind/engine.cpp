@@ -50,7 +50,8 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
 
 // One of this rank's workers.
 int checked_worker(const Engine& engine, int v) {
-  if (v < 0 || v >= engine.team().workers_per_rank()) throw UsageError("there is no worker " + std::to_string(v));
+  if (v < 0 || v >= engine.team().workers_per_rank())
+    throw UsageError("there is no worker " + std::to_string(v));
   return v;
 }
 
@@ -127,17 +128,20 @@ void register_engine_class(py::module_& module) {
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
-      .def("weights",
-           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
+      .def("weights", [](const Engine& e, int v,
+                         std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
       .def("gradients",
-           [](const Engine& e, int v, std::size_t layer) { return view_of(e, e.gradients(checked_worker(e, v)), layer); })
+           [](const Engine& e, int v, std::size_t layer) {
+             return view_of(e, e.gradients(checked_worker(e, v)), layer);
+           })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
       .def("complain", &Engine::complain, Free())
-      .def("show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
+      .def(
+          "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
       .def("hide_master", &Engine::hide_master, Free())
       .def("keep_master", &Engine::keep_master)
       .def("updates", &Engine::updates, py::arg("layer"))

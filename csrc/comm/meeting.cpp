@@ -139,8 +139,8 @@ void Meeting::look_around(Wait& wait) {
 
 void Meeting::warn(Wait& wait) {
   wait.warned = true;
-  company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " + wait.where +
-                " of step " + std::to_string(wait.step) + " for rank " + awaited());
+  company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " +
+                wait.where + " of step " + std::to_string(wait.step) + " for rank " + awaited());
 }
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
@@ -148,8 +148,7 @@ void Meeting::raise(std::uint64_t word, const Wait& wait) const {
   std::string text = "rank " + std::to_string(rank) + words_for(failure_of(word)) + "; noticed at " +
                      wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
-  throw PeerError(text + ". This engine takes no further steps.", rank,
-                  wait.step);
+  throw PeerError(text + ". This engine takes no further steps.", rank, wait.step);
 }
 
 void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {

@@ -89,8 +89,9 @@ Mapping::~Mapping() { munmap(data_, bytes_); }
 void require_obtainable(std::size_t bytes) {
   const std::size_t free = std::min(available_memory(), allowed_memory());
   if (bytes > free)
-    throw CommError("the ranks together need " + megabytes(bytes) + " of shared memory, but the machine has " +
-                    megabytes(free) + " to give; use a smaller model, fewer workers or more nodes");
+    throw CommError("the ranks together need " + megabytes(bytes) +
+                    " of shared memory, but the machine has " + megabytes(free) +
+                    " to give; use a smaller model, fewer workers or more nodes");
 }
 
 void allocate(const FileDescriptor& fd, std::size_t bytes) {
@@ -99,7 +100,8 @@ void allocate(const FileDescriptor& fd, std::size_t bytes) {
   while (code == EINTR);
   if (code == 0) return;
   errno = code;
-  throw_errno("this rank needs " + megabytes(bytes) + " of shared memory, of " + megabytes(available_memory()) +
+  throw_errno("this rank needs " + megabytes(bytes) + " of shared memory, of " +
+              megabytes(available_memory()) +
               " available (a container may allow less: see its memory limit and the size of /dev/shm)");
 }
 

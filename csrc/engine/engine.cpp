@@ -273,8 +273,9 @@ template <class T>
 void EngineOf<T>::require_settled() const {
   team().require_own_process();
   if (exchange_.unsettled())
-    throw UsageError("a rank was lost in the middle of a step, so the master weights are part old and part new; go "
-                     "back to the last checkpoint");
+    throw UsageError(
+        "a rank was lost in the middle of a step, so the master weights are part old and part new; go "
+        "back to the last checkpoint");
 }
 
 template <class T>

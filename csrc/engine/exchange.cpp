@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/error.hpp"
 #include "core/float_environment.hpp"
 
 namespace xc {
@@ -42,6 +43,11 @@ Post Exchange::post(int rank) const {
   return {posts_[static_cast<std::size_t>(rank)] + (sequence_ & 1) * size, double_names_.size(), layers_};
 }
 
+void Exchange::require_open() const {
+  team_->require_member();
+  if (closed_) throw UsageError("this engine or array is closed");
+}
+
 void Exchange::meet_at_a(const Call& call) {
   PostHeader& header = post(team_->rank()).header();
   header.operation = static_cast<std::uint32_t>(call.operation);
@@ -51,7 +57,7 @@ void Exchange::meet_at_a(const Call& call) {
 }
 
 void Exchange::collective(const Call& call, const std::function<void(std::span<const Post>)>& work) {
-  team_->require_member();
+  require_open();
   const Post mine = post(team_->rank());
   mine.complain("");
   std::copy(call.doubles.begin(), call.doubles.end(), mine.doubles().begin());
@@ -75,7 +81,7 @@ void Exchange::collective(const Call& call, const std::function<void(std::span<c
 }
 
 void Exchange::complain(const Call& call, const std::string& text) {
-  team_->require_member();
+  require_open();
   post(team_->rank()).complain(text);
   meet_at_a(call);
   std::vector<Post> posts;
@@ -87,6 +93,7 @@ void Exchange::complain(const Call& call, const std::string& text) {
 // A forked child has a copy of this object, but not the right to speak for its parent.
 void Exchange::close() {
   if (team_->own_process()) meeting_.close();
+  closed_ = true;
 }
 
 }  // namespace xc

@@ -48,6 +48,7 @@ class Exchange {
 
  private:
   Post post(int rank) const;
+  void require_open() const;
   void meet_at_a(const Call& call);
 
   std::shared_ptr<Team> team_;
@@ -57,6 +58,7 @@ class Exchange {
   Meeting meeting_;
   std::uint64_t sequence_ = 0;
   bool unsettled_ = false;
+  bool closed_ = false;
 };
 
 }  // namespace xc

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/error.hpp"
+
 namespace xc {
 namespace {
 
@@ -30,8 +32,8 @@ RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker
       worker_count_(worker_count) {
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   for (const GroupSpec& group : options.groups) {
-    members_.push_back(family.member(group.flags, group.hyper));
-    slots_ = std::max(slots_, rule_kernel<T>(family_, members_.back()).slots);
+    flags_.push_back(group.flags);
+    slots_ = std::max(slots_, rule_kernel<T>(family_, family.member(group.flags, group.hyper)).slots);
   }
 }
 
@@ -46,10 +48,14 @@ template <class T>
 void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper,
                            std::int64_t updates, bool fused) const {
   const auto group = static_cast<std::size_t>(spec.group);
-  const std::size_t width = hyper.size() / members_.size();
+  const std::size_t width = hyper.size() / flags_.size();
   const auto own = hyper.subspan(group * width, width);
-  const RuleKernel<T>& kernel = rule_kernel<T>(family_, members_[group]);
-  kernel.prepare(own.first(width - 1), updates, run.scalars);
+  const Hyper numbers = own.first(width - 1);
+  const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
+  const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(flags_[group], numbers));
+  if (kernel.slots > slots_)
+    throw UsageError("the engine was built without the state arrays that this step needs");
+  kernel.prepare(numbers, updates, run.scalars);
   run.apply = kernel.apply;
   run.scale = T(1.0 / worker_count_);
   run.inner = T(own.back());

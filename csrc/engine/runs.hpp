@@ -37,7 +37,7 @@ class RunMaker {
   int extrapolation_;
   int worker_count_;
   int slots_ = 0;
-  std::vector<unsigned> members_;  // of the rule's family, by group
+  std::vector<unsigned> flags_;  // of each group
 };
 
 }  // namespace xc

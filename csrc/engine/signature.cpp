@@ -13,8 +13,8 @@ namespace {
 std::string member_line(const EngineOptions& options, std::size_t group) {
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_index(options.rule))];
   const GroupSpec& spec = options.groups[group];
-  return "parameter group " + std::to_string(group) + " with flags " + std::to_string(spec.flags) + ", kernel " +
-         std::to_string(family.member(spec.flags, spec.hyper));
+  return "parameter group " + std::to_string(group) + " with flags " + std::to_string(spec.flags) +
+         ", kernel " + std::to_string(family.member(spec.flags, spec.hyper));
 }
 
 std::string joined(const std::vector<std::string>& lines) {
@@ -32,12 +32,11 @@ std::string line_at(const std::string& text, std::size_t position) {
 }  // namespace
 
 std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& options, const Team& team) {
-  std::vector<std::string> lines = {"extrapcomm " + options.version,
-                                    std::to_string(team.workers_per_rank()) + " workers per rank",
-                                    "tile " + std::to_string(options.tile), "rule " + options.rule, "extrapolation " + options.extrapolation,
-                                    std::to_string(options.groups.size()) + " parameter groups"};
-  for (std::size_t g = 0; g < options.groups.size(); ++g)
-    lines.push_back(member_line(options, g));
+  std::vector<std::string> lines = {
+      "extrapcomm " + options.version,          std::to_string(team.workers_per_rank()) + " workers per rank",
+      "tile " + std::to_string(options.tile),   "rule " + options.rule,
+      "extrapolation " + options.extrapolation, std::to_string(options.groups.size()) + " parameter groups"};
+  for (std::size_t g = 0; g < options.groups.size(); ++g) lines.push_back(member_line(options, g));
   for (std::string& line : signature_of(plan)) lines.push_back(std::move(line));
   return lines;
 }
