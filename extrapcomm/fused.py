@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from torch.autograd.graph import increment_version
+from torch.autograd import graph
 
 from . import _core, checkpoint, hooks
 from ._version import __version__
@@ -18,6 +18,21 @@ from .world import World, log
 __all__ = ["FusedOptimizer", "Params"]
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
+
+
+def bump_versions(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that these tensors were written."""
+    graph.increment_version(tensors)
+
+
+try:
+    bump_versions([torch.zeros(0)])
+except Exception:  # torch 2.4 takes one tensor at a time
+
+    def bump_versions(tensors: list[torch.Tensor]) -> None:
+        """Tell autograd that these tensors were written."""
+        for tensor in tensors:
+            graph.increment_version(tensor)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -235,7 +250,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
-        increment_version(self._params)
+        bump_versions(self._params)
         self._versions = [param._version for param in self._params]
 
     def _require_own_weights(self) -> None:
@@ -426,7 +441,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._point_model_at(0)
             self._closed = True
             self._core.close()
-            increment_version(self._params)
+            bump_versions(self._params)
             if self._owns_world:
                 self.world.close()
 
