@@ -92,7 +92,11 @@ def check(args, samples):
     for name in ("workers", "batch", "epochs"):
         if getattr(args, name) < 1:
             stop(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name, legal in (("lr", args.lr > 0), ("warmup", args.warmup >= 0), ("seed", args.seed >= 0)):
+    for name, legal in (
+        ("lr", 0 < args.lr < float("inf")),
+        ("warmup", args.warmup >= 0),
+        ("seed", args.seed >= 0),
+    ):
         if not legal:
             stop(f"--{name} {getattr(args, name)} is out of range")
     workers = RANKS * args.workers

@@ -194,13 +194,13 @@ def test_interrupt_reaches_a_waiting_rank_and_its_peers():
         world = xc.World()
         engine = engine_of(world)
         if world.rank == 0:
-            threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(1.0, signal.raise_signal, [signal.SIGINT]).start()
             try:
                 engine.step()
             except KeyboardInterrupt as error:
                 report(error)
         else:
-            time.sleep(1.5)
+            time.sleep(2.5)
             try:
                 engine.step()
             except xc.PeerError as error:
@@ -308,9 +308,9 @@ def test_signal_handler_that_raises_after_completion_lets_nobody_drift():
         signal.signal(signal.SIGUSR1, handler)
         if world.rank == 0:
             import threading
-            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+            threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGUSR1]).start()
         else:
-            time.sleep(0.5)
+            time.sleep(1.2)
         for _ in range(2):
             try:
                 engine.step()
