@@ -437,8 +437,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._closed:
             if self._showing:
                 self._hide_master()
-            self._bound = 0
-            self._point_model_at(0)
+            if self._bound != 0:
+                self._bound = 0
+                self._point_model_at(0)
             self._closed = True
             self._core.close()
             bump_versions(self._params)
