@@ -191,13 +191,14 @@ void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* t
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   exchange_.collective({Operation::load, steps_, hash}, [&](std::span<const Post>) {
+    const auto runs = runs_.plain();
     for (const Shard<T>& shard : own_shards()) {
       for (std::size_t i = 0; i < layers.size(); ++i) {
         if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
         for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
           copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
       }
-      walk<T>(publish_pass<T>(), workers_, runs_.plain(), shard, buffers_);
+      walk<T>(publish_pass<T>(), workers_, runs, shard, buffers_);
     }
   });
   for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
