@@ -14,6 +14,7 @@ from .errors import CommError, DeviceError, Error, MismatchError, PeerError, Usa
 from .world import World
 
 if TYPE_CHECKING:
+    from .amp import GradScaler
     from .optim import SGD, Adam, AdamW, ExtrapSGD
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Engine",
     "Error",
     "ExtrapSGD",
+    "GradScaler",
     "MismatchError",
     "PeerError",
     "UsageError",
@@ -43,6 +45,10 @@ _OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW")
 
 def __getattr__(name: str) -> Any:
     """Load torch only for those who use its optimizers."""
+    if name == "GradScaler":
+        from . import amp
+
+        return amp.GradScaler
     if name in _OPTIMIZERS:
         from . import optim
 

@@ -12,7 +12,7 @@ from . import _core
 from ._version import __version__
 from .arrays import copy_into, form_of, look_at, require_visible
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule, check_tile
+from .hyper import InnerRate, Rule, check_max_norm, check_tile
 from .world import World
 
 __all__ = ["Engine"]
@@ -47,8 +47,17 @@ class Engine:
         extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient) or "global" (the last mean).
         inner_lr: the inner learning rate: a number, "lr", "lr/K", or a function of lr.
         tile: how many elements go through all stages before the next ones; results do not depend on it.
+        max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
+            the same factor; the step then takes a second pass over memory.
+        skip_nonfinite: let a step whose mean gradient is not finite change nothing on any rank; likewise.
         streaming: publish the weights past the cache; by default when a step moves more than the cache holds.
         hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...).
+
+    Attributes:
+        max_grad_norm, skip_nonfinite: as given; may change between steps, alike on all ranks.
+        grad_norm: the norm of the last step's mean gradient before clipping, alike on all ranks; None unless
+            `max_grad_norm` or `skip_nonfinite` asks for it.
+        skipped: whether the last step was skipped.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -74,12 +83,18 @@ class Engine:
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
         tile: int = 512,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         streaming: bool | None = None,
         **hyper: Any,
     ) -> None:
         if not isinstance(world, World):
             raise UsageError(f"world must be a World, not {world!r}")
         self.world = world
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: float | None = None
+        self.skipped = False
         error: Exception | None = None
         try:
             self._rule = Rule(rule, extrapolation)
@@ -90,6 +105,7 @@ class Engine:
             for form in forms:
                 require_visible(form)
             check_tile(tile)
+            check_max_norm(max_grad_norm)
         except Exception as caught:
             error = caught
         world.agree(error, "Engine")
@@ -132,25 +148,27 @@ class Engine:
         """How long the last step took inside the compiled part, in seconds, waiting included."""
         return self._core.last_step_seconds
 
-    def step(self, **hyper: Any) -> None:
+    def step(self, *, divisor: float = 1.0, **hyper: Any) -> None:
         """Collective: take the mean of all workers' gradients, update, and give every worker its next weights.
 
         Gradients are left as they are.
 
         Args:
+            divisor: every gradient counts for this part of itself: the number of micro-batches that were added up,
+                or a loss scale.
             hyper: new values of hyper-parameters, in force from this step on.
 
         Raises:
             UsageError, MismatchError: on every rank, with no weight touched.
             PeerError: if a rank died, left or does not come; the engine takes no more steps.
         """
-        self._step(hyper, fused=True)
+        self._step(hyper, divisor, fused=True)
 
     def step_unfused(self, **hyper: Any) -> None:
         """Collective: the same step with each stage in a pass of its own, to measure what fusion is worth."""
-        self._step(hyper, fused=False)
+        self._step(hyper, 1.0, fused=False)
 
-    def _step(self, hyper: Mapping[str, Any], fused: bool) -> None:
+    def _step(self, hyper: Mapping[str, Any], divisor: float, fused: bool) -> None:
         if self._closed:
             raise UsageError("this engine is closed")
         try:
@@ -158,11 +176,18 @@ class Engine:
             self._rule.check_fixed(group, self._flags, self._has_momentum)
             if self._showing:
                 raise UsageError("step() inside master_weights(): leave the context first")
+            check_max_norm(self.max_grad_norm)
+            if not (isinstance(divisor, (int, float)) and 0 < divisor < float("inf")):
+                raise UsageError(f"divisor must be a positive number, not {divisor!r}")
+            if not fused and (self.max_grad_norm or self.skip_nonfinite):
+                raise UsageError("step_unfused() has neither max_grad_norm nor skip_nonfinite")
             table = self._rule.table([group], self.world.K)
         except Exception as error:
             self._core.complain(describe(error))
             raise
-        self._core.step(table, self._present, fused)
+        self.grad_norm, self.skipped = self._core.step(
+            table, self._present, fused, divisor, self.max_grad_norm or 0.0, self.skip_nonfinite
+        )
         self._group = group
 
     def master(self) -> Any:

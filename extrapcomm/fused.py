@@ -4,35 +4,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, overload
 
-import numpy as np
 import torch
-from torch.autograd import graph
 
 from . import _core, checkpoint, hooks
 from ._version import __version__
-from .arrays import copy_into, form_of, look_at
+from .arrays import form_of
+from .binding import MANNERS, Binding, bump_versions
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule, check_tile
+from .hyper import InnerRate, Rule, check_max_norm, check_tile
 from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-
-
-def bump_versions(tensors: list[torch.Tensor]) -> None:
-    """Tell autograd that these tensors were written."""
-    graph.increment_version(tensors)
-
-
-try:
-    bump_versions([torch.zeros(0)])
-except Exception:  # torch 2.4 takes one tensor at a time
-
-    def bump_versions(tensors: list[torch.Tensor]) -> None:
-        """Tell autograd that these tensors were written."""
-        for tensor in tensors:
-            graph.increment_version(tensor)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -46,31 +30,58 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         world: the ranks and workers that train together.
+        max_grad_norm: the mean gradient is scaled down to this norm if it is longer; None: never. May change between
+            steps, alike on all ranks.
+        skip_nonfinite: whether a step whose mean gradient is not finite changes nothing on any rank.
+        grad_norm: the norm of the last step's mean gradient before clipping, alike on all ranks; None unless
+            `max_grad_norm` or `skip_nonfinite` asks for it.
+        skipped: whether the last step was skipped.
     """
 
     RULE = ""
+    found_inf: torch.Tensor
+    grad_scale: torch.Tensor | None
+    # torch's GradScaler then leaves the decision to skip to step(), which refuses it: see xc.GradScaler.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         params: Params,
         defaults: dict[str, Any],
-        extrapolation: str,
-        inner_lr: InnerRate,
-        world: World | None,
-        tile: int,
+        *,
+        extrapolation: str = "none",
+        inner_lr: InnerRate = "lr/K",
+        world: World | None = None,
+        tile: int = 512,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        accumulation: str = "mean",
+        gradients: str = "copy",
     ) -> None:
         if not (world is None or isinstance(world, World)):
             raise UsageError(f"world must be a World, not {world!r}")
         self._owns_world = world is None
         self.world = World() if world is None else world
-        self._built = self._closed = self._showing = self._to_adopt = self._warned = False
+        self._built = self._closed = self._showing = self._to_adopt = False
+        self._warned: set[str] = set()
         self._tile = tile
+        self._accumulation = accumulation
+        self._manner = gradients
+        self._open_micro_batches = 0
+        self._loss_scale = 1.0
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.grad_norm: float | None = None
+        self.skipped = False
         error: Exception | None = None
         try:
             self._rule = Rule(self.RULE, extrapolation)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)
+            check_max_norm(max_grad_norm)
+            _check_choice("accumulation", accumulation, ("mean", "sum"))
+            _check_choice("gradients", gradients, MANNERS)
         except Exception as caught:
             error = caught
         self.world.agree(error, type(self).__name__)
@@ -86,18 +97,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             (flags, bool(group.get("momentum")))
             for (flags, _), group in zip(groups, self.param_groups, strict=True)
         ]
-        self._names = [name for name, *_ in layers]
-        self._params: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
-        workers, each = range(self.world.workers), range(len(self._params))
-        self._weights = [[look_at(self._core.weights(v, i), "torch") for i in each] for v in workers]
-        self._grads = [[look_at(self._core.gradients(v, i), "torch") for i in each] for v in workers]
-        self._strides = [weights.stride() for weights in self._weights[0]]
-        self._present = np.zeros((self.world.workers, len(self._params)), dtype=np.uint8)
-        self._bound = 0
-        for i, param in enumerate(self._params):
-            copy_into(self._core.weights(0, i), param)
+        params = [p for group in self.param_groups for p in group["params"]]
+        names = [name for name, *_ in layers]
+        self._binding = Binding(self._core, params, names, self.world.workers, self._manner)
+        self._micro_batches = [0] * self.world.workers
+        self._binding.copy_initial()
         self._core.adopt(0)
-        self._point_model_at(0)
+        self._binding.show(0)
 
     # -- The step ------------------------------------------------------------------------------------------------
 
@@ -132,69 +138,117 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.adopt()
         try:
             table = self._checked_table()
-            self._collect()
+            self._binding.collect()
+            divisor = self._divisor()
         except Exception as error:
             self._core.complain(describe(error))
             raise
-        if self.world.workers > 1:
-            self._warn_of_idle_workers()
-        self._core.step(table, self._present)
-        self._mark_written()
+        self._warn_of_mistakes()
+        max_norm = self.max_grad_norm or 0.0
+        self.grad_norm, self.skipped = self._core.step(
+            table, self._binding.present, True, divisor, max_norm, self.skip_nonfinite
+        )
+        self._micro_batches = [0] * self.world.workers
+        if not self.skipped:
+            self._binding.mark_written()
         return loss
+
+    def scaled_step(self, scale: float, *args: Any, **kwargs: Any) -> Any:
+        """Collective: `step` on gradients of a loss that was multiplied by `scale`; skipped if they overflowed."""
+        before = self.skip_nonfinite
+        self._loss_scale, self.skip_nonfinite = scale, True
+        try:
+            return self.step(*args, **kwargs)
+        finally:
+            self._loss_scale, self.skip_nonfinite = 1.0, before
 
     def _checked_table(self) -> Any:
         if self._showing:
             raise UsageError("step() inside master_weights(): leave the context first")
-        self._require_own_weights()
+        if self._open_micro_batches:
+            raise UsageError("step() inside no_sync(): the last micro-batch belongs outside")
+        if hasattr(self, "found_inf"):
+            del self.found_inf, self.grad_scale
+            raise UsageError(
+                "torch's GradScaler sees this rank's gradients only, so the ranks' scales would part: use xc.GradScaler"
+            )
+        check_max_norm(self.max_grad_norm)
+        if not self._to_adopt:
+            self._binding.require_own_weights()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
         return self._rule.table(self.param_groups, self.world.K)
 
-    def _warn_of_idle_workers(self) -> None:
-        idle = ~self._present.any(axis=1)
-        if idle.any() and not idle.all() and not self._warned:
-            self._warned = True
-            log.warning(
-                "%d of this rank's %d workers have no gradient at all and count as zeros in the mean: "
-                "run forward and backward once in `with opt.worker(v)` for every v",
-                idle.sum(),
-                self.world.workers,
+    def _divisor(self) -> float:
+        """What every gradient is divided by, beside the number of workers."""
+        extra = set(self._micro_batches)
+        if len(extra) > 1:
+            raise UsageError(
+                f"this rank's workers have accumulated {[n + 1 for n in self._micro_batches]} micro-batches; "
+                "all need the same number"
+            )
+        micro_batches = 1 + extra.pop() if self._accumulation == "mean" else 1
+        return micro_batches * self._loss_scale
+
+    def _warn_of_mistakes(self) -> None:
+        """What is probably not meant, each once."""
+        if self.world.K > 1 and self._binding.was_rescaled():
+            self._warn_once(
+                "this rank's gradients were changed between backward() and step(). Clipping them there "
+                "(clip_grad_norm_) uses another norm on each rank: set max_grad_norm instead, which clips the mean"
+            )
+        self._binding.forget_rescaling()
+        if self.world.workers == 1:
+            return
+        idle = ~self._binding.present.any(axis=1)
+        if idle.any() and not idle.all():
+            self._warn_once(
+                f"{idle.sum()} of this rank's {self.world.workers} workers have no gradient at all and count as zeros "
+                "in the mean: run forward and backward once in `with opt.worker(v)` for every v"
             )
 
-    def _collect(self) -> None:
-        """Bring the gradients that autograd made for the bound worker into its shared memory, in one batch."""
-        grads = [param.grad for param in self._params]
-        try:
-            if [None if grad is None else grad.stride() for grad in grads] != self._strides:
-                grads = [None if g is None else self._laid_out(i, g) for i, g in enumerate(grads)]
-            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-        except RuntimeError as error:  # sparse tensors have neither strides nor one address
-            raise UsageError("a gradient is sparse; use dense ones (sparse=False in Embedding)") from error
-        self._core.gather(self._bound, addresses, self._present[self._bound])
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning(text)
 
-    def _laid_out(self, i: int, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient with its parameter's strides: itself, or a copy in shared memory."""
-        mine = self._grads[self._bound][i]
-        return grad if grad.stride() == mine.stride() else mine.copy_(grad)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all workers of this rank.
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Forget the gradients of all workers of this rank, and what has been accumulated.
 
         Args:
-            set_to_none: drop them, the default; otherwise existing ones become zeros in shared memory, and the next
-                backward pass adds to them there.
+            set_to_none: drop them, the default unless the optimizer was made with gradients="view"; otherwise existing
+                ones become zeros in shared memory, and the next backward pass adds to them there.
         """
-        if set_to_none:
-            self._present[:] = 0
-            for param in self._params:
-                param.grad = None
-            return
-        self._present[self._bound] = [param.grad is not None for param in self._params]
-        for present, grads in zip(self._present, self._grads, strict=True):
-            for here, grad in zip(present, grads, strict=True):
-                if here:
-                    grad.zero_()
-        self._point_gradients_at(self._bound)
+        self._micro_batches = [0] * self.world.workers
+        self._binding.forget_rescaling()
+        if set_to_none or (set_to_none is None and self._manner != "view"):
+            self._binding.forget_gradients()
+        else:
+            self._binding.zero_gradients()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within the context backward() brings one more micro-batch: use it for all but the last before a step.
+
+        The next step divides by their number, or not with accumulation="sum". It costs no pass over memory.
+
+        Example:
+            >>> import torch, extrapcomm as xc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = xc.SGD(model.parameters(), lr=0.1)
+            >>> with opt.no_sync():
+            ...     model(torch.ones(1, 2)).sum().backward()
+            >>> model(torch.zeros(1, 2)).sum().backward()
+            >>> opt.step()
+            >>> opt.close()
+        """
+        bound = self._binding.bound
+        self._open_micro_batches += 1
+        try:
+            yield
+        finally:
+            self._open_micro_batches -= 1
+        self._micro_batches[bound] += 1
 
     @property
     def last_step_seconds(self) -> float:
@@ -215,7 +269,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if not (isinstance(v, int) and 0 <= v < self.world.workers):
             raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
-        before = self._bound
+        before = self._binding.bound
         self._switch(v)
         try:
             yield
@@ -225,47 +279,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _switch(self, v: int) -> None:
         if self._showing:
             raise UsageError("worker() inside master_weights(): leave the context first")
-        if v != self._bound:
-            self._require_own_weights()
-            self._collect()
-            self._bound = v
-            self._point_model_at(v)
-            self._point_gradients_at(v)
-
-    def _point_model_at(self, v: int) -> None:
-        for param, weights in zip(self._params, self._weights[v], strict=True):
-            param.data = weights
-        self._record()
-
-    def _point_gradients_at(self, v: int) -> None:
-        for param, grad, here in zip(self._params, self._grads[v], self._present[v], strict=True):
-            param.grad = grad if here else None
+        if v != self._binding.bound:
+            if not self._to_adopt:
+                self._binding.require_own_weights()
+            self._binding.switch(v)
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
-
-    def _record(self) -> None:
-        """Remember how the parameters look now, to notice what others write into them."""
-        self._versions = [param._version for param in self._params]
-        self._addresses = [param.data_ptr() for param in self._params]
-
-    def _mark_written(self) -> None:
-        """Tell autograd that the weights have changed, so that backward through an old graph raises."""
-        bump_versions(self._params)
-        self._versions = [param._version for param in self._params]
-
-    def _require_own_weights(self) -> None:
-        if self._to_adopt:
-            return
-        versions = [param._version for param in self._params]
-        addresses = [param.data_ptr() for param in self._params]
-        if versions == self._versions and addresses == self._addresses:
-            return
-        seen = zip(versions, self._versions, addresses, self._addresses, strict=True)
-        changed = next(i for i, (v, own_v, a, own_a) in enumerate(seen) if v != own_v or a != own_a)
-        raise UsageError(
-            f"parameter {self._names[changed]!r} was written or replaced outside the optimizer, and the next step "
-            "would lose that: call opt.adopt() after changing weights, or change them in master_weights(write=True)"
-        )
 
     def adopt(self) -> None:
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
@@ -276,11 +295,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._require_open()
         try:
-            if self._showing or self._bound != 0:
+            if self._showing or self._binding.bound != 0:
                 raise UsageError("adopt() inside master_weights() or worker(): leave the context first")
-            for i, (param, mine) in enumerate(zip(self._params, self._weights[0], strict=True)):
-                if param.data_ptr() != mine.data_ptr():
-                    self._take_over(i, param, mine)
+            self._binding.take_over()
         except Exception as error:
             self._core.complain(describe(error))
             raise
@@ -289,17 +306,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
-        self._mark_written()
-        self._record()
-
-    def _take_over(self, i: int, param: torch.Tensor, mine: torch.Tensor) -> None:
-        if (
-            param.shape != mine.shape
-            or form_of(param, self._names[i]).dtype != self._core.weights(0, i).dtype
-        ):
-            raise UsageError(f"parameter {self._names[i]!r} was replaced by one of another shape or type")
-        mine.copy_(param.detach())
-        param.data = mine
+        self._binding.mark_written()
+        self._binding.record()
 
     def attach(self, model: torch.nn.Module) -> None:
         """Let the model save and load the master weights.
@@ -314,11 +322,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: if it contains none.
         """
-        hooks.attach(self, model, dict(zip(map(id, self._params), range(len(self._params)), strict=True)))
+        hooks.attach(self, model, {id(param): i for i, param in enumerate(self._binding.params)})
 
     def master(self, i: int) -> torch.Tensor:
         """A copy of the i-th parameter's master weights, float32 (float64 for float64). Not collective."""
-        return checkpoint.strided(self._core.read(i, 0), self._params[i])
+        return checkpoint.strided(self._core.read(i, 0), self._binding.params[i])
 
     @contextmanager
     def master_weights(self, write: bool = False) -> Iterator[None]:
@@ -333,9 +341,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._require_open()
         if self._showing:
             raise UsageError("master_weights() is already open")
-        self._core.show_master(self._bound)
+        self._core.show_master(self._binding.bound)
         self._showing = True
-        self._mark_written()
+        self._binding.mark_written()
         try:
             yield
         except BaseException as error:
@@ -344,7 +352,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._core.complain(f"master_weights(write=True) was left by {type(error).__name__}: {error}")
             raise
         if write and not self._closed:
-            self._core.keep_master(self._bound)
+            self._core.keep_master(self._binding.bound)
             self._showing = False
             self._adopt()
         else:
@@ -354,8 +362,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._showing:
             return  # closed meanwhile
         self._showing = False
-        self._core.hide_master(self._bound)
-        self._mark_written()
+        self._core.hide_master(self._binding.bound)
+        self._binding.mark_written()
 
     def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
         """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.
@@ -378,7 +386,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         loading, every worker starts from the master weights. An `inner_lr` that is a function is left out.
         """
         packed = super().state_dict()
-        return checkpoint.fill(packed, self._core, self._rule, self._params)
+        return checkpoint.fill(packed, self._core, self._rule, self._binding.params)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Collective: take hyper-parameters, state, and master weights if they are there, from a `state_dict`.
@@ -397,7 +405,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             groups = checkpoint.groups_of(state_dict, self.param_groups)
             for group, (flags, slots) in zip(groups, self._settled, strict=True):
                 self._rule.check_fixed(group, flags, slots)
-            layers, digest = checkpoint.layers_of(state_dict, self._core, self._rule, self._params)
+            layers, digest = checkpoint.layers_of(state_dict, self._core, self._rule, self._binding.params)
         except Exception as error:
             self._core.complain(describe(error))
             raise
@@ -405,7 +413,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         foreign = not has_weights and self._to_adopt
         self._core.load(layers, digest)
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self._mark_written()
+        self._binding.mark_written()
         self._to_adopt = foreign
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -420,7 +428,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._require_open()
         self._switch(0)
         error: Exception | None = None
-        saved = checkpoint.snapshot(self._core, len(self._params))
+        saved = checkpoint.snapshot(self._core, len(self._binding.params))
         try:
             super().add_param_group(param_group)
             layers, groups = self._describe()
@@ -428,21 +436,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             error = caught
         self.world.agree(error, "parameter group")
         self._core.close()
+        self._binding.remove_hooks()
         self._build(layers, groups)
-        checkpoint.restore(self._core, saved, len(self._params))
-        self._mark_written()
+        checkpoint.restore(self._core, saved, len(self._binding.params))
+        self._binding.mark_written()
 
     def close(self) -> None:
         """Leave the master weights in the model and end this rank's part. Idempotent, not collective."""
         if not self._closed:
             if self._showing:
                 self._hide_master()
-            if self._bound != 0:
-                self._bound = 0
-                self._point_model_at(0)
+            if self._binding.bound != 0:
+                self._binding.show(0)
+            self._binding.remove_hooks()
             self._closed = True
             self._core.close()
-            bump_versions(self._params)
+            bump_versions(self._binding.params)
             if self._owns_world:
                 self.world.close()
 
@@ -472,3 +481,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             numbers = self._rule.numbers(group, self.world.K)[:-1]
             groups.append((self._rule.flag_bits(group), numbers))
         return layers, groups
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

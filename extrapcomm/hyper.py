@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import UsageError
 
-__all__ = ["InnerRate", "Rule", "check_tile"]
+__all__ = ["InnerRate", "Rule", "check_max_norm", "check_tile"]
 
 InnerRate = float | str | Callable[[float], float]
 
@@ -79,6 +79,13 @@ class Rule:
             raise UsageError(
                 "the engine was built without momentum and has no buffer for it; build a new one"
             )
+
+
+def check_max_norm(value: Any) -> None:
+    """UsageError if gradients cannot be clipped to this norm."""
+    if value is None or (isinstance(value, (int, float)) and value > 0):
+        return
+    raise UsageError(f"max_grad_norm must be None or a positive number, not {value!r}")
 
 
 def check_tile(tile: Any) -> None:

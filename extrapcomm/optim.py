@@ -1,12 +1,28 @@
 """torch optimizers whose step is one collective."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .fused import FusedOptimizer, Params
 from .hyper import InnerRate
 from .world import World
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["SGD", "Adam", "AdamW", "ExtrapSGD"]
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer here takes beside its rule's hyper-parameters; `SGD` explains them."""
+
+    extrapolation: str
+    inner_lr: InnerRate
+    world: World | None
+    tile: int
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+    accumulation: str
+    gradients: str
 
 
 class SGD(FusedOptimizer):
@@ -28,6 +44,12 @@ class SGD(FusedOptimizer):
             published at the end of a step uses that step's lr.
         world: a World; one over MPI.COMM_WORLD by default.
         tile: elements that go through all stages before the next ones; results do not depend on it.
+        max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
+            the same factor; the step then takes a second pass over memory.
+        skip_nonfinite: let a step whose mean gradient is not finite change nothing on any rank; likewise.
+        accumulation: "mean" or "sum" of the micro-batches that `no_sync()` counts.
+        gradients: how they reach shared memory: "copy" (in one batch, when the step begins), "hook" (each as soon as
+            autograd has it) or "view" (autograd adds to zeros there: zero_grad() leaves such).
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -54,10 +76,7 @@ class SGD(FusedOptimizer):
         nesterov: bool = False,
         *,
         decoupled_weight_decay: bool = False,
-        extrapolation: str = "none",
-        inner_lr: InnerRate = "lr/K",
-        world: World | None = None,
-        tile: int = 512,
+        **options: "Unpack[Options]",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -67,7 +86,7 @@ class SGD(FusedOptimizer):
             "nesterov": nesterov,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, extrapolation, inner_lr, world, tile)
+        super().__init__(params, defaults, **options)
 
 
 class ExtrapSGD(SGD):
@@ -90,10 +109,7 @@ class Adam(FusedOptimizer):
         eps: added to the denominator.
         weight_decay: coefficient of the decay, added to the gradient unless decoupled.
         decoupled_weight_decay: shrink the weights themselves by lr * weight_decay (AdamW).
-        extrapolation: only "none"; `inner_lr` has no effect then.
-        inner_lr: see `SGD`.
-        world: a World; one over MPI.COMM_WORLD by default.
-        tile: see `SGD`.
+        options: see `SGD`; `extrapolation` can only be "none".
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -111,10 +127,7 @@ class Adam(FusedOptimizer):
         weight_decay: float = 0.0,
         *,
         decoupled_weight_decay: bool = False,
-        extrapolation: str = "none",
-        inner_lr: InnerRate = "lr/K",
-        world: World | None = None,
-        tile: int = 512,
+        **options: "Unpack[Options]",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -123,7 +136,7 @@ class Adam(FusedOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, extrapolation, inner_lr, world, tile)
+        super().__init__(params, defaults, **options)
 
 
 class AdamW(Adam):

@@ -28,8 +28,20 @@ def tree_sum(terms: Sequence[Array]) -> Array:
     return terms[0]
 
 
-def tree_mean(terms: Sequence[Array]) -> Array:
-    return tree_sum(terms) * (1.0 / len(terms))
+def tree_mean(terms: Sequence[Array], divisor: float = 1.0) -> Array:
+    return tree_sum(terms) * (1.0 / (len(terms) * divisor))
+
+
+def grad_norm(grads: Sequence[Sequence[Array | None]], divisor: float = 1.0) -> float:
+    """The norm of the mean over the workers of all layers together; None counts as zeros."""
+    means = [sum(np.float64(g) for g in of_all if g is not None) for of_all in zip(*grads, strict=True)]
+    return math.sqrt(sum(float(np.sum(np.square(m))) for m in means)) / (len(grads) * divisor)
+
+
+def clip_for(norm: float, max_grad_norm: float | None) -> float:
+    """torch.nn.utils.clip_grad_norm_'s coefficient."""
+    clip = 1.0 if max_grad_norm is None else max_grad_norm / (norm + 1e-6)
+    return 1.0 if clip > 1 else clip
 
 
 def rounded(x: Array, dtype: str) -> Array:
@@ -154,9 +166,10 @@ class ReferenceEngine:
         self.hyper = self.rule.defaults | hyper
         self.groups = groups or [{}] * len(self.w)
 
-    def step(self, grads, **hyper):
+    def step(self, grads, divisor=1.0, clip=1.0, **hyper):
         """grads[k][l]: worker k's gradient of layer l, None where absent."""
         self.hyper |= hyper
+        self.divisor, self.clip = divisor, clip
         for layer in range(len(self.w)):
             local = [of_worker[layer] for of_worker in grads]
             if any(g is not None for g in local):
@@ -165,7 +178,8 @@ class ReferenceEngine:
     def step_layer(self, layer, local, h):
         zero = np.zeros_like(self.w[layer])
         local = [zero if g is None else np.asarray(g).astype(self.T) for g in local]
-        mean = tree_mean(local)
+        mean = tree_mean(local, self.divisor)
+        mean = mean * self.clip if self.clip != 1 else mean
         self.t[layer] += 1
         w, slots = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
         self.w[layer], self.slots[layer] = w, slots
@@ -174,6 +188,8 @@ class ReferenceEngine:
 
     def displaced(self, w, local, mean, lr):
         rate = inner_rate(self.inner_lr, lr, self.K)
+        if self.extrapolation == "local":
+            rate = float(self.T.type(float(self.T.type(rate / self.divisor)) * self.clip))
         if self.extrapolation == "none" or rate == 0:
             return w
         return w - rate * EXTRAPOLATIONS[self.extrapolation](local, mean)

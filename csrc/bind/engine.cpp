@@ -70,14 +70,21 @@ py::array read(const Engine& engine, std::size_t layer, int slot) {
   return out;
 }
 
-void step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused) {
+// The norm of the mean gradient if the step measured it, and whether it was skipped.
+std::pair<std::optional<double>, bool> step(Engine& engine, const Doubles& hyper, const Bytes& present,
+                                            bool fused, double divisor, double max_norm,
+                                            bool skip_nonfinite) {
   const auto layers = py::ssize_t(engine.plan().layers.size());
   if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
       present.size() != layers * engine.team().workers_per_rank())
     throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
-  const Engine::Step arguments{span_of(hyper), span_of(present), fused};
-  const py::gil_scoped_release nogil;
-  engine.step(arguments);
+  const Engine::Step arguments{span_of(hyper), span_of(present), fused, divisor, max_norm, skip_nonfinite};
+  Engine::Outcome outcome;
+  {
+    const py::gil_scoped_release nogil;
+    outcome = engine.step(arguments);
+  }
+  return {arguments.measures() ? std::optional(outcome.norm) : std::nullopt, outcome.skipped};
 }
 
 void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
@@ -138,7 +145,8 @@ void register_engine_class(py::module_& module) {
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
-      .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true)
+      .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
+           py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false)
       .def("complain", &Engine::complain, Free())
       .def(
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())

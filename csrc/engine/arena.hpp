@@ -11,8 +11,8 @@ namespace xc {
 
 // Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank
 // drives: the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them)
-// and the STATE mapping (control words and posts, master weights W, rule slots S, the undo area with its
-// progress words).
+// and the STATE mapping (control words and posts, sums for norms, master weights W, rule slots S, the undo
+// area with its progress words).
 //
 // Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
 // do not all fall into the same sets of the cache.
@@ -29,6 +29,7 @@ class ArenaLayout {
   std::size_t state_bytes() const { return state_bytes_; }
   // Slot 0 is W itself, slots 1.. are the rule's.
   std::size_t master(std::size_t worker, std::size_t slot) const;
+  std::size_t norms(std::size_t worker) const { return norms_offset_[worker]; }
   std::size_t progress(std::size_t worker) const;
   std::size_t undo(std::size_t worker) const;
 
@@ -43,6 +44,7 @@ class ArenaLayout {
   std::size_t progress_offset_;
   std::size_t undo_offset_;
   std::size_t state_bytes_;
+  std::vector<std::size_t> norms_offset_;
   std::vector<std::size_t> shard_offset_;
   std::vector<std::size_t> shard_bytes_;
 };

@@ -7,25 +7,14 @@
 
 #include "core/error.hpp"
 #include "core/streaming.hpp"
-#include "engine/arena.hpp"
+#include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
-#include "engine/passes.hpp"
 #include "engine/runs.hpp"
 #include "engine/signature.hpp"
+#include "engine/step.hpp"
 
 namespace xc {
 namespace {
-
-std::vector<std::string> hyper_names(const FamilyInfo& family, std::size_t groups) {
-  std::vector<std::string> names;
-  for (std::size_t g = 0; g < groups; ++g) {
-    const std::string of_group = " of parameter group " + std::to_string(g);
-    for (const Parameter& parameter : family.parameters)
-      names.push_back(std::string(parameter.name) + of_group);
-    names.push_back("inner_lr" + of_group);
-  }
-  return names;
-}
 
 // Bytes that one step of all workers touches.
 std::int64_t touched_bytes(const Plan& plan, int slots, int workers) {
@@ -46,29 +35,23 @@ class EngineOf final : public Engine {
   EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options)
       : plan_(std::move(plan)),
         runs_(plan_, options, team->worker_count()),
-        names_(hyper_names(families()[static_cast<std::size_t>(family_index(options.rule))],
-                           options.groups.size())),
-        control_bytes_(Exchange::control_bytes(names_.size(), plan_.layers.size())),
+        names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
+                                     options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
-        layout_(layout_of(*team, team->rank())),
-        views_(team->share(layout_.views_bytes())),
-        state_(team->share(layout_.state_bytes())),
-        exchange_(team, state_, names_, plan_.layers.size()),
-        passes_(step_passes<T>(options.streaming.value_or(
-            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count()))))),
-        buffers_(tile_, team->worker_count()),
+        arenas_(*team, plan_, runs_.slots(), tile_,
+                Exchange::control_bytes(names_.size(), plan_.layers.size())),
+        exchange_(team, arenas_.control(), names_, plan_.layers.size()),
+        stepper_(plan_, arenas_, tile_,
+                 options.streaming.value_or(
+                     exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
         updates_(plan_.layers.size(), 0),
-        cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {
-    locate();
-  }
+        cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
   const Plan& plan() const override { return plan_; }
   Team& team() const override { return exchange_.team(); }
-  std::shared_ptr<std::byte> weights(int v) const override { return view(layout_.weights(std::size_t(v))); }
-  std::shared_ptr<std::byte> gradients(int v) const override {
-    return view(layout_.gradients(std::size_t(v)));
-  }
-  std::size_t hyper_count() const override { return names_.size(); }
+  std::shared_ptr<std::byte> weights(int v) const override { return arenas_.weights(v); }
+  std::shared_ptr<std::byte> gradients(int v) const override { return arenas_.gradients(v); }
+  std::size_t hyper_count() const override { return names_.size() - numbers_of({}).size(); }
   int slots() const override { return runs_.slots(); }
   std::int64_t updates(std::size_t layer) const override { return updates_[layer]; }
   std::int64_t steps() const override { return steps_; }
@@ -77,7 +60,7 @@ class EngineOf final : public Engine {
   void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) override;
   void adopt(int root_worker) override;
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
-  void step(const Step& step) override;
+  Outcome step(const Step& step) override;
   void complain(const std::string& complaint) override;
   void show_master(int v) override;
   void hide_master(int v) override;
@@ -86,67 +69,25 @@ class EngineOf final : public Engine {
   void close() override;
 
  private:
-  ArenaLayout layout_of(const Team& team, int rank) const {
-    return ArenaLayout(plan_, rank * team.workers_per_rank(), team.workers_per_rank(), runs_.slots(), tile_,
-                       control_bytes_);
-  }
-  std::shared_ptr<std::byte> view(std::size_t offset) const {
-    const auto& mine = views_[static_cast<std::size_t>(team().rank())];
-    return {mine, mine->data() + offset};
-  }
-  std::span<const Shard<T>> own_shards() const {
-    return std::span(shards_).subspan(static_cast<std::size_t>(team().first_worker()),
-                                      static_cast<std::size_t>(team().workers_per_rank()));
-  }
-  void locate();
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   void require_settled() const;
-  void publish_master(std::byte* x);
-  void run_passes(std::span<const Run<T>> runs);
-  void run_unfused_passes(std::span<const Run<T>> runs);
+  Outcome run(const Step& step, std::span<const std::uint8_t> present);
 
   Plan plan_;
   RunMaker<T> runs_;
   std::vector<std::string> names_;
-  std::size_t control_bytes_;
   std::int64_t tile_;
-  ArenaLayout layout_;
-  Shared views_;
-  Shared state_;
+  Arenas<T> arenas_;
   Exchange exchange_;
-  std::vector<Pass<T>> passes_;
-  TileBuffers<T> buffers_;
+  Stepper<T> stepper_;
   std::vector<std::int64_t> updates_;  // per layer
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
-  Workers workers_;
-  std::vector<Shard<T>> shards_;                  // of all workers
-  std::vector<T> waiting_;                        // the reduced gradient between unfused passes
   std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
   bool closed_ = false;
 };
-
-// Finds every worker's arrays in the mappings of all ranks.
-template <class T>
-void EngineOf<T>::locate() {
-  for (int r = 0; r < team().size(); ++r) {
-    const ArenaLayout layout = layout_of(team(), r);
-    std::byte* views = views_[static_cast<std::size_t>(r)]->data();
-    std::byte* state = state_[static_cast<std::size_t>(r)]->data();
-    for (std::size_t v = 0; v < static_cast<std::size_t>(team().workers_per_rank()); ++v) {
-      const Segment& segment = plan_.segments[shards_.size()];
-      Shard<T> shard{segment.begin, segment.end, reinterpret_cast<T*>(state + layout.master(v, 0)), {}};
-      for (int s = 0; s < runs_.slots(); ++s)
-        shard.slots[s] = reinterpret_cast<T*>(state + layout.master(v, static_cast<std::size_t>(s) + 1));
-      shards_.push_back(shard);
-      workers_.sources.push_back(views + layout.gradients(v));
-      workers_.targets.push_back(views + layout.weights(v));
-    }
-  }
-  workers_.own = workers_.sources;
-}
 
 template <class T>
 void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) {
@@ -162,16 +103,13 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
   }
 }
 
-// The master weights are read as a sum over one source, the root's X.
 template <class T>
 void EngineOf<T>::adopt(int root_worker) {
   exchange_.collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](std::span<const Post>) {
-    const Workers root{{workers_.targets[static_cast<std::size_t>(root_worker)]}, {}, {}};
+    const Workers root{{arenas_.workers().targets[static_cast<std::size_t>(root_worker)]}, {}, {}};
     const auto runs = runs_.plain();
-    for (const Shard<T>& shard : own_shards()) {
-      walk<T>(load_pass<T>(), root, runs, shard, buffers_, shard.w);
-      walk<T>(publish_pass<T>(), workers_, runs, shard, buffers_);
-    }
+    stepper_.load(root, runs);
+    stepper_.publish(runs);
   });
 }
 
@@ -191,15 +129,13 @@ void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* t
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   exchange_.collective({Operation::load, steps_, hash}, [&](std::span<const Post>) {
-    const auto runs = runs_.plain();
-    for (const Shard<T>& shard : own_shards()) {
+    for (const Shard<T>& shard : arenas_.own_shards())
       for (std::size_t i = 0; i < layers.size(); ++i) {
         if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
         for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
           copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
       }
-      walk<T>(publish_pass<T>(), workers_, runs, shard, buffers_);
-    }
+    stepper_.publish(runs_.plain());
   });
   for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
 }
@@ -226,48 +162,38 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 }
 
 template <class T>
-void EngineOf<T>::run_passes(std::span<const Run<T>> runs) {
-  for (const Pass<T>& pass : passes_)
-    for (const Shard<T>& shard : own_shards()) walk<T>(pass, workers_, runs, shard, buffers_);
-}
-
-// The reduced gradient waits between the passes.
-template <class T>
-void EngineOf<T>::run_unfused_passes(std::span<const Run<T>> runs) {
-  const std::int64_t begin = own_shards().front().begin, end = own_shards().back().end;
-  waiting_.resize(static_cast<std::size_t>(end - begin));
-  for (const Pass<T>& pass : unfused_passes<T>())
-    for (const Shard<T>& shard : own_shards())
-      walk<T>(pass, workers_, runs, shard, buffers_, waiting_.data() + (shard.begin - begin));
-}
-
-template <class T>
-void EngineOf<T>::step(const Step& step) {
+Engine::Outcome EngineOf<T>::step(const Step& step) {
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
   const auto here = present_here(step.present);
   std::vector<std::uint8_t> present(here.size(), 0);
-  exchange_.collective({Operation::step, steps_ + 1, step.fused, step.hyper, here},
+  Outcome outcome;
+  exchange_.collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
                        [&](std::span<const Post> posts) {
                          for (const Post& post : posts)
                            for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
-                         const auto runs = runs_.for_step(posts[0].doubles(), present, updates_, step.fused);
-                         step.fused ? run_passes(runs) : run_unfused_passes(runs);
+                         Step agreed = step_of(posts[0].doubles());
+                         agreed.fused = step.fused;
+                         outcome = run(agreed, present);
                        });
-  for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
+  if (!outcome.skipped)
+    for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
+  return outcome;
+}
+
+template <class T>
+Engine::Outcome EngineOf<T>::run(const Step& step, std::span<const std::uint8_t> present) {
+  auto runs = runs_.for_step(step, present, updates_);
+  if (step.fused) return stepper_.run(runs, step, [&] { exchange_.meet_between_passes(steps_ + 1); });
+  stepper_.run_unfused(runs);
+  return {};
 }
 
 template <class T>
 void EngineOf<T>::complain(const std::string& complaint) {
   exchange_.complain({Operation::step, steps_ + 1}, complaint);
-}
-
-template <class T>
-void EngineOf<T>::publish_master(std::byte* x) {
-  const auto runs = runs_.plain();
-  for (const Shard<T>& shard : shards_) walk<T>(publish_pass<T>(), {{}, {x}, {x}}, runs, shard, buffers_);
 }
 
 template <class T>
@@ -284,7 +210,7 @@ void EngineOf<T>::show_master(int v) {
   require_settled();
   std::byte* x = weights(v).get();
   hidden_.emplace(v, std::vector<std::byte>(x, x + plan_.bytes));
-  publish_master(x);
+  stepper_.publish_to(x, runs_.plain());
 }
 
 template <class T>
@@ -300,7 +226,7 @@ template <class T>
 void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
   require_settled();
   const std::int64_t begin = plan_.layers[layer].begin, end = begin + plan_.layers[layer].count;
-  for (const Shard<T>& shard : shards_) {
+  for (const Shard<T>& shard : arenas_.shards()) {
     const std::int64_t first = std::max(begin, shard.begin), last = std::min(end, shard.end);
     if (first >= last) continue;
     const T* from = slot == 0 ? shard.w : shard.slots[slot - 1];
@@ -314,7 +240,7 @@ void EngineOf<T>::close() {
   closed_ = true;
   hidden_.clear();
   if (!exchange_.unsettled())
-    for (int v = 0; v < team().workers_per_rank(); ++v) publish_master(weights(v).get());
+    for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
   exchange_.close();
 }
 

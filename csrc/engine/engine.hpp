@@ -70,7 +70,7 @@ class Engine {
   // all. Ranks whose `hash` of it differs make all throw MismatchError.
   virtual void load(std::span<const Saved> layers, std::uint64_t hash) = 0;
 
-  // How many numbers step() takes.
+  // How many numbers Step::hyper has.
   virtual std::size_t hyper_count() const = 0;
 
   struct Step {
@@ -79,10 +79,23 @@ class Engine {
     // Per worker of this rank and layer, whether there is a gradient. A layer without one on all workers is
     // left alone; without one on some, theirs count as zeros.
     std::span<const std::uint8_t> present;
+    // Unfused steps, which only benchmarks take, have neither clipping nor skipping.
     bool fused = true;
+    // Every gradient counts for this part of itself: micro-batches that were added up, times a loss scale.
+    double divisor = 1;
+    // The mean gradient is scaled down to this norm if it is longer, and so is what displaces the weights; 0:
+    // as long as it is.
+    double max_norm = 0;
+    // With a mean gradient that is not finite the step changes nothing on any rank.
+    bool skip_nonfinite = false;
+    bool measures() const { return max_norm > 0 || skip_nonfinite; }
+  };
+  struct Outcome {
+    double norm = 0;  // of the mean gradient, unclipped; if the step measured it
+    bool skipped = false;
   };
   // Collective.
-  virtual void step(const Step& step) = 0;
+  virtual Outcome step(const Step& step) = 0;
   // Collective: this rank's part of a step whose arguments are wrong; all ranks throw `complaint`.
   virtual void complain(const std::string& complaint) = 0;
 

@@ -80,6 +80,12 @@ void Exchange::collective(const Call& call, const std::function<void(std::span<c
   unsettled_ = false;
 }
 
+void Exchange::meet_between_passes(std::int64_t step) {
+  unsettled_ = false;
+  meeting_.meet("the meeting between passes", step, meeting_.limits().inside_pass);
+  unsettled_ = true;
+}
+
 void Exchange::complain(const Call& call, const std::string& text) {
   require_open();
   post(team_->rank()).complain(text);

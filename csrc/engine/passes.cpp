@@ -14,6 +14,16 @@ void reduce_stage(const Workers& workers, const Tile<T>& tile) {
 }
 
 template <class T>
+void measure_stage(const Workers&, const Tile<T>& tile) {
+  tile.squares->add(tile.mean, tile.first, tile.count);
+}
+
+template <class T>
+void clip_stage(const Workers&, const Tile<T>& tile) {
+  for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] *= tile.run->clip;
+}
+
+template <class T>
 void apply_stage(const Workers&, const Tile<T>& tile) {
   tile.run->apply(tile.run->scalars, tile.mean, tile.w, tile.slots, tile.count);
 }
@@ -69,13 +79,15 @@ void displace_stage(const Workers& workers, const Tile<T>& tile) {
 
 template <class T>
 Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, std::int64_t count,
-                  TileBuffers<T>& buffers, T* waiting) {
+                  TileBuffers<T>& buffers, const Kept<T>& kept) {
   const std::int64_t place = first - shard.begin;
   Tile<T> tile;
   tile.run = &run;
+  tile.first = first;
   tile.first_byte = run.byte_begin + (first - run.begin) * run.element_size;
   tile.count = count;
-  tile.mean = waiting ? waiting + place : buffers.mean();
+  tile.mean = kept.mean ? kept.mean + place : buffers.mean();
+  tile.squares = kept.squares;
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
   for (int s = 0; s < kMaxSlots; ++s) tile.slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
@@ -85,8 +97,19 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
 }  // namespace
 
 template <class T>
-std::vector<Pass<T>> step_passes(bool streaming) {
-  return {{&reduce_stage<T>, &apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>}};
+Pass<T> step_pass(bool streaming) {
+  return {&reduce_stage<T>, &apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
+}
+
+template <class T>
+Pass<T> measure_pass() {
+  return {&reduce_stage<T>, &measure_stage<T>};
+}
+
+template <class T>
+Pass<T> clipped_pass(bool streaming) {
+  return {&reduce_stage<T>, &clip_stage<T>, &apply_stage<T>,
+          streaming ? &stream_stage<T> : &publish_stage<T>};
 }
 
 template <class T>
@@ -111,25 +134,27 @@ Pass<T> publish_pass() {
 
 template <class T>
 void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
-          TileBuffers<T>& buffers, T* waiting) {
+          TileBuffers<T>& buffers, const Kept<T>& kept) {
   for (const Run<T>& run : runs) {
     const std::int64_t end = std::min(run.end, shard.end);
     for (std::int64_t first = std::max(run.begin, shard.begin); first < end; first += buffers.tile()) {
       const std::int64_t count = std::min(buffers.tile(), end - first);
-      const Tile<T> tile = make_tile(run, shard, first, count, buffers, waiting);
+      const Tile<T> tile = make_tile(run, shard, first, count, buffers, kept);
       for (const Stage<T> stage : pass) stage(workers, tile);
     }
   }
 }
 
 #define XC_INSTANTIATE(T)                                                                         \
-  template std::vector<Pass<T>> step_passes<T>(bool);                                             \
+  template Pass<T> step_pass<T>(bool);                                                            \
+  template Pass<T> measure_pass<T>();                                                             \
+  template Pass<T> clipped_pass<T>(bool);                                                         \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \
   template Pass<T> load_pass<T>();                                                                \
   template Pass<T> sum_pass<T>(bool);                                                             \
   template Pass<T> publish_pass<T>();                                                             \
   template void walk<T>(const Pass<T>&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
-                        TileBuffers<T>&, T*);
+                        TileBuffers<T>&, const Kept<T>&);
 XC_INSTANTIATE(float)
 XC_INSTANTIATE(double)
 #undef XC_INSTANTIATE

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "comm/control.hpp"
+#include "engine/norms.hpp"
 #include "engine/plan.hpp"
 #include "stages/tables.hpp"
 
@@ -15,7 +16,9 @@ namespace xc {
 
 // A step is a list of STAGES grouped into PASSES. A pass walks the shard once, tile by tile, and every stage
 // of the pass touches the tile while it is in cache. Only a scalar that must be known between two stages
-// splits a pass; what the later pass needs of the earlier one then waits in a scratch of the shard's size.
+// splits a pass: then a first pass measures, and the second reduces again. With K workers that is 3K + 4
+// accesses per parameter instead of 2K + 4; to keep the reduced gradient in between would cost 2K + 7, or
+// 3K + 7 with extrapolation by each worker's own gradient, which must be read again in any case.
 
 // The workers' memory as a pass sees it: the arrays that are summed, the gradient that displaces each target,
 // and the targets that are published to.
@@ -34,6 +37,8 @@ struct Run {
   std::int64_t element_size;
   T scale;
   T inner;
+  T clip;
+  bool by_own;  // displaced by each worker's own gradient
   ReduceFn<T> reduce;
   ApplyFn<T> apply;
   PublishFn<T> publish;
@@ -51,14 +56,23 @@ struct Shard {
   T* slots[kMaxSlots] = {};
 };
 
+// What passes may leave behind.
+template <class T>
+struct Kept {
+  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  SquareSums* squares = nullptr;
+};
+
 template <class T>
 struct Tile {
   const Run<T>* run;
+  std::int64_t first;
   std::int64_t first_byte;
   std::int64_t count;
   T* w;
   T* slots[kMaxSlots];
   T* mean;
+  SquareSums* squares;
   T* scratch;
 };
 
@@ -67,14 +81,20 @@ using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
 template <class T>
 using Pass = std::vector<Stage<T>>;
 
-// The passes of a step. With `streaming` the weights are published past the cache.
+// A whole step. With `streaming` the weights are published past the cache.
 template <class T>
-std::vector<Pass<T>> step_passes(bool streaming);
+Pass<T> step_pass(bool streaming);
+// The two passes of a step in which the gradient's norm must be known first: reduce and sum the squares; then
+// reduce, clip, apply, publish.
+template <class T>
+Pass<T> measure_pass();
+template <class T>
+Pass<T> clipped_pass(bool streaming);
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
 std::vector<Pass<T>> unfused_passes();
 template <class T>
-Pass<T> load_pass();  // reduce into the waiting array
+Pass<T> load_pass();  // reduce
 template <class T>
 Pass<T> sum_pass(bool streaming);  // reduce, publish: collectives without a rule; w is the sum itself
 template <class T>
@@ -101,10 +121,9 @@ class TileBuffers {
   std::unique_ptr<T[], Free> memory_;
 };
 
-// Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w; `waiting`, if
-// not null, holds the reduced gradient of the whole shard between passes.
+// Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w.
 template <class T>
 void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
-          TileBuffers<T>& buffers, T* waiting = nullptr);
+          TileBuffers<T>& buffers, const Kept<T>& kept = {});
 
 }  // namespace xc

@@ -30,6 +30,15 @@ DType master_of(std::span<const LayerSpec> specs) {
                    odd->name + "' of " + std::string(name_of(odd->dtype)) + "; use one engine for each");
 }
 
+std::vector<std::int64_t> make_cells(const Plan& plan) {
+  std::vector<std::int64_t> cells;
+  for (const Layer& layer : plan.layers)
+    for (std::int64_t at = layer.begin; at < layer.end; at = at / kNormGrid * kNormGrid + kNormGrid)
+      cells.push_back(at);
+  cells.push_back(plan.length);
+  return cells;
+}
+
 }  // namespace
 
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid) {
@@ -52,7 +61,15 @@ Plan make_plan(std::span<const LayerSpec> specs, int workers) {
     plan.bytes += padded * size_of(spec.dtype);
   }
   plan.segments = make_segments(plan.length, workers, kNormGrid);
+  plan.cells = make_cells(plan);
   return plan;
+}
+
+std::span<const std::int64_t> cells_of(const Plan& plan, const Segment& segment) {
+  const auto place = [&](std::int64_t at) {
+    return std::lower_bound(plan.cells.begin(), plan.cells.end(), at);
+  };
+  return {place(segment.begin), place(segment.end) + 1};
 }
 
 std::vector<std::string> signature_of(const Plan& plan) {

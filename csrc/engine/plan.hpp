@@ -48,6 +48,8 @@ std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_
 struct Plan {
   std::vector<Layer> layers;
   std::vector<Segment> segments;
+  // Where the cells begin in which norms are summed, on the grid and at every layer; then the plan's length.
+  std::vector<std::int64_t> cells;
   std::int64_t length = 0;  // flat elements
   std::int64_t bytes = 0;   // of one worker's weights, or gradients
   DType master = DType::f32;
@@ -55,6 +57,9 @@ struct Plan {
 
 // Throws UsageError for types that cannot share one engine.
 Plan make_plan(std::span<const LayerSpec> specs, int workers);
+
+// Where the cells of one segment begin, and where the last of them ends.
+std::span<const std::int64_t> cells_of(const Plan& plan, const Segment& segment);
 
 // One line per fact that must be alike on all ranks; the first line that differs names the mistake.
 std::vector<std::string> signature_of(const Plan& plan);

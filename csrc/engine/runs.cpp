@@ -45,11 +45,11 @@ std::vector<Run<T>> RunMaker<T>::plain() const {
 }
 
 template <class T>
-void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper,
-                           std::int64_t updates, bool fused) const {
+void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step,
+                           std::int64_t updates) const {
   const auto group = static_cast<std::size_t>(spec.group);
-  const std::size_t width = hyper.size() / flags_.size();
-  const auto own = hyper.subspan(group * width, width);
+  const std::size_t width = step.hyper.size() / flags_.size();
+  const auto own = step.hyper.subspan(group * width, width);
   const Hyper numbers = own.first(width - 1);
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(flags_[group], numbers));
@@ -57,18 +57,18 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, std::span<const d
     throw UsageError("the engine was built without the state arrays that this step needs");
   kernel.prepare(numbers, updates, run.scalars);
   run.apply = kernel.apply;
-  run.scale = T(1.0 / worker_count_);
-  run.inner = T(own.back());
+  run.scale = T(1.0 / (worker_count_ * step.divisor));
+  run.inner = T(displaces_by_own(extrapolation_) ? own.back() / step.divisor : own.back());
   const int extrapolation = run.inner != T(0) ? extrapolation_ : 0;
-  run.publish = publish_kernel<T>(spec.dtype, fused ? extrapolation : 0);
+  run.by_own = displaces_by_own(extrapolation);
+  run.publish = publish_kernel<T>(spec.dtype, step.fused ? extrapolation : 0);
   run.stream = stream_kernel<T>(spec.dtype, extrapolation);
   run.displace = displace_kernel<T>(spec.dtype, extrapolation);
 }
 
 template <class T>
-std::vector<Run<T>> RunMaker<T>::for_step(std::span<const double> hyper,
-                                          std::span<const std::uint8_t> present,
-                                          std::span<const std::int64_t> updates, bool fused) const {
+std::vector<Run<T>> RunMaker<T>::for_step(const Engine::Step& step, std::span<const std::uint8_t> present,
+                                          std::span<const std::int64_t> updates) const {
   std::vector<Run<T>> runs;
   std::size_t last = 0;
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
@@ -79,7 +79,7 @@ std::vector<Run<T>> RunMaker<T>::for_step(std::span<const double> hyper,
       runs.back().end = layer.end;
     } else {
       runs.push_back(plain_run<T>(layer));
-      set_rule(runs.back(), layer.spec, hyper, updates[i], fused);
+      set_rule(runs.back(), layer.spec, step, updates[i]);
     }
     last = i;
   }

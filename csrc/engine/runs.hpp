@@ -23,14 +23,14 @@ class RunMaker {
   // One run for every layer, without a rule: for loading and publishing.
   std::vector<Run<T>> plain() const;
 
-  // `hyper` holds each group's hyper-parameters and then its inner rate; `updates` how often each layer has
-  // been updated. Unfused steps displace in a stage of its own, so their publish does not.
-  std::vector<Run<T>> for_step(std::span<const double> hyper, std::span<const std::uint8_t> present,
-                               std::span<const std::int64_t> updates, bool fused) const;
+  // For the numbers that all ranks agreed on and the layers that any of them has a gradient for; `updates`
+  // says how often each layer has been updated. Unfused steps displace in a stage of its own, so their
+  // publish does not.
+  std::vector<Run<T>> for_step(const Engine::Step& step, std::span<const std::uint8_t> present,
+                               std::span<const std::int64_t> updates) const;
 
  private:
-  void set_rule(Run<T>& run, const LayerSpec& spec, std::span<const double> hyper, std::int64_t updates,
-                bool fused) const;
+  void set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step, std::int64_t updates) const;
 
   const Plan& plan_;
   int family_;

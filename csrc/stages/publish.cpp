@@ -79,6 +79,10 @@ int extrapolation_index(std::string_view name) {
   return -1;
 }
 
+bool displaces_by_own(int extrapolation) {
+  return AllExtrapolations::kByOwn.at(static_cast<std::size_t>(extrapolation));
+}
+
 template <>
 PublishFn<float> publish_kernel<float>(DType element, int extrapolation) {
   if (element == DType::f32) return publish_of<float>(extrapolation, AllExtrapolations{});

@@ -46,6 +46,13 @@ using StreamFn = void (*)(const T* w, T inner, const std::byte* own, const T* me
 template <class T>
 using DisplaceFn = void (*)(T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
 
+// Adds the squares of `count` values to kSquareLanes sums; values[i] belongs to lane (first + i) %
+// kSquareLanes.
+inline constexpr int kSquareLanes = 16;
+template <class T>
+void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes);
+double sum_of_lanes(double* lanes);  // uses them up
+
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
 
@@ -69,6 +76,7 @@ struct FamilyInfo {
 const std::vector<FamilyInfo>& families();
 int family_index(std::string_view name);         // -1 if there is none
 int extrapolation_index(std::string_view name);  // -1 if there is none
+bool displaces_by_own(int extrapolation);        // by each worker's own gradient
 
 std::string_view instruction_set();  // the one that this machine's tile loops use
 

@@ -22,7 +22,7 @@ std::vector<LayerSpec> two_layers() {
 }
 
 // Three steps of K = ranks * workers; the bits of w and of worker 0's x afterwards.
-std::vector<float> train(const Ranks& ranks, int rank, int workers) {
+std::vector<float> train(const Ranks& ranks, int rank, int workers, double max_norm) {
   auto team = std::make_shared<Team>(ranks.options(rank, workers));
   const auto engine = Engine::create(team, two_layers(), sgd());
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
@@ -37,7 +37,7 @@ std::vector<float> train(const Ranks& ranks, int rank, int workers) {
       auto* gradient = reinterpret_cast<float*>(engine->gradients(v).get());
       for (std::int64_t i = 0; i < kLength; ++i) gradient[i] = k * 0.1f * weights[i];
     }
-    engine->step({hyper, present});
+    engine->step({.hyper = hyper, .present = present, .max_norm = max_norm});
   }
   std::vector<float> w(kLength);
   engine->read(0, 0, w.data());
@@ -45,15 +45,16 @@ std::vector<float> train(const Ranks& ranks, int rank, int workers) {
 }
 
 void grouping_does_not_change_a_bit() {
-  std::vector<float> alone;
-  const Ranks one(1);
-  alone = train(one, 0, 4);
-  for (const int size : {2, 4}) {
-    const Ranks ranks(size);
-    ranks.run_well([&](int rank) {
-      const auto together = train(ranks, rank, 4 / size);
-      CHECK(std::memcmp(alone.data(), together.data(), kLength * sizeof(float)) == 0);
-    });
+  for (const double max_norm : {0.0, 1.0}) {
+    const Ranks one(1);
+    const auto alone = train(one, 0, 4, max_norm);
+    for (const int size : {2, 4}) {
+      const Ranks ranks(size);
+      ranks.run_well([&](int rank) {
+        const auto together = train(ranks, rank, 4 / size, max_norm);
+        CHECK(std::memcmp(alone.data(), together.data(), kLength * sizeof(float)) == 0);
+      });
+    }
   }
 }
 
@@ -75,11 +76,33 @@ void a_mismatch_is_the_same_error_on_all_ranks() {
     const double equal[] = {0.1, 0.9, 0.0, 0.0, 0.05};
     engine->step({equal, present});  // nothing was spoilt
     const std::string calls =
-        thrown<MismatchError>([&] { rank ? engine->step({equal, present}) : engine->adopt(0); });
+        thrown<MismatchError>([&] { rank ? (void)engine->step({equal, present}) : engine->adopt(0); });
     CHECK(calls.find("rank 0 is in adopt") == 0);
     CHECK(thrown<UsageError>([&] {
-            rank == 1 ? engine->complain("my lr is silly") : engine->step({equal, present});
+            rank == 1 ? engine->complain("my lr is silly") : (void)engine->step({equal, present});
           }) == "rank 1: my lr is silly");
+  });
+}
+
+void a_step_that_is_not_finite_is_skipped_by_all() {
+  const Ranks ranks(3);
+  ranks.run_well([&](int rank) {
+    auto team = std::make_shared<Team>(ranks.options(rank));
+    const auto engine = Engine::create(team, two_layers(), sgd());
+    engine->adopt(0);
+    auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
+    std::fill_n(gradient, kLength, 1.0f);
+    if (rank == 1) gradient[3000] = INFINITY;
+    const std::uint8_t present[] = {1, 1};
+    const double hyper[] = {0.1, 0.9, 0.0, 0.0, 0.05};
+    CHECK(engine->step({.hyper = hyper, .present = present, .skip_nonfinite = true}).skipped);
+    std::vector<float> w(kLength);
+    engine->read(0, 0, w.data());
+    for (const float value : w) CHECK(value == 0);
+    CHECK(engine->updates(0) == 0);
+    gradient[3000] = 1;
+    const auto outcome = engine->step({.hyper = hyper, .present = present, .skip_nonfinite = true});
+    CHECK(!outcome.skipped && std::abs(outcome.norm - std::sqrt(double(kLength))) < 1e-9);
   });
 }
 
@@ -107,5 +130,6 @@ void collectives_reduce_gather_and_copy() {
 int main() {
   grouping_does_not_change_a_bit();
   a_mismatch_is_the_same_error_on_all_ranks();
+  a_step_that_is_not_finite_is_skipped_by_all();
   collectives_reduce_gather_and_copy();
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.hpp"
 #include "core/error.hpp"
 #include "engine/plan.hpp"
@@ -35,9 +37,28 @@ void layers_are_aligned_in_every_type() {
   CHECK(plan.length == 128 && plan.bytes == 128 + 128 + 128);
 }
 
+void every_cell_has_one_layer_and_one_owner() {
+  const LayerSpec specs[] = {layer("a", 1000), layer("b", 0), layer("c", 3000), layer("d", 1)};
+  for (int workers = 1; workers <= 6; ++workers) {
+    const Plan plan = make_plan(specs, workers);
+    std::size_t cells = 0;
+    for (const Segment& segment : plan.segments) {
+      const auto own = cells_of(plan, segment);
+      if (segment.count() > 0) CHECK(own.front() == segment.begin && own.back() == segment.end);
+      cells += own.size() - 1;
+    }
+    CHECK(cells == plan.cells.size() - 1 && plan.cells.back() == plan.length);
+    for (std::size_t c = 0; c + 1 < plan.cells.size(); ++c)
+      CHECK(plan.cells[c] / kNormGrid == (plan.cells[c + 1] - 1) / kNormGrid);
+    for (const Layer& l : plan.layers)
+      if (l.count > 0) CHECK(std::find(plan.cells.begin(), plan.cells.end(), l.begin) != plan.cells.end());
+  }
+}
+
 void an_empty_plan_works() {
   const Plan plan = make_plan({}, 3);
   CHECK(plan.length == 0 && plan.segments.size() == 3);
+  for (const Segment& segment : plan.segments) CHECK(cells_of(plan, segment).size() == 1);
 }
 
 void doubles_do_not_mix() {
@@ -56,6 +77,7 @@ int main() {
   segments_cover_everything_once();
   blocks_are_equal_when_they_can_be();
   layers_are_aligned_in_every_type();
+  every_cell_has_one_layer_and_one_owner();
   an_empty_plan_works();
   doubles_do_not_mix();
   signatures_differ_where_layers_do();

@@ -61,7 +61,7 @@ void train(const std::shared_ptr<Team>& team) {
     if (step == 150)
       thrown<MismatchError>([&] { engine->step({hyper, present}); });
     else
-      engine->step({hyper, present});
+      engine->step({.hyper = hyper, .present = present, .max_norm = step % 2 ? 1.0 : 0.0});
   }
   std::vector<float> w(kLength);
   engine->read(0, 0, w.data());

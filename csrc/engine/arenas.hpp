@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "comm/team.hpp"
+#include "engine/arena.hpp"
+#include "engine/passes.hpp"
+#include "engine/plan.hpp"
+
+namespace xc {
+
+// The memory of all ranks, as this rank sees it: every worker's arrays, found by the layout in each rank's
+// two mappings. T is the master type.
+template <class T>
+class Arenas {
+ public:
+  // Collective.
+  Arenas(Team& team, const Plan& plan, int slots, std::int64_t tile, std::size_t control_bytes);
+
+  // Each rank's state mapping begins with its control memory.
+  const Shared& control() const { return state_; }
+
+  // X and G of this rank's worker v, kept alive by whoever holds them.
+  std::shared_ptr<std::byte> weights(int v) const { return view(layout_.weights(std::size_t(v))); }
+  std::shared_ptr<std::byte> gradients(int v) const { return view(layout_.gradients(std::size_t(v))); }
+
+  const Workers& workers() const { return workers_; }
+  // The master weights and state of all workers, in the order of workers, which is that of offsets.
+  std::span<const Shard<T>> shards() const { return shards_; }
+  std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
+
+  // For worker k's shard, one sum of squares per cell.
+  std::span<double> squares(std::size_t k) const { return squares_[k]; }
+  std::size_t first_worker() const { return first_worker_; }
+
+ private:
+  std::shared_ptr<std::byte> view(std::size_t offset) const {
+    const auto& mine = views_[rank_];
+    return {mine, mine->data() + offset};
+  }
+  void locate(const ArenaLayout& layout, const Plan& plan, std::size_t rank, int slots);
+
+  std::size_t rank_;
+  std::size_t first_worker_;
+  std::size_t own_workers_;
+  ArenaLayout layout_;
+  Shared views_;
+  Shared state_;
+  Workers workers_;
+  std::vector<Shard<T>> shards_;
+  std::vector<std::span<double>> squares_;
+};
+
+}  // namespace xc

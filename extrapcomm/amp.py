@@ -1,0 +1,48 @@
+"""Mixed precision: a loss scale that all ranks change alike."""
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+from .fused import FusedOptimizer
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's GradScaler for optimizers of this library: the mean gradient decides, so all ranks skip the same steps.
+
+    The scale divides the gradients inside the step, so there is no pass to unscale them. `unscale_()` is accepted and
+    does what torch's does. Other optimizers are treated as torch treats them.
+
+    Args: as torch.amp.GradScaler.
+
+    Example:
+        >>> import torch, extrapcomm as xc
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt, scaler = xc.SGD(model.parameters(), lr=0.1), xc.GradScaler("cpu", init_scale=8.0)
+        >>> scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+        >>> scaler.step(opt)
+        >>> scaler.update()
+        >>> opt.close()
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Collective: a step that divides by the scale, and is skipped on all ranks if the mean is not finite.
+
+        Raises:
+            RuntimeError: if called twice without update().
+            UsageError, MismatchError, PeerError: as the optimizer's own step; a scale that differs is a mismatch.
+        """
+        if not (self._enabled and isinstance(optimizer, FusedOptimizer)):
+            return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update()")
+        scale = 1.0 if state["stage"] is OptState.UNSCALED else self.get_scale()
+        result = optimizer.scaled_step(scale, *args, **kwargs)
+        found = torch.full((), float(optimizer.skipped), device=self._device)
+        state["found_inf_per_device"] = {found.device: found}
+        state["stage"] = OptState.STEPPED
+        return result
