@@ -26,12 +26,14 @@ class PeerError(Error):
     Attributes:
         rank: the rank that is missing.
         step: the step at which it was missed.
+        reason: the uncaught exception that ended it, in words; empty if it had none or could not say.
     """
 
-    def __init__(self, text: str, rank: int, step: int) -> None:
+    def __init__(self, text: str, rank: int, step: int, reason: str = "") -> None:
         super().__init__(text)
         self.rank = rank
         self.step = step
+        self.reason = reason
 
 
 class CommError(Error):

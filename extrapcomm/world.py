@@ -3,7 +3,9 @@
 import atexit
 import logging
 import os
+import sys
 import time
+import traceback
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +92,7 @@ class World:
             provider=provider,
         )
         _open_worlds.add(self)
+        _speak_of_uncaught_exceptions()
 
     @property
     def K(self) -> int:
@@ -135,10 +138,10 @@ class World:
         if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
 
-    def _leave(self) -> bool:
+    def _leave(self, reason: str = "") -> bool:
         if self._team is None:
             return False
-        self._team.leave()
+        self._team.leave(reason)
         self._team = None
         _open_worlds.discard(self)
         return True
@@ -228,7 +231,9 @@ class World:
             return
         gone = [r for r in range(self.size) if self._team.departed(r) or not self._team.alive(r)]
         if gone and not request.Test():
-            raise PeerError(f"rank {gone[0]} left or died before a collective construction", gone[0], 0)
+            reason = self._team.farewell(gone[0])
+            how = f"ended with {reason}" if reason else "left or died"
+            raise PeerError(f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, reason)
 
 
 def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -> None:
@@ -259,6 +264,22 @@ _open_worlds: "weakref.WeakSet[World]" = weakref.WeakSet()
 
 
 @atexit.register
-def _leave_all() -> None:
+def _leave_all(reason: str = "") -> None:
     for world in list(_open_worlds):
-        world._leave()
+        world._leave(reason)
+
+
+def _speak_of_uncaught_exceptions() -> None:
+    """Once: let peers learn at once what ended this rank, and let only the rank that began show a traceback."""
+    shown = sys.excepthook
+    if getattr(shown, "__module__", "") == __name__:
+        return
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _leave_all(traceback.format_exception_only(error)[-1].strip())
+        if isinstance(error, PeerError) and error.reason:
+            print(f"{kind.__name__}: {error}", file=sys.stderr)
+        else:
+            shown(kind, error, trace)
+
+    sys.excepthook = tell

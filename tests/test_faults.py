@@ -398,3 +398,45 @@ def test_any_error_of_one_rank_in_its_step_is_an_error_of_all(world):
         engine.step(lr="x" + "é" * 300, inner_lr=0.1)
     engine.step(lr=0.1)
     engine.close()
+
+
+@own_mpirun
+@pytest.mark.parametrize("where", ["while others wait", "before a construction"])
+def test_uncaught_exception_is_shown_once_and_reaches_all_within_a_second(where):
+    code, output, _ = run_ranks(
+        3,
+        f"""
+        world = xc.World()
+        engine = engine_of(world)
+        engine.step()
+        if world.rank == 1:
+            time.sleep(0.5)
+            raise ValueError("bad batch")
+        since = time.monotonic()
+        try:
+            engine_of(world) if {where == "before a construction"} else engine.step()
+        finally:
+            say("soon" if time.monotonic() - since < 1.5 else "late")
+        """,
+    )
+    assert code != 0 and output.count("soon") == 2, output
+    assert output.count("Traceback (most recent call last)") == 1, output
+    assert output.count("PeerError: rank 1 ended with ValueError: bad batch") == 2, output
+
+
+@own_mpirun
+def test_caught_peer_error_carries_the_reason():
+    code, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World()
+        engine = engine_of(world)
+        if world.rank == 0:
+            raise KeyError("ключ" * 200)
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            say(f"{error.rank} {error.reason[:15]} {len(error.reason.encode())}")
+        """,
+    )
+    assert "0 KeyError: 'ключ 479" in output, output

@@ -62,7 +62,8 @@ void register_comm(py::module_& module) {
            py::arg("warn_after"), py::arg("provider"))
       .def("alive", &Team::alive)
       .def("departed", &Team::departed)
-      .def("leave", &Team::leave);
+      .def("farewell", &Team::farewell)
+      .def("leave", &Team::leave, py::arg("reason") = "");
 }
 
 }  // namespace xc::bind

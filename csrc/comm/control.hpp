@@ -31,10 +31,12 @@ struct alignas(kLine) ArrivalWord {
   std::atomic<std::uint32_t> closed;
 };
 
-// A rank's line for the whole team: says good-bye before a clean exit.
+// A rank's lines for the whole team: says good-bye before a clean exit, and why if it was an error.
+inline constexpr std::size_t kReasonBytes = 480;
 struct alignas(kLine) DepartureWord {
   std::atomic<std::uint64_t> nonce;
   std::atomic<std::uint32_t> left;
+  char reason[kReasonBytes];  // written before `left`; ends with a zero
 };
 
 // How far a shard's update has come; together with the undo area beside it, what a survivor needs to finish a

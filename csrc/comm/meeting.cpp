@@ -145,10 +145,12 @@ void Meeting::warn(Wait& wait) {
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
   const int rank = rank_of(word);
-  std::string text = "rank " + std::to_string(rank) + words_for(failure_of(word)) + "; noticed at " +
-                     wait.where + " of step " + std::to_string(wait.step);
+  const std::string reason = failure_of(word) == Failure::departed ? company_.farewell(rank) : "";
+  std::string text = "rank " + std::to_string(rank) +
+                     (reason.empty() ? words_for(failure_of(word)) : " ended with " + reason) +
+                     "; noticed at " + wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
-  throw PeerError(text + ". This engine takes no further steps.", rank, wait.step);
+  throw PeerError(text + ". This engine takes no further steps.", rank, wait.step, reason);
 }
 
 void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {

@@ -27,7 +27,8 @@ struct Limits {
 struct Company {
   std::function<bool(int rank)> alive;
   std::function<bool(int rank)> departed;
-  std::function<void()> interrupted;  // throws when the user wants to stop
+  std::function<std::string(int rank)> farewell;  // why it departed, if it said so
+  std::function<void()> interrupted;              // throws when the user wants to stop
   std::function<void(const std::string&)> warn;
   Limits limits;
   Seconds spin{20e-6};

@@ -115,6 +115,7 @@ Meeting Team::meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals) 
   Company company;
   company.alive = [this](int r) { return alive(r); };
   company.departed = [this](int r) { return departed(r); };
+  company.farewell = [this](int r) { return farewell(r); };
   company.interrupted = options_.interrupted;
   company.warn = options_.warn;
   company.limits = options_.limits;
@@ -126,9 +127,14 @@ bool Team::alive(int rank) const { return watches_[static_cast<std::size_t>(rank
 
 bool Team::departed(int rank) const { return departure(rank).left.load() != 0; }
 
-void Team::leave() {
-  if (!departures_.empty() && own_process()) departure(rank()).left.store(1);
+void Team::leave(const std::string& reason) {
+  if (departures_.empty() || !own_process() || departed(rank())) return;
+  DepartureWord& mine = departure(rank());
+  reason.copy(mine.reason, whole_characters(reason, kReasonBytes - 1));
+  mine.left.store(1);
 }
+
+std::string Team::farewell(int rank) const { return departed(rank) ? departure(rank).reason : ""; }
 
 bool Team::own_process() const { return getpid() == beacon_.pid(); }
 

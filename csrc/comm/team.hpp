@@ -60,8 +60,11 @@ class Team {
 
   bool alive(int rank) const;
   bool departed(int rank) const;
-  // Says good-bye: peers that wait for this rank stop waiting. Idempotent.
-  void leave();
+  // Says good-bye: peers that wait for this rank stop waiting, and learn the reason if there is one.
+  // Idempotent.
+  void leave(const std::string& reason = {});
+  // The reason with which a rank left.
+  std::string farewell(int rank) const;
   // A forked child shares the memory but not the place in the team.
   bool own_process() const;
   void require_own_process() const;

@@ -24,15 +24,20 @@ struct MismatchError : Error {
 
 // A rank died, left, or did not come in time.
 struct PeerError : Error {
-  PeerError(const std::string& text, int rank, std::int64_t step) : Error(text), rank(rank), step(step) {}
+  PeerError(const std::string& text, int rank, std::int64_t step, std::string reason)
+      : Error(text), rank(rank), step(step), reason(std::move(reason)) {}
   int rank;
   std::int64_t step;
+  std::string reason;  // that the rank gave, if it did
 };
 
 // The operating system or a transport refused.
 struct CommError : Error {
   using Error::Error;
 };
+
+// How many bytes of a UTF-8 text fit into `room` without cutting a character.
+std::size_t whole_characters(const std::string& text, std::size_t room);
 
 // What `work` complains about, or nothing.
 template <class F>

@@ -59,10 +59,7 @@ std::size_t Post::size(std::size_t doubles, std::size_t layers) {
 }
 
 void Post::complain(const std::string& text) const {
-  std::size_t size = std::min(text.size(), kComplaintBytes);
-  while (size < text.size() && size > 0 && (text[size] & 0xc0) == 0x80)
-    --size;  // not inside a UTF-8 character
-  header().complaint_size = static_cast<std::uint32_t>(size);
+  header().complaint_size = static_cast<std::uint32_t>(whole_characters(text, kComplaintBytes));
   std::memcpy(header().complaint, text.data(), header().complaint_size);
 }
 
