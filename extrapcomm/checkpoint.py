@@ -1,4 +1,4 @@
-"""The engine's weights and state as torch.optim's dictionaries, and back."""
+"""The engine's weights and state as torch.optim's dictionaries, and back; and the optimizer's methods for that."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from . import _core
-from .errors import UsageError
+from .binding import Binding
+from .errors import UsageError, describe
 from .hyper import Rule
+from .world import World
 
-__all__ = ["FOREIGN_SWITCHES", "fill", "groups_of", "layers_of", "restore", "snapshot", "strided"]
+__all__ = ["FOREIGN_SWITCHES", "Checkpoints", "strided"]
 
 Layer = tuple[NDArray[Any] | None, list[NDArray[Any] | None], int]
 
@@ -28,9 +30,6 @@ def fill(
     packed: dict[str, Any], core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]
 ) -> dict[str, Any]:
     """Put weights and state into the dictionary that torch made of the groups."""
-    for group in packed["param_groups"]:
-        if callable(group["inner_lr"]):
-            del group["inner_lr"]
     packed["state"] = {i: _state_of(core, rule, i, param) for i, param in enumerate(params)}
     return packed
 
@@ -90,10 +89,48 @@ def _flat(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
         raise UsageError(
             f"the state_dict has a tensor of shape {tuple(value.shape)} for one of {tuple(param.shape)}"
         )
-    master = torch.float64 if param.dtype == torch.float64 else torch.float32
-    flat = torch.empty(param.numel(), dtype=master)
+    flat = torch.empty(param.numel(), dtype=_master_type(param))
     flat.as_strided(param.shape, param.stride()).copy_(value)
     return flat.numpy()
+
+
+def local_state_of(core: "_core.Engine", rule: Rule, i: int) -> dict[str, Any]:
+    """The part of one parameter's weights and state that this rank updates."""
+    begin, end = core.owned(i)
+    names = ["master", *rule.slots[: core.slots]]
+    parts = {name: torch.from_numpy(core.read(i, slot)[begin:end].copy()) for slot, name in enumerate(names)}
+    return {"range": (begin, end), "step": core.updates(i), **parts}
+
+
+def local_layers_of(
+    state_dict: Mapping[str, Any], core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]
+) -> tuple[list[Layer], int]:
+    """What this rank's part of the engine loads, and a digest of what must be alike on all ranks."""
+    state = state_dict["state"]
+    layers = [_local_layer(state[i], core, rule, i, param) for i, param in enumerate(params)]
+    digest = hashlib.blake2b(repr([updates for *_, updates in layers]).encode(), digest_size=8)
+    return layers, int.from_bytes(digest.digest(), "little")
+
+
+def _local_layer(
+    entry: Mapping[str, Any], core: "_core.Engine", rule: Rule, i: int, param: torch.Tensor
+) -> Layer:
+    """Arrays of the whole parameter; the engine takes the part that this rank updates."""
+    begin, end = core.owned(i)
+    if tuple(entry["range"]) != (begin, end):
+        raise UsageError(
+            f"this state has elements {tuple(entry['range'])} of a parameter, not {(begin, end)}"
+        )
+    whole = []
+    for name in ("master", *rule.slots[: core.slots]):
+        array = torch.zeros(param.numel(), dtype=_master_type(param))
+        array[begin:end] = entry[name]
+        whole.append(array.numpy())
+    return whole[0], list(whole[1:]), int(entry["step"])
+
+
+def _master_type(param: torch.Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def snapshot(core: "_core.Engine", count: int) -> list[Layer]:
@@ -108,3 +145,126 @@ def restore(core: "_core.Engine", saved: list[Layer], count: int) -> None:
     layers: list[Layer] = [(weights, (slots + empty)[: core.slots], n) for weights, slots, n in saved]
     layers += [(None, list(empty), 0)] * (count - len(saved))
     core.load(layers, 0)
+
+
+class Checkpoints(torch.optim.Optimizer):
+    """A torch optimizer whose weights and state lie in an engine: what it saves, loads and takes in later."""
+
+    world: World
+    _core: "_core.Engine"
+    _rule: Rule
+    _binding: Binding
+    _settled: list[tuple[int, bool]]
+    _built: bool
+    _showing: bool
+    _to_adopt: bool
+
+    def _require_open(self) -> None:
+        raise NotImplementedError
+
+    def _describe(self) -> tuple[list[Any], list[Any]]:
+        raise NotImplementedError
+
+    def _build(self, layers: list[Any], groups: list[Any]) -> None:
+        raise NotImplementedError
+
+    def _switch(self, v: int) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
+
+        torch.optim's optimizer of the same name loads it. Not collective. The displacements are not in it: after
+        loading, every worker starts from the master weights. An `inner_lr` that is a function is left out.
+        """
+        return fill(self._packed_groups(), self._core, self._rule, self._binding.params)
+
+    def _packed_groups(self) -> dict[str, Any]:
+        self._require_open()
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            if callable(group["inner_lr"]):
+                del group["inner_lr"]
+        return packed
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """The part of the state that this rank updates: what all ranks save together is one copy of everything.
+
+        Only the same number of workers on every rank can load it again; `state_dict()` is for any number. Not
+        collective. Each entry of `state` has a `range` of its parameter's elements in the order of memory, and flat
+        tensors of `master` and of the rule's state.
+        """
+        packed = self._packed_groups()
+        state = {i: local_state_of(self._core, self._rule, i) for i in range(len(self._binding.params))}
+        return {"state": state, "param_groups": packed["param_groups"], "place": self._place()}
+
+    def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Collective: take this rank's part from its `local_state_dict`; every rank brings its own.
+
+        Raises:
+            UsageError: on every rank, if one brings another rank's part, or one of other numbers of ranks or workers.
+            MismatchError: on every rank, if the ranks bring parts of different times.
+        """
+        self._load(state_dict, local=True)
+
+    def _place(self) -> str:
+        return f"rank {self.world.rank} of {self.world.size}, {self.world.workers} workers each"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Collective: take hyper-parameters, state, and master weights if they are there, from a `state_dict`.
+
+        Accepts torch.optim's of the same rule, too: that has no master weights, so the model's are adopted at the
+        next step if they were changed.
+
+        Raises:
+            UsageError: on every rank, if it does not fit.
+            MismatchError: on every rank, if the ranks bring different ones.
+        """
+        self._load(state_dict, local=False)
+
+    def _load(self, state_dict: dict[str, Any], local: bool) -> None:
+        self._require_open()
+        try:
+            if self._showing:
+                raise UsageError("loading inside master_weights(): leave the context first")
+            if (place := state_dict.get("place") if local else self._place()) != self._place():
+                raise UsageError(f"this state belongs to {place}, not to {self._place()}")
+            groups = groups_of(state_dict, self.param_groups)
+            for group, (flags, slots) in zip(groups, self._settled, strict=True):
+                self._rule.check_fixed(group, flags, slots)
+            read = local_layers_of if local else layers_of
+            layers, digest = read(state_dict, self._core, self._rule, self._binding.params)
+        except Exception as error:
+            self._core.complain(describe(error))
+            raise
+        has_weights = all(weights is not None for weights, *_ in layers)
+        foreign = not has_weights and self._to_adopt
+        self._core.load(layers, digest)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self._binding.mark_written()
+        self._to_adopt = foreign
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Collective once the optimizer exists: train these parameters, too. The others keep weights and state.
+
+        Args:
+            param_group: `params` and, if they differ from the defaults, hyper-parameters.
+        """
+        if not self._built:
+            super().add_param_group(param_group)
+            return
+        self._require_open()
+        self._switch(0)
+        error: Exception | None = None
+        saved = snapshot(self._core, len(self._binding.params))
+        try:
+            super().add_param_group(param_group)
+            layers, groups = self._describe()
+        except Exception as caught:
+            error = caught
+        self.world.agree(error, "parameter group")
+        self._core.close()
+        self._binding.remove_hooks()
+        self._build(layers, groups)
+        restore(self._core, saved, len(self._binding.params))
+        self._binding.mark_written()

@@ -10,6 +10,7 @@ from . import _core, checkpoint, hooks
 from ._version import __version__
 from .arrays import form_of
 from .binding import MANNERS, Binding, bump_versions
+from .checkpoint import Checkpoints
 from .errors import UsageError, describe
 from .hyper import InnerRate, Rule, check_max_norm, check_tile
 from .world import World, log
@@ -19,7 +20,7 @@ __all__ = ["FusedOptimizer", "Params"]
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(Checkpoints):
     """A torch optimizer on an engine.
 
     At construction the parameters get rank 0's values and move into shared memory, one piece of it for each worker;
@@ -378,68 +379,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         hooks.sync_buffers(self.world, model, how)
 
     # -- What torch expects of an optimizer ----------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
-
-        torch.optim's optimizer of the same name loads it. Not collective. The displacements are not in it: after
-        loading, every worker starts from the master weights. An `inner_lr` that is a function is left out.
-        """
-        packed = super().state_dict()
-        return checkpoint.fill(packed, self._core, self._rule, self._binding.params)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Collective: take hyper-parameters, state, and master weights if they are there, from a `state_dict`.
-
-        Accepts torch.optim's of the same rule, too: that has no master weights, so the model's are adopted at the
-        next step if they were changed.
-
-        Raises:
-            UsageError: on every rank, if it does not fit.
-            MismatchError: on every rank, if the ranks bring different ones.
-        """
-        self._require_open()
-        try:
-            if self._showing:
-                raise UsageError("load_state_dict() inside master_weights(): leave the context first")
-            groups = checkpoint.groups_of(state_dict, self.param_groups)
-            for group, (flags, slots) in zip(groups, self._settled, strict=True):
-                self._rule.check_fixed(group, flags, slots)
-            layers, digest = checkpoint.layers_of(state_dict, self._core, self._rule, self._binding.params)
-        except Exception as error:
-            self._core.complain(describe(error))
-            raise
-        has_weights = all(weights is not None for weights, *_ in layers)
-        foreign = not has_weights and self._to_adopt
-        self._core.load(layers, digest)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self._binding.mark_written()
-        self._to_adopt = foreign
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Collective once the optimizer exists: train these parameters, too. The others keep weights and state.
-
-        Args:
-            param_group: `params` and, if they differ from the defaults, hyper-parameters.
-        """
-        if not self._built:
-            super().add_param_group(param_group)
-            return
-        self._require_open()
-        self._switch(0)
-        error: Exception | None = None
-        saved = checkpoint.snapshot(self._core, len(self._binding.params))
-        try:
-            super().add_param_group(param_group)
-            layers, groups = self._describe()
-        except Exception as caught:
-            error = caught
-        self.world.agree(error, "parameter group")
-        self._core.close()
-        self._binding.remove_hooks()
-        self._build(layers, groups)
-        checkpoint.restore(self._core, saved, len(self._binding.params))
-        self._binding.mark_written()
 
     def close(self) -> None:
         """Leave the master weights in the model and end this rank's part. Idempotent, not collective."""

@@ -403,3 +403,47 @@ def test_closed_optimizer_leaves_the_master_weights_and_refuses_steps(world):
         with pytest.raises(xc.UsageError, match="cannot be copied"):
             copying(opt)
     assert np.isfinite(copy.deepcopy(model)[0].weight.detach().numpy()).all()
+
+
+def test_local_state_dicts_hold_everything_once_and_resume_with_the_same_bits(team):
+    model, wanted_model = net(), net()
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=team)
+    wanted = xc.SGD(wanted_model.parameters(), **MOMENTUM, world=team)
+    train(model, opt, team)
+    train(wanted_model, wanted, team)
+    saved = opt.local_state_dict()
+    sizes = [sum(team.comm.allgather(len(s["momentum_buffer"]))) for s in saved["state"].values()]
+    assert sizes == [p.numel() for p in model.parameters()]
+    opt.close()
+
+    other = net(1)
+    resumed = xc.SGD(other.parameters(), **{**MOMENTUM, "lr": 5.0}, world=team)
+    resumed.load_local_state_dict(saved)
+    for m, o in ((other, resumed), (wanted_model, wanted)):
+        train(m, o, team, 2, start=3)
+    assert_equal(master_values(other, resumed), master_values(wanted_model, wanted))
+    resumed.close()
+    wanted.close()
+
+
+def test_local_state_of_another_place_or_time_is_refused(worlds):
+    world = worlds(2)
+    model = net()
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    saved, before = opt.local_state_dict(), master_values(model, opt)
+    odd = world.rank == world.size - 1
+    wrong = {**saved, "place": "rank 7 of 8, 1 workers each"} if odd else saved
+    with pytest.raises(xc.UsageError, match="belongs to rank 7 of 8"):
+        opt.load_local_state_dict(wrong)
+    with pytest.raises(xc.UsageError, match="belongs to None"):
+        opt.load_local_state_dict(opt.state_dict())
+    if world.size > 1:
+        later = copy.deepcopy(saved)
+        if odd:
+            for entry in later["state"].values():
+                entry["step"] += 1
+        with pytest.raises(xc.MismatchError, match="different options"):
+            opt.load_local_state_dict(later)
+    assert_equal(master_values(model, opt), before)
+    opt.close()

@@ -142,6 +142,7 @@ void register_engine_class(py::module_& module) {
              return view_of(e, e.gradients(checked_worker(e, v)), layer);
            })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
+      .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))

@@ -66,6 +66,7 @@ class EngineOf final : public Engine {
   void hide_master(int v) override;
   void keep_master(int v) override { hidden_.erase(v); }
   void read(std::size_t layer, int slot, void* out) const override;
+  std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const override;
   void close() override;
 
  private:
@@ -232,6 +233,15 @@ void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
     const T* from = slot == 0 ? shard.w : shard.slots[slot - 1];
     std::copy_n(from + (first - shard.begin), last - first, static_cast<T*>(out) + (first - begin));
   }
+}
+
+template <class T>
+std::pair<std::int64_t, std::int64_t> EngineOf<T>::owned(std::size_t layer) const {
+  const Layer& whole = plan_.layers[layer];
+  const auto within = [&](std::int64_t at) {
+    return std::clamp<std::int64_t>(at - whole.begin, 0, whole.count);
+  };
+  return {within(arenas_.own_shards().front().begin), within(arenas_.own_shards().back().end)};
 }
 
 template <class T>

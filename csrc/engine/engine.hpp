@@ -108,6 +108,8 @@ class Engine {
   // 2).
   virtual void read(std::size_t layer, int slot, void* out) const = 0;
   virtual int slots() const = 0;
+  // The part of a layer that this rank updates, in elements from the layer's first.
+  virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;
   virtual std::int64_t updates(std::size_t layer) const = 0;
 
   virtual std::int64_t steps() const = 0;
