@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import extrapcomm as xc
+from extrapcomm.binding import MANNERS
 
 DEPTH, WIDTH, BATCH = 50, 316, 16  # 100 tensors, 5.0 million parameters
 TRAIN_LR = 1e-3
@@ -48,7 +49,7 @@ class Trainee:
 
     def step(self) -> None:
         x, y = self.batch
-        (self.optimizer or self.model).zero_grad(set_to_none=True)
+        (self.optimizer or self.model).zero_grad()
         nn.functional.mse_loss(self.model(x), y).backward()
         if self.optimizer:
             self.optimizer.step()
@@ -69,16 +70,23 @@ def make_model() -> nn.Module:
 def make_trainees(world: xc.World) -> list[Trainee]:
     """The bare computation first, then the optimizers."""
     rank = world.rank
-    bare, plain, extrapolated, parallel = (make_model() for _ in range(4))
+    bare, extrapolated, parallel = (make_model() for _ in range(3))
     ours = {"lr": TRAIN_LR, "momentum": 0.9, "world": world}
     wrapped = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     torch_sgd = torch.optim.SGD(wrapped.parameters(), lr=TRAIN_LR, momentum=0.9, fused=True)
     return [
         Trainee("forward+backward", bare, None, rank),
-        Trainee("xc.SGD", plain, xc.SGD(plain.parameters(), **ours), rank),
+        *[make_trainee(manner, ours, rank) for manner in MANNERS],
         Trainee("xc.ExtrapSGD", extrapolated, xc.ExtrapSGD(extrapolated.parameters(), **ours), rank),
         Trainee("DDP + torch SGD", wrapped, torch_sgd, rank),
     ]
+
+
+def make_trainee(manner: str, options: dict[str, Any], rank: int) -> Trainee:
+    """Plain SGD whose gradients reach shared memory in one of the three manners."""
+    model = make_model()
+    optimizer = xc.SGD(model.parameters(), **options, gradients=manner)
+    return Trainee(f"xc.SGD, {manner}", model, optimizer, rank)
 
 
 def train_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any]]:
@@ -86,7 +94,8 @@ def train_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any
     comm = world.comm
     trainees = make_trainees(world)
     seconds = race(comm, trainees, args.iters, args.warmup_iters)
-    wrong = {"xc.SGD": comm.allreduce(count_strays(trainees[1], trainees[3]))} if args.check else {}
+    plain = trainees[1 : 1 + len(MANNERS)] if args.check else []
+    wrong = {t.name: comm.allreduce(count_strays(t, trainees[-1])) for t in plain}
     for trainee in trainees:
         trainee.close()
     rows = [summary(t.name, times) for t, times in zip(trainees, seconds.T, strict=True)]

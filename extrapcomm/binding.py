@@ -62,7 +62,7 @@ class Binding:
         each = range(len(self.params))
         self._weights = [[look_at(core.weights(v, i), "torch") for i in each] for v in range(workers)]
         self._grads = [[look_at(core.gradients(v, i), "torch") for i in each] for v in range(workers)]
-        self._strides = [weights.stride() for weights in self._weights[0]]
+        self._contiguous = all(weights.is_contiguous() for weights in self._weights[0])
         self._finished: tuple[torch.Tensor, int] | None = None
         self._rescaled = False
         self._watched = next((i for i, param in enumerate(self.params) if param.requires_grad), -1)
@@ -104,7 +104,7 @@ class Binding:
         """Bring the gradients that autograd made for the bound worker into its shared memory, in one batch."""
         grads = [param.grad for param in self.params]
         try:
-            if [None if grad is None else grad.stride() for grad in grads] != self._strides:
+            if not (self._contiguous and all(grad is None or grad.is_contiguous() for grad in grads)):
                 grads = [None if g is None else self._laid_out(i, g) for i, g in enumerate(grads)]
             addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
         except RuntimeError as error:  # sparse tensors have neither strides nor one address
