@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 import pytest
 
 RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+DOCTESTS = ["--doctest-modules", "--doctest-ignore-import-errors", "extrapcomm"]
 TAIL = 80  # lines of another rank's output that a failure shows
 GRACE = 10  # seconds between asking and killing
 
@@ -96,7 +97,7 @@ def command_line(ranks: int, options: argparse.Namespace, folder: Path) -> list[
     rank = [sys.executable, __file__, "--rank-folder", str(folder), "--", *options.tests, *options.pytest]
     rank += [f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
     if ranks == 1:
-        return rank + (["--doctest-modules", "extrapcomm"] if options.tests == ["tests"] else [])
+        return rank + (DOCTESTS if options.tests == ["tests"] else [])
     mpirun = shutil.which("mpirun") or sys.exit("run.py: no mpirun on PATH; `make test` brings one")
     return [mpirun, "-n", str(ranks), *rank, "--with-mpi"]
 
