@@ -54,7 +54,7 @@ build: $(BUILT) ## compile and install extrapcomm into it, editable
 demo: $(BUILT) ## train on scikit-learn's digits with N ranks
 	mpirun -n $(N) python examples/digits.py
 
-test: $(BUILT) test-cpp ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
+test: $(BUILT) $(VENV)/.trainers test-cpp ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
 	$(BIN)/python tests/run.py $(ARGS)
 
 test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone
@@ -129,6 +129,11 @@ $(VENV)/.mpi-$(or $(MPI),any): $(VENV)/.tools
 
 $(BUILT): $(VENV)/.mpi-$(or $(MPI),any) $(BUILD_FILES)
 	$(PIP) --no-build-isolation --editable '.[torch,demo,test]'
+	@touch $@
+
+# Trainers of other libraries that extrapcomm.integrations adapts: 230 MB, and none of them brings another torch.
+$(VENV)/.trainers: constraints.txt | $(BUILT)
+	$(PIP) accelerate lightning transformers
 	@touch $@
 
 $(VENV)/.linters: $(VENV)/.tools
