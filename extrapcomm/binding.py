@@ -1,7 +1,8 @@
 """The model's tensors in the workers' shared memory: which worker they show, their gradients, and who wrote them."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any
 
@@ -193,6 +194,14 @@ class Binding:
             f"parameter {self.names[changed]!r} was written or replaced outside the optimizer, and the next step "
             "would lose that: call opt.adopt() after changing weights, or change them in master_weights(write=True)"
         )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Afterwards the parameters have the values from before."""
+        values = [param.detach().clone() for param in self.params]
+        yield
+        for param, value in zip(self.params, values, strict=True):
+            param.data.copy_(value)
 
     def take_over(self) -> None:
         """Copy parameters that were replaced by others into the first worker's weights.

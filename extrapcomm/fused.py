@@ -1,7 +1,7 @@
 """What all torch optimizers here share: weights in shared memory, and a step that is the engine's."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -342,7 +342,8 @@ class FusedOptimizer(Checkpoints):
         self._require_open()
         if self._showing:
             raise UsageError("master_weights() is already open")
-        self._core.show_master(self._binding.bound)
+        if not self._to_adopt:  # otherwise the model holds what the next step adopts
+            self._core.show_master(self._binding.bound)
         self._showing = True
         self._binding.mark_written()
         try:
@@ -381,18 +382,33 @@ class FusedOptimizer(Checkpoints):
     # -- What torch expects of an optimizer ----------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the master weights in the model and end this rank's part. Idempotent, not collective."""
-        if not self._closed:
-            if self._showing:
-                self._hide_master()
-            if self._binding.bound != 0:
-                self._binding.show(0)
-            self._binding.remove_hooks()
-            self._closed = True
+        """Leave the master weights in the model and end this rank's part. Idempotent, not collective.
+
+        Weights that were loaded or written and not adopted yet stay as they are.
+        """
+        if self._closed:
+            return
+        if self._showing:
+            self._hide_master()
+        if self._binding.bound != 0:
+            self._binding.show(0)
+        self._binding.remove_hooks()
+        self._closed = True
+        with self._binding.kept() if self._to_adopt else nullcontext():
             self._core.close()
-            bump_versions(self._binding.params)
-            if self._owns_world:
-                self.world.close()
+        bump_versions(self._binding.params)
+        if self._owns_world:
+            self.world.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._closed
+
+    @property
+    def adoption_pending(self) -> bool:
+        """Whether the model has loaded weights that the next step adopts; it holds them already."""
+        return self._to_adopt
 
     def _require_open(self) -> None:
         if self._closed:

@@ -45,8 +45,13 @@ def _saving(reference: Any, index: Mapping[int, int]) -> Any:
 def _loading(reference: Any) -> Any:
     def mark(module: torch.nn.Module, _: Any) -> None:
         optimizer = reference()
-        if optimizer is not None and not optimizer._closed and not optimizer._showing:
-            optimizer._to_adopt = True
+        if optimizer is None or optimizer._closed or optimizer._showing:
+            return
+        if optimizer._binding.bound != 0:
+            raise UsageError(
+                "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
+            )
+        optimizer._to_adopt = True
 
     return mark
 

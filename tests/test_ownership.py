@@ -153,6 +153,24 @@ def test_loading_on_one_rank_only_is_an_error_on_all(world):
     opt.close()
 
 
+def test_loaded_weights_are_there_before_they_are_adopted(team):
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)
+    opt.attach(model)
+    train(model, opt, team)
+    other = net(1)
+    model.load_state_dict(other.state_dict())
+    assert opt.adoption_pending
+    with opt.master_weights():
+        assert_equal(values(model), values(other))
+    if team.workers > 1:
+        with opt.worker(1), pytest.raises(xc.UsageError, match="inside worker"):
+            model.load_state_dict(other.state_dict())
+    opt.close()
+    assert opt.closed
+    assert_equal(values(model), values(other))
+
+
 def test_writing_in_master_weights_is_committed_from_rank_0(team):
     model = net()
     opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)

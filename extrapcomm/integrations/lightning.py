@@ -94,7 +94,7 @@ class FusedStrategy(SingleDeviceStrategy):
 
     def _show_master_weights(self) -> None:
         for optimizer in self.optimizers:
-            if not optimizer._closed:
+            if not optimizer.closed:
                 self._shown.append(optimizer.master_weights())
                 self._shown[-1].__enter__()
 

@@ -40,7 +40,9 @@ def _evaluate_at_master_weights(trainer: Any, optimizer: Any) -> None:
     loop = trainer.evaluation_loop
 
     def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
-        if optimizer._closed or optimizer._to_adopt:  # the model holds them, or those that it has just loaded
+        if (
+            optimizer.closed or optimizer.adoption_pending
+        ):  # the model holds them, or those that it has just loaded
             return loop(*args, **kwargs)
         with optimizer.master_weights():
             return loop(*args, **kwargs)
