@@ -83,6 +83,77 @@ def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     return w - (h["lr"] / bc1) * (m / (np.sqrt(v) * (1 / math.sqrt(bc2)) + h["eps"])), [m, v]
 
 
+def square_sum(x: Array, begin: int) -> float:
+    """The sum of squares of a layer that begins at this flat element, in the engine's order.
+
+    In double, over cells that end at every 1,024th flat element; in a cell 16 lanes by flat index, added up by
+    halves; then cell after cell.
+    """
+    total, squares = 0.0, np.square(x.ravel().astype(np.float64))
+    while squares.size:
+        length = min(1024 - begin % 1024, squares.size)
+        rows = np.zeros((begin % 16 + length + 15) // 16 * 16)
+        rows[begin % 16 : begin % 16 + length] = squares[:length]
+        lanes = np.add.reduce(rows.reshape(-1, 16), axis=0)
+        while lanes.size > 1:
+            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+        total += float(lanes[0])
+        squares, begin = squares[length:], begin + length
+    return total
+
+
+def lars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
+    """LARS (1708.03888), equations 6 and 7, and where others put the trust ratio."""
+    w_norm, g_norm = math.sqrt(h["square_sum"](w)), math.sqrt(h["square_sum"](g))
+    decay, trust = h["weight_decay"], 1.0
+    if h["adapt"] and w_norm and g_norm:
+        trust = h["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + h["eps"])
+    d = g + decay * w
+    if h["trust_outside"]:
+        buf = h["momentum"] * slots[0] + d
+        return w - (h["lr"] * trust) * buf, [buf]
+    if h["trust_in_buffer"]:
+        buf = h["momentum"] * slots[0] + trust * d
+        return w - h["lr"] * buf, [buf]
+    buf = h["momentum"] * slots[0] + (h["lr"] * trust) * d
+    return w - buf, [buf]
+
+
+def lamb(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
+    """LAMB (1904.00962), Algorithm 2 with phi the identity."""
+    b1, b2 = h["betas"]
+    if h["coupled_weight_decay"]:
+        g = g + h["weight_decay"] * w
+    m = b1 * slots[0] + (1 - b1) * g
+    v = b2 * slots[1] + ((1 - b2) * g) * g
+    u = (m * (1 / (1 - b1**t))) / (np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"])
+    if not h["coupled_weight_decay"]:
+        u = u + h["weight_decay"] * w
+    w_norm, u_norm = math.sqrt(h["square_sum"](w)), math.sqrt(h["square_sum"](u))
+    adapts = h["adapt"] and (h["always_adapt"] or h["weight_decay"])
+    trust = w_norm / u_norm if adapts and w_norm and u_norm else 1.0
+    return w - (h["lr"] * trust) * u, [m, v]
+
+
+def lans(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
+    """LANS (2006.13484), Algorithm 2."""
+    b1, b2 = h["betas"]
+    g_norm = math.sqrt(h["square_sum"](g))
+    g = g * (1 / (g_norm + h["eps"]) if g_norm else 1.0)
+    m = b1 * slots[0] + (1 - b1) * g
+    v = b2 * slots[1] + ((1 - b2) * g) * g
+    d = np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"]
+    p = (m * (1 / (1 - b1**t))) / d + h["weight_decay"] * w
+    q = g / d + h["weight_decay"] * w
+    w_square, p_square, q_square = (h["square_sum"](x) for x in (w, p, q))
+
+    def rate(share, square):
+        adapts = h["adapt"] and w_square and square
+        return h["lr"] * share * (math.sqrt(w_square) / math.sqrt(square) if adapts else 1.0)
+
+    return w - (rate(b1, p_square) * p + rate(1 - b1, q_square) * q), [m, v]
+
+
 @dataclass(frozen=True)
 class Rule:
     update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array]]]
@@ -127,6 +198,52 @@ RULES = {
             "decoupled": {"weight_decay": 0.01, "decoupled_weight_decay": True},
         },
     ),
+    "lars": Rule(
+        lars,
+        1,
+        {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            "trust_coefficient": 1e-3,
+            "eps": 1e-8,
+            "adapt": True,
+            "trust_in_buffer": False,
+            "trust_outside": False,
+        },
+        {
+            "paper": {"weight_decay": 0.01, "trust_coefficient": 0.1},
+            "inside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_in_buffer": True},
+            "outside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_outside": True},
+            "excluded": {"adapt": False},
+        },
+    ),
+    "lamb": Rule(
+        lamb,
+        2,
+        {
+            "lr": 0.1,
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "weight_decay": 0.01,
+            "adapt": True,
+            "coupled_weight_decay": False,
+            "always_adapt": False,
+        },
+        {
+            "plain": {},
+            "coupled": {"coupled_weight_decay": True},
+            "undecayed": {"weight_decay": 0.0},
+            "nvlamb": {"weight_decay": 0.0, "always_adapt": True},
+            "excluded": {"adapt": False},
+        },
+    ),
+    "lans": Rule(
+        lans,
+        2,
+        {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "adapt": True},
+        {"plain": {}, "undecayed": {"weight_decay": 0.0, "betas": (0.8, 0.95)}, "excluded": {"adapt": False}},
+    ),
 }
 
 # --- extrapolations: (local gradient of worker k, mean gradient) -> zeta of x_k = w - inner_lr * zeta
@@ -165,6 +282,8 @@ class ReferenceEngine:
         self.t = [0] * len(self.w)
         self.hyper = self.rule.defaults | hyper
         self.groups = groups or [{}] * len(self.w)
+        padded = [(w.size + 31) // 32 * 32 for w in self.w]
+        self.begins = [sum(padded[:i]) for i in range(len(padded))]
 
     def step(self, grads, divisor=1.0, clip=1.0, **hyper):
         """grads[k][l]: worker k's gradient of layer l, None where absent."""
@@ -173,7 +292,9 @@ class ReferenceEngine:
         for layer in range(len(self.w)):
             local = [of_worker[layer] for of_worker in grads]
             if any(g is not None for g in local):
-                self.step_layer(layer, local, self.hyper | self.groups[layer])
+                h = self.hyper | self.groups[layer]
+                begin = self.begins[layer]
+                self.step_layer(layer, local, h | {"square_sum": lambda x, begin=begin: square_sum(x, begin)})
 
     def step_layer(self, layer, local, h):
         zero = np.zeros_like(self.w[layer])

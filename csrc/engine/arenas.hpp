@@ -32,8 +32,11 @@ class Arenas {
   std::span<const Shard<T>> shards() const { return shards_; }
   std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
 
-  // For worker k's shard, one sum of squares per cell.
-  std::span<double> squares(std::size_t k) const { return squares_[k]; }
+  // For worker k's shard and one of kMaxSums quantities, a sum of squares per cell.
+  std::span<double> squares(std::size_t k, int quantity) const {
+    const std::size_t cells = squares_[k].size() / kMaxSums;
+    return squares_[k].subspan(static_cast<std::size_t>(quantity) * cells, cells);
+  }
   std::size_t first_worker() const { return first_worker_; }
 
  private:

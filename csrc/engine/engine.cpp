@@ -187,7 +187,8 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
 template <class T>
 Engine::Outcome EngineOf<T>::run(const Step& step, std::span<const std::uint8_t> present) {
   auto runs = runs_.for_step(step, present, updates_);
-  if (step.fused) return stepper_.run(runs, step, [&] { exchange_.meet_between_passes(steps_ + 1); });
+  const auto meet = [&](bool touched) { exchange_.meet_between_passes(steps_ + 1, touched); };
+  if (step.fused) return stepper_.run(runs, step, runs_.measures(), meet);
   stepper_.run_unfused(runs);
   return {};
 }

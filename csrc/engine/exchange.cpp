@@ -80,8 +80,8 @@ void Exchange::collective(const Call& call, const std::function<void(std::span<c
   unsettled_ = false;
 }
 
-void Exchange::meet_between_passes(std::int64_t step) {
-  unsettled_ = false;
+void Exchange::meet_between_passes(std::int64_t step, bool touched) {
+  unsettled_ = touched;
   meeting_.meet("the meeting between passes", step, meeting_.limits().inside_pass);
   unsettled_ = true;
 }

@@ -23,6 +23,14 @@ void clip_stage(const Workers&, const Tile<T>& tile) {
   for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] *= tile.run->clip;
 }
 
+template <class T, int kMeasure>
+void layer_measure_stage(const Workers&, const Tile<T>& tile) {
+  const RuleKernel<T>& kernel = *tile.run->kernel;
+  kernel.measure[kMeasure](tile.run->scalars, tile.mean, tile.w, tile.slots, tile.quantities, tile.count);
+  for (int q = 0; q < kernel.sums[kMeasure]; ++q)
+    tile.squares[q].add(tile.quantities[q], tile.first, tile.count);
+}
+
 template <class T>
 void apply_stage(const Workers&, const Tile<T>& tile) {
   tile.run->apply(tile.run->scalars, tile.mean, tile.w, tile.slots, tile.count);
@@ -88,6 +96,7 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.count = count;
   tile.mean = kept.mean ? kept.mean + place : buffers.mean();
   tile.squares = kept.squares;
+  for (int q = 0; q < kMaxSums; ++q) tile.quantities[q] = buffers.quantity(q);
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
   for (int s = 0; s < kMaxSlots; ++s) tile.slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
@@ -110,6 +119,18 @@ template <class T>
 Pass<T> clipped_pass(bool streaming) {
   return {&reduce_stage<T>, &clip_stage<T>, &apply_stage<T>,
           streaming ? &stream_stage<T> : &publish_stage<T>};
+}
+
+template <class T>
+Pass<T> layer_measure_pass(int measure) {
+  static_assert(kMaxMeasures == 2);
+  return {&reduce_stage<T>, &clip_stage<T>,
+          measure == 0 ? &layer_measure_stage<T, 0> : &layer_measure_stage<T, 1>};
+}
+
+template <class T>
+Pass<T> without_gradient_pass(bool streaming) {
+  return {&apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
 }
 
 template <class T>
@@ -149,6 +170,8 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
   template Pass<T> step_pass<T>(bool);                                                            \
   template Pass<T> measure_pass<T>();                                                             \
   template Pass<T> clipped_pass<T>(bool);                                                         \
+  template Pass<T> layer_measure_pass<T>(int);                                                    \
+  template Pass<T> without_gradient_pass<T>(bool);                                                \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \
   template Pass<T> load_pass<T>();                                                                \
   template Pass<T> sum_pass<T>(bool);                                                             \

@@ -38,7 +38,10 @@ struct Run {
   T scale;
   T inner;
   T clip;
-  bool by_own;  // displaced by each worker's own gradient
+  bool by_own;   // displaced by each worker's own gradient
+  bool by_mean;  // displaced by the mean gradient
+  std::size_t layer;            // its first
+  const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
   ApplyFn<T> apply;
   PublishFn<T> publish;
@@ -60,7 +63,7 @@ struct Shard {
 template <class T>
 struct Kept {
   T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
-  SquareSums* squares = nullptr;
+  SquareSums* squares = nullptr;  // as many as the pass sums quantities
 };
 
 template <class T>
@@ -73,6 +76,7 @@ struct Tile {
   T* slots[kMaxSlots];
   T* mean;
   SquareSums* squares;
+  T* quantities[kMaxSums];
   T* scratch;
 };
 
@@ -90,6 +94,12 @@ template <class T>
 Pass<T> measure_pass();
 template <class T>
 Pass<T> clipped_pass(bool streaming);
+// The passes of rules that measure layers: number `measure`, and the last, which leaves the gradient alone if
+// neither the rule nor a displacement looks at it.
+template <class T>
+Pass<T> layer_measure_pass(int measure);
+template <class T>
+Pass<T> without_gradient_pass(bool streaming);
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
 std::vector<Pass<T>> unfused_passes();
@@ -105,10 +115,11 @@ template <class T>
 class TileBuffers {
  public:
   TileBuffers(std::int64_t tile, int source_count)
-      : tile_(tile), memory_(allocate(tile * (1 + reduce_scratch_tiles(source_count)))) {}
+      : tile_(tile), memory_(allocate(tile * (1 + kMaxSums + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
   T* mean() { return memory_.get(); }
-  T* scratch() { return memory_.get() + tile_; }
+  T* quantity(int q) { return memory_.get() + (1 + q) * tile_; }
+  T* scratch() { return memory_.get() + (1 + kMaxSums) * tile_; }
 
  private:
   struct Free {

@@ -33,7 +33,9 @@ RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   for (const GroupSpec& group : options.groups) {
     flags_.push_back(group.flags);
-    slots_ = std::max(slots_, rule_kernel<T>(family_, family.member(group.flags, group.hyper)).slots);
+    const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(group.flags, group.hyper));
+    slots_ = std::max(slots_, kernel.slots);
+    measures_ = std::max(measures_, kernel.measures);
   }
 }
 
@@ -57,10 +59,13 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
     throw UsageError("the engine was built without the state arrays that this step needs");
   kernel.prepare(numbers, updates, run.scalars);
   run.apply = kernel.apply;
+  run.kernel = &kernel;
+  run.clip = T(1);
   run.scale = T(1.0 / (worker_count_ * step.divisor));
   run.inner = T(displaces_by_own(extrapolation_) ? own.back() / step.divisor : own.back());
   const int extrapolation = run.inner != T(0) ? extrapolation_ : 0;
   run.by_own = displaces_by_own(extrapolation);
+  run.by_mean = displaces_by_mean(extrapolation);
   run.publish = publish_kernel<T>(spec.dtype, step.fused ? extrapolation : 0);
   run.stream = stream_kernel<T>(spec.dtype, extrapolation);
   run.displace = displace_kernel<T>(spec.dtype, extrapolation);
@@ -74,11 +79,12 @@ std::vector<Run<T>> RunMaker<T>::for_step(const Engine::Step& step, std::span<co
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
     const Layer& layer = plan_.layers[i];
     if (!present[i]) continue;
-    if (!runs.empty() && runs.back().end == layer.begin && updates[last] == updates[i] &&
-        alike(plan_.layers[last].spec, layer.spec)) {
+    const bool joins = !runs.empty() && runs.back().kernel->measures == 0 && runs.back().end == layer.begin;
+    if (joins && updates[last] == updates[i] && alike(plan_.layers[last].spec, layer.spec)) {
       runs.back().end = layer.end;
     } else {
       runs.push_back(plain_run<T>(layer));
+      runs.back().layer = i;
       set_rule(runs.back(), layer.spec, step, updates[i]);
     }
     last = i;

@@ -11,12 +11,14 @@
 namespace xc {
 
 // Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, count of
-// updates) make one run, so most models are one run per group.
+// updates) make one run, so most models are one run per group; under a rule that measures, a layer is a run.
 template <class T>
 class RunMaker {
  public:
   RunMaker(const Plan& plan, const EngineOptions& options, int worker_count);
 
+  // How many passes measure layers before the last one.
+  int measures() const { return measures_; }
   // State arrays that the hungriest group needs.
   int slots() const { return slots_; }
 
@@ -37,6 +39,7 @@ class RunMaker {
   int extrapolation_;
   int worker_count_;
   int slots_ = 0;
+  int measures_ = 0;
   std::vector<unsigned> flags_;  // of each group
 };
 

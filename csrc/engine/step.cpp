@@ -50,50 +50,90 @@ template <class T>
 Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
-      whole_(step_pass<T>(streaming)),
-      clipped_(clipped_pass<T>(streaming)),
+      streaming_(streaming),
       buffers_(tile, static_cast<int>(arenas.shards().size())) {}
 
 template <class T>
-Engine::Outcome Stepper<T>::run(std::vector<Run<T>>& runs, const Engine::Step& step,
-                                const std::function<void()>& meet) {
-  if (!step.measures()) {
-    for (const Shard<T>& shard : arenas_.own_shards())
-      walk<T>(whole_, arenas_.workers(), runs, shard, buffers_);
-    return {};
-  }
-  measure(runs);
-  meet();
+Engine::Outcome Stepper<T>::run(std::vector<Run<T>>& runs, const Engine::Step& step, int measures,
+                                const Meet& meet) {
+  Engine::Outcome outcome;
+  if (step.measures()) outcome = clip(runs, step, meet);
+  if (outcome.skipped) return outcome;
+  for (int measure = 0; measure < measures; ++measure) measure_layers(runs, measure, meet);
+  const bool gradient = std::any_of(runs.begin(), runs.end(), [](const Run<T>& run) {
+    return run.kernel->needs_gradient || run.by_mean;
+  });
+  if (!gradient)
+    walk_all(without_gradient_pass<T>(streaming_), runs);
+  else
+    walk_all(step.measures() ? clipped_pass<T>(streaming_) : step_pass<T>(streaming_), runs);
+  return outcome;
+}
+
+// The norm of the whole gradient, and what follows from it for every run.
+template <class T>
+Engine::Outcome Stepper<T>::clip(std::vector<Run<T>>& runs, const Engine::Step& step, const Meet& meet) {
+  measure(measure_pass<T>(), runs, 1);
+  meet(false);
   Engine::Outcome outcome{norm(), false};
   outcome.skipped = step.skip_nonfinite && !std::isfinite(outcome.norm);
-  if (outcome.skipped) return outcome;
   const double clip = clip_for(outcome.norm, step.max_norm);
   for (Run<T>& run : runs) {
     run.clip = T(clip);
     if (run.by_own) run.inner = T(static_cast<double>(run.inner) * clip);
   }
-  for (const Shard<T>& shard : arenas_.own_shards())
-    walk<T>(clipped_, arenas_.workers(), runs, shard, buffers_);
   return outcome;
 }
 
+// Every layer's norms, and what follows from them for its run.
 template <class T>
-void Stepper<T>::measure(std::span<const Run<T>> runs) {
+void Stepper<T>::measure_layers(std::vector<Run<T>>& runs, int measure, const Meet& meet) {
+  this->measure(layer_measure_pass<T>(measure), runs, kMaxSums);
+  meet(std::any_of(runs.begin(), runs.end(), [](const Run<T>& run) { return run.kernel->measures_touch_state; }));
+  const auto sums = layer_sums();
+  for (Run<T>& run : runs) run.kernel->settle(run.scalars, measure, sums[run.layer].data());
+}
+
+// Walks a pass that sums squares of so many quantities.
+template <class T>
+void Stepper<T>::measure(const Pass<T>& pass, std::span<const Run<T>> runs, int quantities) {
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) {
-    SquareSums squares(plan_, plan_.segments[k], arenas_.squares(k).data());
-    walk<T>(measure_pass<T>(), arenas_.workers(), runs, shard, buffers_, {.squares = &squares});
-    squares.finish();
+    std::vector<SquareSums> squares;
+    for (int q = 0; q < quantities; ++q)
+      squares.emplace_back(plan_, plan_.segments[k], arenas_.squares(k, q).data());
+    walk<T>(pass, arenas_.workers(), runs, shard, buffers_, {.squares = squares.data()});
+    for (SquareSums& sums : squares) sums.finish();
     ++k;
   }
+}
+
+template <class T>
+void Stepper<T>::walk_all(const Pass<T>& pass, std::span<const Run<T>> runs) {
+  for (const Shard<T>& shard : arenas_.own_shards()) walk<T>(pass, arenas_.workers(), runs, shard, buffers_);
 }
 
 template <class T>
 double Stepper<T>::norm() const {
   double total = 0;
   for (std::size_t k = 0; k < arenas_.shards().size(); ++k)
-    for (const double square : arenas_.squares(k)) total += square;
+    for (const double square : arenas_.squares(k, 0)) total += square;
   return std::sqrt(total);
+}
+
+// The sums of squares of every layer, its cells added in flat order.
+template <class T>
+std::vector<std::array<double, kMaxSums>> Stepper<T>::layer_sums() const {
+  std::vector<std::array<double, kMaxSums>> sums(plan_.layers.size());
+  std::size_t layer = 0;
+  for (std::size_t k = 0; k < arenas_.shards().size(); ++k) {
+    const auto cells = cells_of(plan_, plan_.segments[k]);
+    for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
+      while (cells[c] >= plan_.layers[layer].end) ++layer;
+      for (int q = 0; q < kMaxSums; ++q) sums[layer][static_cast<std::size_t>(q)] += arenas_.squares(k, q)[c];
+    }
+  }
+  return sums;
 }
 
 template <class T>

@@ -1,6 +1,9 @@
 #pragma once
 
 #include "rules/adam.hpp"
+#include "rules/lamb.hpp"
+#include "rules/lans.hpp"
+#include "rules/lars.hpp"
 #include "rules/rule.hpp"
 #include "rules/sgd.hpp"
 
@@ -10,6 +13,6 @@ namespace xc {
 template <Family... F>
 struct Families {};
 
-using AllFamilies = Families<SgdFamily, AdamFamily>;
+using AllFamilies = Families<SgdFamily, AdamFamily, LarsFamily, LambFamily, LansFamily>;
 
 }  // namespace xc

@@ -14,6 +14,7 @@ namespace xc {
 struct NoExtrapolation {
   static constexpr std::string_view kName = "none";
   static constexpr bool kByOwn = false;
+  static constexpr bool kByMean = false;
   template <class T>
   XC_HOST_DEVICE static T displace(T w, T, T, T) {
     return w;
@@ -23,6 +24,7 @@ struct NoExtrapolation {
 struct LocalGradient {
   static constexpr std::string_view kName = "local";
   static constexpr bool kByOwn = true;
+  static constexpr bool kByMean = false;
   template <class T>
   XC_HOST_DEVICE static T displace(T w, T inner, T own, T) {
     return w - inner * own;
@@ -32,6 +34,7 @@ struct LocalGradient {
 struct GlobalGradient {
   static constexpr std::string_view kName = "global";
   static constexpr bool kByOwn = false;
+  static constexpr bool kByMean = true;
   template <class T>
   XC_HOST_DEVICE static T displace(T w, T inner, T, T mean) {
     return w - inner * mean;
@@ -42,6 +45,7 @@ template <class... E>
 struct Extrapolations {
   static constexpr std::array<std::string_view, sizeof...(E)> kNames = {E::kName...};
   static constexpr std::array<bool, sizeof...(E)> kByOwn = {E::kByOwn...};
+  static constexpr std::array<bool, sizeof...(E)> kByMean = {E::kByMean...};
 };
 
 // The one list of extrapolations; the first displaces nothing and stands in wherever the inner rate is zero.

@@ -15,6 +15,10 @@ namespace xc {
 // A FAMILY lists what users may set and enumerates its members: one rule type per combination of flags, so
 // that no flag is asked in the inner loop.
 
+// A rule that needs norms of whole layers also MEASURES: passes before the one that applies it, which may
+// bring the slots up to date and name for each element up to kMaxSums quantities. Their squares are summed
+// over the layer, all ranks learn the sums, and settle() turns them into scalars of that layer.
+
 struct Parameter {
   std::string_view name;
   double preset;
@@ -24,13 +28,24 @@ struct Parameter {
 using Hyper = std::span<const double>;
 
 inline constexpr int kMaxSlots = 2;
-inline constexpr int kMaxScalarBytes = 64;
+inline constexpr int kMaxMeasures = 2;
+inline constexpr int kMaxSums = 3;
+inline constexpr int kMaxScalarBytes = 128;
 
 template <class R, class T>
 concept Rule = std::constructible_from<R, Hyper, std::int64_t> && sizeof(R) <= kMaxScalarBytes &&
                R::kSlots <= kMaxSlots && (requires(const R rule, T g, T& w) { rule(g, w); } ||
                                           requires(const R rule, T g, T& w, T& s) { rule(g, w, s); } ||
                                           requires(const R rule, T g, T& w, T& s, T& u) { rule(g, w, s, u); });
+
+template <class R>
+concept Measuring = requires(R rule, const double* squares) {
+  R::kMeasures;
+  R::kSums;                // of quantities, for each measure
+  R::kMeasuresTouchState;  // whether a measure changes slots
+  R::kNeedsGradient;       // whether the last pass looks at the gradient
+  rule.settle(0, squares);
+};
 
 template <class F>
 concept Family = requires(unsigned flags, Hyper hyper) {

@@ -35,11 +35,52 @@ void prepare(Hyper hyper, std::int64_t updates, void* scalars) {
   new (scalars) R(hyper, updates);
 }
 
+template <class R, class T, int kMeasure>
+XC_CLONES void measure(const void* scalars, const T* __restrict mean, T* __restrict w, T* const* slots,
+                       T* const* quantities, std::int64_t count) {
+  const R rule = *static_cast<const R*>(scalars);
+  constexpr int kSums = R::kSums[kMeasure];
+  T* __restrict first = slots[0];
+  T* __restrict second = slots[1];
+  T* __restrict out[kMaxSums] = {};
+  for (int q = 0; q < kSums; ++q) out[q] = quantities[q];
+  for (std::int64_t i = 0; i < count; ++i) {
+    T quantity[kMaxSums];
+    if constexpr (R::kSlots == 1)
+      rule.template measure<kMeasure>(mean[i], w[i], first[i], quantity);
+    else
+      rule.template measure<kMeasure>(mean[i], w[i], first[i], second[i], quantity);
+    for (int q = 0; q < kSums; ++q) out[q][i] = quantity[q];
+  }
+}
+
+template <class R>
+void settle(void* scalars, int measure, const double* squares) {
+  static_cast<R*>(scalars)->settle(measure, squares);
+}
+
+template <class R, class T, int... kMeasure>
+void add_measures(RuleKernel<T>& kernel, std::integer_sequence<int, kMeasure...>) {
+  ((kernel.sums[kMeasure] = R::kSums[kMeasure], kernel.measure[kMeasure] = &measure<R, T, kMeasure>), ...);
+}
+
+template <class R, class T>
+RuleKernel<T> kernel_of() {
+  RuleKernel<T> kernel{R::kSlots, &prepare<R>, &apply<R, T>};
+  if constexpr (Measuring<R>) {
+    kernel.measures = R::kMeasures;
+    kernel.settle = &settle<R>;
+    kernel.measures_touch_state = R::kMeasuresTouchState;
+    kernel.needs_gradient = R::kNeedsGradient;
+    add_measures<R>(kernel, std::make_integer_sequence<int, R::kMeasures>{});
+  }
+  return kernel;
+}
+
 template <class T, class F, unsigned... kMember>
 std::vector<RuleKernel<T>> members(std::integer_sequence<unsigned, kMember...>) {
   static_assert((Rule<typename F::template Member<T, kMember>, T> && ...));
-  return {{F::template Member<T, kMember>::kSlots, &prepare<typename F::template Member<T, kMember>>,
-           &apply<typename F::template Member<T, kMember>, T>}...};
+  return {kernel_of<typename F::template Member<T, kMember>, T>()...};
 }
 
 template <class T, class... F>

@@ -83,6 +83,10 @@ bool displaces_by_own(int extrapolation) {
   return AllExtrapolations::kByOwn.at(static_cast<std::size_t>(extrapolation));
 }
 
+bool displaces_by_mean(int extrapolation) {
+  return AllExtrapolations::kByMean.at(static_cast<std::size_t>(extrapolation));
+}
+
 template <>
 PublishFn<float> publish_kernel<float>(DType element, int extrapolation) {
   if (element == DType::f32) return publish_of<float>(extrapolation, AllExtrapolations{});

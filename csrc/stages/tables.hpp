@@ -56,11 +56,26 @@ double sum_of_lanes(double* lanes);  // uses them up
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
 
+// Brings the slots up to date and writes each of a rule's quantities into an array of its own.
+template <class T>
+using MeasureFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slots, T* const* quantities,
+                           std::int64_t count);
+
+// Turns a layer's sums of squares into scalars of the rule.
+using SettleFn = void (*)(void* scalars, int measure, const double* squares);
+
 template <class T>
 struct RuleKernel {
   int slots;
   PrepareFn prepare;
   ApplyFn<T> apply;
+  // What rules that measure have beside.
+  int measures = 0;
+  int sums[kMaxMeasures] = {};
+  MeasureFn<T> measure[kMaxMeasures] = {};
+  SettleFn settle = nullptr;
+  bool measures_touch_state = false;
+  bool needs_gradient = true;
 };
 
 // What users may know about a rule, without types.
@@ -77,6 +92,7 @@ const std::vector<FamilyInfo>& families();
 int family_index(std::string_view name);         // -1 if there is none
 int extrapolation_index(std::string_view name);  // -1 if there is none
 bool displaces_by_own(int extrapolation);        // by each worker's own gradient
+bool displaces_by_mean(int extrapolation);
 
 std::string_view instruction_set();  // the one that this machine's tile loops use
 
