@@ -15,9 +15,12 @@ from .world import World
 
 if TYPE_CHECKING:
     from .amp import GradScaler
-    from .optim import SGD, Adam, AdamW, ExtrapSGD
+    from .optim import LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapSGD
 
 __all__ = [
+    "LAMB",
+    "LANS",
+    "LARS",
     "SGD",
     "Adam",
     "AdamW",
@@ -40,7 +43,7 @@ __all__ = [
     "reduce_scatter",
 ]
 
-_OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW")
+_OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW", "LARS", "LAMB", "LANS")
 
 
 def __getattr__(name: str) -> Any:

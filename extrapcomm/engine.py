@@ -179,8 +179,10 @@ class Engine:
             check_max_norm(self.max_grad_norm)
             if not (isinstance(divisor, (int, float)) and 0 < divisor < float("inf")):
                 raise UsageError(f"divisor must be a positive number, not {divisor!r}")
-            if not fused and (self.max_grad_norm or self.skip_nonfinite):
-                raise UsageError("step_unfused() has neither max_grad_norm nor skip_nonfinite")
+            if not fused and (self.max_grad_norm or self.skip_nonfinite or self._rule.measures):
+                raise UsageError(
+                    "step_unfused() has no max_grad_norm, no skip_nonfinite and no rule with trust ratios"
+                )
             table = self._rule.table([group], self.world.K)
         except Exception as error:
             self._core.complain(describe(error))

@@ -1,6 +1,6 @@
 """What all torch optimizers here share: weights in shared memory, and a step that is the engine's."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, overload
 
@@ -58,6 +58,7 @@ class FusedOptimizer(Checkpoints):
         skip_nonfinite: bool = False,
         accumulation: str = "mean",
         gradients: str = "copy",
+        choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
     ) -> None:
         if not (world is None or isinstance(world, World)):
             raise UsageError(f"world must be a World, not {world!r}")
@@ -81,8 +82,9 @@ class FusedOptimizer(Checkpoints):
             layers, groups = self._describe()
             check_tile(tile)
             check_max_norm(max_grad_norm)
-            _check_choice("accumulation", accumulation, ("mean", "sum"))
-            _check_choice("gradients", gradients, MANNERS)
+            own = (("accumulation", accumulation, ("mean", "sum")), ("gradients", gradients, MANNERS))
+            for name, value, allowed in (*choices, *own):
+                _check_choice(name, value, allowed)
         except Exception as caught:
             error = caught
         self.world.agree(error, type(self).__name__)

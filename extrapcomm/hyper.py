@@ -35,6 +35,7 @@ class Rule:
         self.parameters: dict[str, float] = rules[name]["parameters"]
         self.flags: list[str] = rules[name]["flags"]
         self.slots: list[str] = rules[name]["slots"]
+        self.measures: int = rules[name]["measures"]
 
     def presets(self) -> dict[str, Any]:
         """The rule's own values, under the names that users know."""

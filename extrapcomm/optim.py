@@ -9,7 +9,7 @@ from .world import World
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SGD", "Adam", "AdamW", "ExtrapSGD"]
+__all__ = ["LAMB", "LANS", "LARS", "SGD", "Adam", "AdamW", "ExtrapSGD"]
 
 
 class Options(TypedDict, total=False):
@@ -153,3 +153,142 @@ class AdamW(Adam):
     ) -> None:
         kwargs.setdefault("decoupled_weight_decay", True)
         super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
+
+
+class LARS(FusedOptimizer):
+    """LARS: momentum SGD in which every layer's rate is multiplied by trust_coefficient |w| / (|g| + weight_decay |w|).
+
+    Source: Large Batch Training of Convolutional Networks (arXiv:1708.03888), equation 6. A layer with a zero norm
+    takes the ratio 1. The step takes a second pass over memory.
+
+    Args:
+        params: parameters, or dicts of them; biases and norms usually form a group with `adapt=False` and no decay.
+        lr: learning rate.
+        momentum: momentum factor.
+        weight_decay: coefficient of the decay, added to the gradient and counted in the ratio.
+        trust_coefficient: eta of the paper.
+        eps: added to the denominator of the ratio.
+        adapt: False takes the ratio 1.
+        trust: where the ratio stands: "paper" (with lr in the buffer), "inside" (in the buffer without lr, as timm and
+            apex), or "outside" (applied to the buffer).
+        options: see `SGD`; `extrapolation` can only be "none".
+
+    Raises:
+        UsageError: on every rank, for arguments that cannot be.
+        MismatchError: on every rank, if the ranks' models or options differ.
+    """
+
+    RULE = "lars"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        *,
+        adapt: bool = True,
+        trust: str = "paper",
+        **options: "Unpack[Options]",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "adapt": adapt,
+            "trust_in_buffer": trust == "inside",
+            "trust_outside": trust == "outside",
+        }
+        choices = (("trust", trust, ("paper", "inside", "outside")),)
+        super().__init__(params, defaults, choices=choices, **options)
+
+
+class LAMB(FusedOptimizer):
+    """LAMB: Adam whose direction u is scaled by |w| / |u| in every layer.
+
+    Source: Large Batch Optimization for Deep Learning (arXiv:1904.00962), Algorithm 2, with the identity for phi.
+    Implementations clip the gradient's norm to 1 first: give `max_grad_norm=1.0` for that. A layer with a zero norm
+    takes the ratio 1. The step takes a second pass over memory, and a third when it clips.
+
+    Args:
+        params: parameters, or dicts of them; biases and norms usually form a group with `adapt=False` and no decay.
+        lr: learning rate.
+        betas: decay of the averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: coefficient of the decay, which is part of u unless coupled.
+        adapt: False takes the ratio 1.
+        coupled_weight_decay: add the decay to the gradient instead.
+        always_adapt: also where there is no decay; otherwise such groups take the ratio 1, as in apex.
+        options: see `SGD`; `extrapolation` can only be "none".
+
+    Raises:
+        UsageError: on every rank, for arguments that cannot be.
+        MismatchError: on every rank, if the ranks' models or options differ.
+    """
+
+    RULE = "lamb"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        adapt: bool = True,
+        coupled_weight_decay: bool = False,
+        always_adapt: bool = False,
+        **options: "Unpack[Options]",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "adapt": adapt,
+            "coupled_weight_decay": coupled_weight_decay,
+            "always_adapt": always_adapt,
+        }
+        super().__init__(params, defaults, **options)
+
+
+class LANS(FusedOptimizer):
+    """LANS: LAMB on each layer's normalised gradient, with a Nesterov-like second direction.
+
+    Source: Accelerated Large Batch Optimization of BERT Pretraining in 54 minutes (arXiv:2006.13484), Algorithm 2. A
+    layer with a zero norm takes the ratio 1. The step takes three passes over memory.
+
+    Args:
+        params: parameters, or dicts of them; biases and norms usually form a group with `adapt=False` and no decay.
+        lr: learning rate.
+        betas: decay of the averages of the gradient and of its square.
+        eps: added to the denominators.
+        weight_decay: coefficient of the decay.
+        adapt: False takes the ratio 1.
+        options: see `SGD`; `extrapolation` can only be "none".
+
+    Raises:
+        UsageError: on every rank, for arguments that cannot be.
+        MismatchError: on every rank, if the ranks' models or options differ.
+    """
+
+    RULE = "lans"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        adapt: bool = True,
+        **options: "Unpack[Options]",
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt}
+        super().__init__(params, defaults, **options)

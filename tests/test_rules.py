@@ -93,13 +93,23 @@ def test_parameters_of_different_types_train_together(pair, team, rule):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule, case, extrapolation", sorted(CASES))
+@pytest.mark.parametrize(
+    "rule, case, extrapolation", sorted(c for c in CASES if not LISTED[c[0]]["measures"])
+)
 def test_stages_in_passes_of_their_own_give_the_same_bits(pair, team, rule, case, extrapolation, dtype):
     """Not so for 16-bit weights, which are rounded once more between the passes."""
     p = pair(team, LENGTHS, dtype, rule=rule, extrapolation=extrapolation, tile=64, **RULES[rule].cases[case])
     for fused in (False, True, False):
         p.step(lr=0.1, fused=fused)
         p.compare(TOLERANCE[WORKING[dtype]])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in LISTED if LISTED[rule]["measures"]])
+def test_rules_with_trust_ratios_have_no_unfused_step(world, rule):
+    engine = xc.Engine(world, np.ones(3, np.float32), rule)
+    with pytest.raises(xc.UsageError, match="no rule with trust ratios"):
+        engine.step_unfused()
+    engine.close()
 
 
 def strongest(rule):

@@ -18,6 +18,7 @@ py::dict describe_rules() {
     rule["flags"] = std::vector<std::string>(family.flags.begin(), family.flags.end());
     rule["slots"] = std::vector<std::string>(family.slot_names.begin(), family.slot_names.end());
     rule["extrapolates"] = family.extrapolates;
+    rule["measures"] = family.measures;
     rules[py::str(std::string(family.name))] = rule;
   }
   return rules;

@@ -36,7 +36,8 @@ class Exchange {
   Exchange& operator=(const Exchange&) = delete;
 
   void collective(const Call& call, const std::function<void(std::span<const Post>)>& work);
-  // Within `work`: a meeting of all ranks between two passes; whether any pass so far changed weights or state.
+  // Within `work`: a meeting of all ranks between two passes; whether any pass so far changed weights or
+  // state.
   void meet_between_passes(std::int64_t step, bool touched);
   // Takes part with nothing but a complaint, so that all ranks raise it.
   void complain(const Call& call, const std::string& text);

@@ -38,8 +38,8 @@ struct Run {
   T scale;
   T inner;
   T clip;
-  bool by_own;   // displaced by each worker's own gradient
-  bool by_mean;  // displaced by the mean gradient
+  bool by_own;                  // displaced by each worker's own gradient
+  bool by_mean;                 // displaced by the mean gradient
   std::size_t layer;            // its first
   const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
@@ -62,7 +62,7 @@ struct Shard {
 // What passes may leave behind.
 template <class T>
 struct Kept {
-  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  T* mean = nullptr;              // the shard's reduced gradient, instead of in a buffer of the tile's size
   SquareSums* squares = nullptr;  // as many as the pass sums quantities
 };
 

@@ -60,9 +60,8 @@ Engine::Outcome Stepper<T>::run(std::vector<Run<T>>& runs, const Engine::Step& s
   if (step.measures()) outcome = clip(runs, step, meet);
   if (outcome.skipped) return outcome;
   for (int measure = 0; measure < measures; ++measure) measure_layers(runs, measure, meet);
-  const bool gradient = std::any_of(runs.begin(), runs.end(), [](const Run<T>& run) {
-    return run.kernel->needs_gradient || run.by_mean;
-  });
+  const bool gradient = std::any_of(
+      runs.begin(), runs.end(), [](const Run<T>& run) { return run.kernel->needs_gradient || run.by_mean; });
   if (!gradient)
     walk_all(without_gradient_pass<T>(streaming_), runs);
   else
@@ -89,7 +88,8 @@ Engine::Outcome Stepper<T>::clip(std::vector<Run<T>>& runs, const Engine::Step& 
 template <class T>
 void Stepper<T>::measure_layers(std::vector<Run<T>>& runs, int measure, const Meet& meet) {
   this->measure(layer_measure_pass<T>(measure), runs, kMaxSums);
-  meet(std::any_of(runs.begin(), runs.end(), [](const Run<T>& run) { return run.kernel->measures_touch_state; }));
+  meet(std::any_of(runs.begin(), runs.end(),
+                   [](const Run<T>& run) { return run.kernel->measures_touch_state; }));
   const auto sums = layer_sums();
   for (Run<T>& run : runs) run.kernel->settle(run.scalars, measure, sums[run.layer].data());
 }

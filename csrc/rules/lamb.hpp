@@ -62,8 +62,8 @@ struct LambRule {
 
 struct LambFamily {
   static constexpr std::string_view kName = "lamb";
-  static constexpr std::array kParameters = {Parameter{"lr", 1e-3},    Parameter{"beta1", 0.9},
-                                             Parameter{"beta2", 0.999}, Parameter{"eps", 1e-6},
+  static constexpr std::array kParameters = {Parameter{"lr", 1e-3},           Parameter{"beta1", 0.9},
+                                             Parameter{"beta2", 0.999},       Parameter{"eps", 1e-6},
                                              Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"coupled_weight_decay", "always_adapt"};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};

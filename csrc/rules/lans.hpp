@@ -8,9 +8,9 @@
 
 namespace xc {
 
-// LANS (Zheng et al. 2020, arXiv:2006.13484): moments of each layer's normalised gradient, and a Nesterov-like
-// mixture of two LAMB directions, p from the first moment and q from the gradient itself, each scaled by |w|
-// over its own norm, 1 where a norm is zero.
+// LANS (Zheng et al. 2020, arXiv:2006.13484): moments of each layer's normalised gradient, and a
+// Nesterov-like mixture of two LAMB directions, p from the first moment and q from the gradient itself, each
+// scaled by |w| over its own norm, 1 where a norm is zero.
 template <class T>
 struct LansRule {
   static constexpr int kSlots = 2;
@@ -62,7 +62,8 @@ struct LansRule {
   }
 
   T rate(double w, double direction, double share) const {
-    return T(given.lr * share * (adapts && w > 0 && direction > 0 ? std::sqrt(w) / std::sqrt(direction) : 1.0));
+    return T(given.lr * share *
+             (adapts && w > 0 && direction > 0 ? std::sqrt(w) / std::sqrt(direction) : 1.0));
   }
 
   XC_HOST_DEVICE void operator()(T g, T& w, T& mean, T& square) const {
@@ -79,8 +80,8 @@ struct LansRule {
 
 struct LansFamily {
   static constexpr std::string_view kName = "lans";
-  static constexpr std::array kParameters = {Parameter{"lr", 1e-3},    Parameter{"beta1", 0.9},
-                                             Parameter{"beta2", 0.999}, Parameter{"eps", 1e-6},
+  static constexpr std::array kParameters = {Parameter{"lr", 1e-3},           Parameter{"beta1", 0.9},
+                                             Parameter{"beta2", 0.999},       Parameter{"eps", 1e-6},
                                              Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 0> kFlags = {};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};

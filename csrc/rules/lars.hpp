@@ -23,11 +23,7 @@ struct LarsRule {
   static constexpr bool kNeedsGradient = true;
 
   LarsRule(Hyper h, std::int64_t)
-      : lr(T(h[0])),
-        momentum(T(h[1])),
-        decay(T(h[2])),
-        given{h[0], h[2], h[3], h[4]},
-        adapts(h[5] != 0) {}
+      : lr(T(h[0])), momentum(T(h[1])), decay(T(h[2])), given{h[0], h[2], h[3], h[4]}, adapts(h[5] != 0) {}
 
   template <int>
   XC_HOST_DEVICE void measure(T g, T& w, T&, T* quantity) const {
@@ -68,8 +64,9 @@ struct LarsRule {
 struct LarsFamily {
   static constexpr std::string_view kName = "lars";
   static constexpr std::array kParameters = {
-      Parameter{"lr", 0.1},           Parameter{"momentum", 0.9}, Parameter{"weight_decay", 0.0},
-      Parameter{"trust_coefficient", 1e-3}, Parameter{"eps", 1e-8},     Parameter{"adapt", 1.0}};
+      Parameter{"lr", 0.1},           Parameter{"momentum", 0.9},
+      Parameter{"weight_decay", 0.0}, Parameter{"trust_coefficient", 1e-3},
+      Parameter{"eps", 1e-8},         Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"trust_in_buffer", "trust_outside"};
   static constexpr std::array<std::string_view, 1> kSlotNames = {"momentum_buffer"};
   static constexpr bool kExtrapolates = false;

@@ -88,9 +88,18 @@ std::vector<std::vector<RuleKernel<T>>> kernels(Families<F...>) {
   return {members<T, F>(std::make_integer_sequence<unsigned, F::kMembers>{})...};
 }
 
+template <class R>
+constexpr int measures_of() {
+  if constexpr (Measuring<R>)
+    return R::kMeasures;
+  else
+    return 0;
+}
+
 template <class... F>
 std::vector<FamilyInfo> infos(Families<F...>) {
-  return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames, F::kExtrapolates, &F::member}...};
+  return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames, F::kExtrapolates,
+                     measures_of<typename F::template Member<float, 0>>(), &F::member}...};
 }
 
 }  // namespace

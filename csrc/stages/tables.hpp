@@ -85,6 +85,7 @@ struct FamilyInfo {
   std::span<const std::string_view> flags;
   std::span<const std::string_view> slot_names;
   bool extrapolates;
+  int measures;
   unsigned (*member)(unsigned flags, Hyper hyper);
 };
 
