@@ -43,15 +43,15 @@ struct MasterOf<double> {
 template <class E>
 using Master = typename MasterOf<E>::type;
 
-XC_HOST_DEVICE inline float widen(float value) { return value; }
-XC_HOST_DEVICE inline double widen(double value) { return value; }
+XC_HOST_DEVICE float widen(float value) { return value; }
+XC_HOST_DEVICE double widen(double value) { return value; }
 
-XC_HOST_DEVICE inline float widen(Bf16 value) {
+XC_HOST_DEVICE float widen(Bf16 value) {
   return std::bit_cast<float>(std::uint32_t{value.bits} << 16);
 }
 
 // The exponent is rebased by a multiplication, which is exact and also normalises subnormals.
-XC_HOST_DEVICE inline float widen(F16 value) {
+XC_HOST_DEVICE float widen(F16 value) {
   const std::uint32_t magnitude = (value.bits & 0x7fffu) << 13;
   const std::uint32_t sign = (value.bits & 0x8000u) << 16;
   const std::uint32_t finite = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
@@ -60,12 +60,12 @@ XC_HOST_DEVICE inline float widen(F16 value) {
 }
 
 template <class E>
-XC_HOST_DEVICE inline E narrow(Master<E> value) {
+XC_HOST_DEVICE E narrow(Master<E> value) {
   return value;
 }
 
 template <>
-XC_HOST_DEVICE inline Bf16 narrow<Bf16>(float value) {
+XC_HOST_DEVICE Bf16 narrow<Bf16>(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return {static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded)};
@@ -74,7 +74,7 @@ XC_HOST_DEVICE inline Bf16 narrow<Bf16>(float value) {
 // Three ranges: results that are subnormal in f16 are rounded by adding 0.5, whose last mantissa bit is the
 // f16 unit; normal ones by the usual carry into the kept bits; above them come infinity and NaN.
 template <>
-XC_HOST_DEVICE inline F16 narrow<F16>(float value) {
+XC_HOST_DEVICE F16 narrow<F16>(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   const std::uint32_t sign = (bits >> 16) & 0x8000u;

@@ -42,15 +42,19 @@ XC_CLONES void measure(const void* scalars, const T* __restrict mean, T* __restr
   constexpr int kSums = R::kSums[kMeasure];
   T* __restrict first = slots[0];
   T* __restrict second = slots[1];
-  T* __restrict out[kMaxSums] = {};
-  for (int q = 0; q < kSums; ++q) out[q] = quantities[q];
+  static_assert(kMaxSums == 3);
+  T* __restrict out0 = quantities[0];
+  T* __restrict out1 = quantities[1];
+  T* __restrict out2 = quantities[2];
   for (std::int64_t i = 0; i < count; ++i) {
     T quantity[kMaxSums];
     if constexpr (R::kSlots == 1)
       rule.template measure<kMeasure>(mean[i], w[i], first[i], quantity);
     else
       rule.template measure<kMeasure>(mean[i], w[i], first[i], second[i], quantity);
-    for (int q = 0; q < kSums; ++q) out[q][i] = quantity[q];
+    out0[i] = quantity[0];
+    if constexpr (kSums > 1) out1[i] = quantity[1];
+    if constexpr (kSums > 2) out2[i] = quantity[2];
   }
 }
 
