@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _core, errors
 from .errors import CommError, PeerError, UsageError
-from .launch import singleton_warning
+from .launch import require_launchers_mpi, singleton_warning
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,7 +42,8 @@ class World:
         warn_after: seconds of waiting after which a warning names who is awaited.
 
     Raises:
-        UsageError: on every rank, for arguments that cannot be, or ranks on more than one machine.
+        UsageError: on every rank, for arguments that cannot be, ranks on more than one machine, or a launcher of
+            another MPI than mpi4py's if `comm` is not given.
         CommError: if the ranks cannot open each other's memory.
 
     Example:
@@ -74,6 +75,8 @@ class World:
         error: Exception | None = None
         try:
             _check_arguments(workers, (step_timeout, pass_timeout, warn_after), provider)
+            if comm is None:
+                require_launchers_mpi(self.size, _library())
         except Exception as caught:
             error = caught
         self.agree(error, f"World of {workers} workers per rank")
