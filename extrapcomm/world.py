@@ -65,6 +65,7 @@ class World:
         provider: str = "memfd",
     ) -> None:
         self._team: _core.Team | None = None
+        self._closed = False
         self._pid = os.getpid()
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
@@ -117,7 +118,11 @@ class World:
         Args:
             error: what this rank found wrong, or None.
             what: what this rank is about to make; MismatchError if another makes something else.
+
+        Raises:
+            UsageError: at once in a forked process and in a closed world.
         """
+        self._require_member()
         if self.size == 1 and error:
             raise error
         mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
@@ -141,7 +146,16 @@ class World:
         if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
 
+    def _require_member(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"this process was forked from rank {self.rank} and cannot take part in its collectives"
+            )
+        if self._closed:
+            raise UsageError("this world is closed")
+
     def _leave(self, reason: str = "") -> bool:
+        self._closed = True
         if self._team is None:
             return False
         self._team.leave(reason)
@@ -246,6 +260,12 @@ def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -
         raise UsageError("timeouts must be positive numbers of seconds")
     if provider not in ("memfd", "posix"):
         raise UsageError(f"provider must be 'memfd' or 'posix', not {provider!r}")
+
+
+def _library() -> str:
+    from mpi4py import MPI
+
+    return MPI.Get_library_version()
 
 
 def _boot_id() -> str:
