@@ -406,6 +406,40 @@ def test_buffers_are_synchronised_on_request(world):
     opt.close()
 
 
+@pytest.mark.parametrize("how", ["broadcast", "average"])
+def test_buffers_of_every_type_and_layout_are_synchronised(world, how):
+    model = torch.nn.Linear(2, 2)
+    shares = {"broadcast": 0.0, "average": (world.size - 1) / 2}
+    numbers = {
+        "b16": torch.ones(3, dtype=torch.bfloat16),
+        "f16": torch.ones(3, dtype=torch.float16),
+        "f64": torch.ones((), dtype=torch.float64),
+        "turned": torch.ones(2, 3).t(),
+        "empty": torch.ones(0),
+    }
+    for name, ones in numbers.items():
+        model.register_buffer(name, ones * world.rank)
+    model.register_buffer("count", torch.tensor(7 + world.rank))
+    model.register_buffer("flags", torch.tensor([world.rank == 0, True]))
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.sync_buffers(model, how)
+    for name, ones in numbers.items():
+        assert torch.equal(getattr(model, name), ones * shares[how])
+    assert model.count == 7 and model.flags.all()
+    opt.close()
+
+
+def test_models_with_other_buffers_are_a_mismatch(world):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model = torch.nn.Linear(2, 2)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    model.register_buffer("odd", torch.zeros(3 + (world.rank == world.size - 1)))
+    with pytest.raises(xc.MismatchError, match="sync_buffers of 1 buffers, 12 bytes.*16 bytes"):
+        opt.sync_buffers(model)
+    opt.close()
+
+
 def test_closed_optimizer_leaves_the_master_weights_and_refuses_steps(world):
     model = net()
     opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=world)
