@@ -250,7 +250,10 @@ class World:
         if gone and not request.Test():
             reason = self._team.farewell(gone[0])
             how = f"ended with {reason}" if reason else "left or died"
-            raise PeerError(f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, reason)
+            kind = "left" if self._team.departed(gone[0]) else "died"
+            raise PeerError(
+                f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, kind, reason
+            )
 
 
 def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -> None:
@@ -304,5 +307,17 @@ def _speak_of_uncaught_exceptions() -> None:
             print(f"{kind.__name__}: {error}", file=sys.stderr)
         else:
             shown(kind, error, trace)
+        if isinstance(error, PeerError) and error.kind in ("died", "silent"):
+            _abort()
 
     sys.excepthook = tell
+
+
+def _abort() -> None:
+    """End the job: MPI's own ending would wait for a rank that does not come."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(1)

@@ -42,20 +42,20 @@ def say(text):
 """
 
 
-def run_ranks(ranks, script, *options, runner=()):
+def run_ranks(ranks, script, *options):
     """The exit code, output and seconds of a script under mpirun; the whole group is killed when it takes too long.
 
     What ranks `say` goes through a file and stands first in the output: MPICH's launcher forwards no more output of the
-    survivors once a rank has died. A `runner` is a module that runs the script, as options for Python.
+    survivors once a rank has died.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report")
         report.touch()
-        code, printed, seconds = launch(ranks, script, report, *options, runner=runner)
+        code, printed, seconds = launch(ranks, script, report, *options)
         return code, report.read_text() + printed, seconds
 
 
-def launch(ranks, script, report, *options, runner):
+def launch(ranks, script, report, *options):
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -64,7 +64,7 @@ def launch(ranks, script, report, *options, runner):
     environment["EXTRAPCOMM_TEST_REPORT"] = str(report)
     environment["OMPI_MCA_btl_sm_backing_directory"] = str(report.parent)  # Open MPI 5 leaves a file there
     shelter = SHELTER if list(options) == SURVIVORS else []
-    python = [*shelter, sys.executable, *runner, "-c", PRELUDE + textwrap.dedent(script)]
+    python = [*shelter, sys.executable, "-c", PRELUDE + textwrap.dedent(script)]
     command = ["mpirun", *options, "-n", str(ranks), *python]
     since = time.monotonic()
     process = subprocess.Popen(
@@ -527,7 +527,7 @@ def test_survivor_of_a_killed_or_stopped_rank_is_told_its_name(nothing_left, fat
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fate", FATES)
 def test_job_ends_under_the_default_launcher_when_a_rank_is_killed_or_stopped(nothing_left, fate, place):
-    """A stopped rank keeps MPI's own ending waiting; mpi4py's runner turns an uncaught error into MPI_Abort."""
+    """MPI's own ending would wait for a stopped rank; an uncaught PeerError aborts instead."""
     code, output, seconds = run_ranks(
         2,
         script_of(
@@ -539,7 +539,6 @@ def test_job_ends_under_the_default_launcher_when_a_rank_is_killed_or_stopped(no
                 engine.step()
             """,
         ),
-        runner=("-m", "mpi4py"),
     )
     assert code != 0 and seconds < LIMIT / 2, output
     pids = [int(line.split()[1]) for line in output.splitlines() if line.startswith("process ")]

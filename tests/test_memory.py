@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,13 @@ def test_memory_that_the_machine_lacks_is_an_error_with_both_sizes(world):
         xc.Engine(world, endless)
     with pytest.raises(xc.CommError, match=r"ranks together need \d+ MB .* machine has \d+ MB to give"):
         xc.arena_array(8 * too_many, world=world)
+
+
+def test_absurd_size_is_an_error_at_once(world):
+    since = time.monotonic()
+    with pytest.raises(xc.CommError, match=r"ranks together need \d+ MB"):
+        xc.Engine(world, np.broadcast_to(np.float32(0), 10**12))
+    assert time.monotonic() - since < 5
 
 
 def test_memory_refused_to_one_rank_is_an_error_on_all_with_both_sizes(world):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 
 import numpy as np
 import pytest
@@ -624,3 +625,35 @@ def test_parameter_frozen_later_keeps_zero_gradients_in_view_until_they_are_drop
     opt.step()
     assert w.tolist() == [0.75] * 3
     opt.close()
+
+
+def test_forked_process_cannot_touch_its_parents_gradients(worlds):
+    world = worlds(2)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    for gradients in ("copy", "hook", "view"):
+        weight.grad = None
+        opt = xc.SGD([weight], lr=1.0, world=world, gradients=gradients)
+        for v in range(2):
+            with opt.worker(v):
+                weight.sum().backward()
+        before = weight.detach().clone()
+        if (child := os.fork()) == 0:
+            try_everything_in_a_fork(opt, weight)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        opt.step()
+        torch.testing.assert_close(weight.detach(), before - 1)
+        opt.close()
+
+
+def try_everything_in_a_fork(opt, weight):
+    """Ends the process; 0 if everything was refused."""
+    refused = 0
+    weight.grad = torch.full((3,), 100.0)
+    for call in (opt.step, opt.zero_grad, opt.worker(1).__enter__, opt.adopt):
+        try:
+            call()
+        except xc.UsageError:
+            refused += 1
+    weight.grad = None
+    weight.sum().backward()
+    os._exit(4 - refused)
