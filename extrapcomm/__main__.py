@@ -44,7 +44,7 @@ def gather_facts() -> dict[str, Any]:
 
     mine = {"host": os.uname().nodename, "pid": os.getpid(), "cores": cores_here()}
     team = MPI.COMM_WORLD.allgather(mine)
-    World().close()  # proves that the ranks can open each other's memory
+    World(MPI.COMM_WORLD).close()  # proves that the ranks can open each other's memory
     facts: dict[str, Any] = {
         "extrapcomm": __version__,
         "python": sys.version.split()[0],

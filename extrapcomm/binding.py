@@ -1,5 +1,6 @@
 """The model's tensors in the workers' shared memory: which worker they show, their gradients, and who wrote them."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Binding:
         self.params = list(params)
         self.names = list(names)
         self.bound = 0
+        self._pid = os.getpid()
         self.present = np.zeros((workers, len(self.params)), dtype=np.uint8)
         each = range(len(self.params))
         self._weights = [[look_at(core.weights(v, i), "torch") for i in each] for v in range(workers)]
@@ -68,6 +70,13 @@ class Binding:
         self._rescaled = False
         self._watched = next((i for i, param in enumerate(self.params) if param.requires_grad), -1)
         self._hooks = self._install_hooks(everywhere=manner == "hook")
+
+    def require_own_process(self) -> None:
+        """Complain in a forked process, before it writes into its parent's memory."""
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this process was forked from a rank and cannot use its optimizer; use it in the parent only"
+            )
 
     def copy_initial(self) -> None:
         """Put the parameters' values into the first worker's weights."""
@@ -145,6 +154,8 @@ class Binding:
         if param.grad is None:
             return
         mine = self._grads[self.bound][i]
+        if os.getpid() != self._pid:
+            return  # a forked process has gradients of its own
         if copy and not param.grad.is_sparse and param.grad.data_ptr() != mine.data_ptr():
             param.grad = mine.copy_(param.grad.detach())
         if i == self._watched:

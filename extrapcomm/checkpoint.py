@@ -180,7 +180,6 @@ class Checkpoints(torch.optim.Optimizer):
         return fill(self._packed_groups(), self._core, self._rule, self._binding.params)
 
     def _packed_groups(self) -> dict[str, Any]:
-        self._require_open()
         packed = super().state_dict()
         for group in packed["param_groups"]:
             if callable(group["inner_lr"]):

@@ -26,13 +26,15 @@ class PeerError(Error):
     Attributes:
         rank: the rank that is missing.
         step: the step at which it was missed.
+        kind: "died", "silent" (it did not come in time), "left", "interrupted" or "abandoned" (by an error of its own).
         reason: the uncaught exception that ended it, in words; empty if it had none or could not say.
     """
 
-    def __init__(self, text: str, rank: int, step: int, reason: str = "") -> None:
+    def __init__(self, text: str, rank: int, step: int, kind: str = "died", reason: str = "") -> None:
         super().__init__(text)
         self.rank = rank
         self.step = step
+        self.kind = kind
         self.reason = reason
 
 

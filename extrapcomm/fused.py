@@ -222,6 +222,7 @@ class FusedOptimizer(Checkpoints):
             set_to_none: drop them, the default unless the optimizer was made with gradients="view"; otherwise existing
                 ones become zeros in shared memory, and the next backward pass adds to them there.
         """
+        self._binding.require_own_process()
         self._micro_batches = [0] * self.world.workers
         self._binding.forget_rescaling()
         if set_to_none or (set_to_none is None and self._manner != "view"):
@@ -282,6 +283,7 @@ class FusedOptimizer(Checkpoints):
     def _switch(self, v: int) -> None:
         if self._showing:
             raise UsageError("worker() inside master_weights(): leave the context first")
+        self._binding.require_own_process()
         if v != self._binding.bound:
             if not self._to_adopt:
                 self._binding.require_own_weights()
@@ -415,6 +417,7 @@ class FusedOptimizer(Checkpoints):
     def _require_open(self) -> None:
         if self._closed:
             raise UsageError("this optimizer is closed")
+        self._binding.require_own_process()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UsageError("an extrapcomm optimizer cannot be copied or pickled; make one in each rank")

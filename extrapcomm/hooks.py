@@ -63,15 +63,24 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
         if how in ("broadcast", "average")
         else UsageError(f"how must be 'broadcast' or 'average', not {how!r}")
     )
-    world.agree(error, "sync_buffers")
-    for buffer in model.buffers():
-        average = how == "average" and buffer.is_floating_point()
-        values = buffer.detach().to(torch.float64).numpy() if average else buffer.detach().numpy()
-        values = np.ascontiguousarray(values)
-        if average:
-            total = np.empty_like(values)
-            world.comm.Allreduce(values, total)
-            values = total / world.size
+    buffers = list(model.buffers())
+    world.agree(error, f"sync_buffers of {len(buffers)} buffers, {sum(b.nbytes for b in buffers)} bytes")
+    for buffer in buffers:
+        if how == "average" and buffer.is_floating_point():
+            _average(world, buffer)
         else:
-            world.comm.Bcast(values, root=0)
-        buffer.copy_(torch.from_numpy(values).view(buffer.shape))
+            _broadcast(world, buffer)
+
+
+def _average(world: World, buffer: torch.Tensor) -> None:
+    mine = buffer.detach().to(torch.float64).contiguous().numpy()
+    total = np.empty_like(mine)
+    world.comm.Allreduce(mine, total)
+    buffer.copy_(torch.from_numpy(total).div_(world.size))
+
+
+def _broadcast(world: World, buffer: torch.Tensor) -> None:
+    """As bytes: NumPy does not know every type that torch does."""
+    values = buffer.detach().contiguous()
+    world.comm.Bcast(values.flatten().view(torch.uint8).numpy(), root=0)
+    buffer.copy_(values)

@@ -4,25 +4,44 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores_here", "launcher_size", "machine_limits", "singleton_warning"]
+from .errors import UsageError
 
-# Set by Open MPI, MPICH and its kin, MVAPICH, Slurm's srun, HPE PALS and Flux.
-_SIZE_VARIABLES = (
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-    "SLURM_STEP_NUM_TASKS",
-    "PALS_NRANKS",
-    "FLUX_JOB_SIZE",
-)
+__all__ = ["cores_here", "launcher_size", "machine_limits", "require_launchers_mpi", "singleton_warning"]
+
+# Set by the launchers of one MPI for the processes of that MPI.
+_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "PMI_SIZE": "the mpirun of MPICH or its kin",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpirun",
+}
+# Set by Slurm's srun, HPE PALS and Flux for tasks of any kind.
+_TASK_MANAGERS = {"SLURM_STEP_NUM_TASKS": "srun", "PALS_NRANKS": "PALS", "FLUX_JOB_SIZE": "Flux"}
 
 
 def launcher_size() -> tuple[int, str] | None:
     """How many processes the launcher started, and the variable that says so."""
-    for variable in _SIZE_VARIABLES:
+    for variable in (*_LAUNCHERS, *_TASK_MANAGERS):
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable]), variable
     return None
+
+
+def require_launchers_mpi(mpi_size: int, library: str) -> None:
+    """UsageError if an MPI launcher started several processes of which this MPI sees only its own.
+
+    Args:
+        mpi_size: processes in MPI.COMM_WORLD.
+        library: what mpi4py loaded, in the library's own words.
+    """
+    launched = launcher_size()
+    if launched is None or launched[1] not in _LAUNCHERS or mpi_size > 1 or launched[0] == 1:
+        return
+    size, variable = launched
+    raise UsageError(
+        f"{_LAUNCHERS[variable]} started {size} processes ({variable}), but mpi4py has loaded {_first_line(library)}, "
+        "which sees this one alone: start them with the mpirun of the MPI that mpi4py loads, or install an mpi4py "
+        "for the launcher's MPI. To train alone in each process, say so: World(comm=MPI.COMM_SELF)"
+    )
 
 
 def singleton_warning(mpi_size: int) -> str | None:
@@ -35,6 +54,10 @@ def singleton_warning(mpi_size: int) -> str | None:
         "trains alone. The launcher belongs to another MPI than the one mpi4py loads; use the mpirun of that MPI "
         "(`python -m extrapcomm info` names it), or srun with a --mpi that it understands"
     )
+
+
+def _first_line(text: str) -> str:
+    return text.split("\0")[0].strip().partition("\n")[0].partition(",")[0]
 
 
 def cores_here() -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import _core, errors
 from .errors import CommError, PeerError, UsageError
-from .launch import singleton_warning
+from .launch import require_launchers_mpi, singleton_warning
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -42,7 +42,8 @@ class World:
         warn_after: seconds of waiting after which a warning names who is awaited.
 
     Raises:
-        UsageError: on every rank, for arguments that cannot be, or ranks on more than one machine.
+        UsageError: on every rank, for arguments that cannot be, ranks on more than one machine, or a launcher of
+            another MPI than mpi4py's if `comm` is not given.
         CommError: if the ranks cannot open each other's memory.
 
     Example:
@@ -64,6 +65,7 @@ class World:
         provider: str = "memfd",
     ) -> None:
         self._team: _core.Team | None = None
+        self._closed = False
         self._pid = os.getpid()
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
@@ -74,6 +76,8 @@ class World:
         error: Exception | None = None
         try:
             _check_arguments(workers, (step_timeout, pass_timeout, warn_after), provider)
+            if comm is None:
+                require_launchers_mpi(self.size, _library())
         except Exception as caught:
             error = caught
         self.agree(error, f"World of {workers} workers per rank")
@@ -114,7 +118,11 @@ class World:
         Args:
             error: what this rank found wrong, or None.
             what: what this rank is about to make; MismatchError if another makes something else.
+
+        Raises:
+            UsageError: at once in a forked process and in a closed world.
         """
+        self._require_member()
         if self.size == 1 and error:
             raise error
         mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
@@ -138,7 +146,16 @@ class World:
         if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
 
+    def _require_member(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"this process was forked from rank {self.rank} and cannot take part in its collectives"
+            )
+        if self._closed:
+            raise UsageError("this world is closed")
+
     def _leave(self, reason: str = "") -> bool:
+        self._closed = True
         if self._team is None:
             return False
         self._team.leave(reason)
@@ -233,7 +250,10 @@ class World:
         if gone and not request.Test():
             reason = self._team.farewell(gone[0])
             how = f"ended with {reason}" if reason else "left or died"
-            raise PeerError(f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, reason)
+            kind = "left" if self._team.departed(gone[0]) else "died"
+            raise PeerError(
+                f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, kind, reason
+            )
 
 
 def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -> None:
@@ -243,6 +263,12 @@ def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -
         raise UsageError("timeouts must be positive numbers of seconds")
     if provider not in ("memfd", "posix"):
         raise UsageError(f"provider must be 'memfd' or 'posix', not {provider!r}")
+
+
+def _library() -> str:
+    from mpi4py import MPI
+
+    return MPI.Get_library_version()
 
 
 def _boot_id() -> str:
@@ -281,5 +307,17 @@ def _speak_of_uncaught_exceptions() -> None:
             print(f"{kind.__name__}: {error}", file=sys.stderr)
         else:
             shown(kind, error, trace)
+        if isinstance(error, PeerError) and error.kind in ("died", "silent"):
+            _abort()
 
     sys.excepthook = tell
+
+
+def _abort() -> None:
+    """End the job: MPI's own ending would wait for a rank that does not come."""
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not MPI.Is_finalized():
+        MPI.COMM_WORLD.Abort(1)

@@ -48,9 +48,11 @@ def run_ranks(ranks, script, *options):
     What ranks `say` goes through a file and stands first in the output: MPICH's launcher forwards no more output of the
     survivors once a rank has died.
     """
-    with tempfile.NamedTemporaryFile("r") as report:
-        code, printed, seconds = launch(ranks, script, report.name, *options)
-        return code, report.read() + printed, seconds
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report")
+        report.touch()
+        code, printed, seconds = launch(ranks, script, report, *options)
+        return code, report.read_text() + printed, seconds
 
 
 def launch(ranks, script, report, *options):
@@ -59,7 +61,8 @@ def launch(ranks, script, report, *options):
         for name, value in os.environ.items()
         if not name.startswith(("PMIX_", "OMPI_COMM", "PMI_")) and name != "PYTEST_CURRENT_TEST"
     }
-    environment["EXTRAPCOMM_TEST_REPORT"] = report
+    environment["EXTRAPCOMM_TEST_REPORT"] = str(report)
+    environment["OMPI_MCA_btl_sm_backing_directory"] = str(report.parent)  # Open MPI 5 leaves a file there
     shelter = SHELTER if list(options) == SURVIVORS else []
     python = [*shelter, sys.executable, "-c", PRELUDE + textwrap.dedent(script)]
     command = ["mpirun", *options, "-n", str(ranks), *python]
@@ -76,7 +79,7 @@ def launch(ranks, script, report, *options):
         output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        said = Path(report).read_text() + process.communicate()[0]
+        said = report.read_text() + process.communicate()[0]
         pytest.fail(f"the ranks hang; so far they said:\n{said}")
     return process.returncode, output, time.monotonic() - since
 
@@ -440,3 +443,182 @@ def test_caught_peer_error_carries_the_reason():
         """,
     )
     assert "0 KeyError: 'ключ 479" in output, output
+
+
+FATES = {"killed": "SIGKILL", "stopped": "SIGSTOP"}
+# What rank 1 does when rank 0 strikes it, and what rank 0 does then; weights are few or so many that a step is a pass.
+PLACES = {
+    "at rest": """
+        engine = engine_of(world)
+        engine.step()
+        if world.rank == 1:
+            time.sleep(60)
+        strike(after=0.5)
+    """,
+    "in a meeting": """
+        engine = engine_of(world)
+        engine.step()
+        if world.rank == 0:
+            strike(after=0.5)
+    """,
+    "inside a pass": """
+        engine = xc.Engine(world, np.ones(20_000_000, "float32"), momentum=0.9, lr=0.1)
+        engine.step()
+        if world.rank == 0:
+            threading.Thread(target=strike, args=[0.3]).start()
+    """,
+}
+FATAL = """
+    import threading
+    world = xc.World(step_timeout=2.0, pass_timeout=2.0)
+    pids = world.comm.allgather(os.getpid())
+
+    def strike(after):
+        time.sleep(after)
+        os.kill(pids[1], signal.{fate})
+"""
+
+
+def script_of(*parts):
+    return "\n".join(textwrap.dedent(part) for part in parts)
+
+
+@pytest.fixture
+def nothing_left():
+    """No name of ours in /dev/shm after the test that was not there before."""
+    before = set(Path("/dev/shm").iterdir())
+    yield
+    assert not [f for f in set(Path("/dev/shm").iterdir()) - before if "extrapcomm" in f.name]
+
+
+@own_mpirun
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fate", FATES)
+def test_survivor_of_a_killed_or_stopped_rank_is_told_its_name(nothing_left, fate, place):
+    _, output, _ = run_ranks(
+        2,
+        script_of(
+            FATAL.format(fate=FATES[fate]),
+            PLACES[place],
+            """
+            try:
+                while True:
+                    engine.step()
+            except xc.PeerError as error:
+                report(error)
+            try:
+                engine.step()
+            except xc.PeerError as error:
+                say(f"again {error.rank}")
+            if world.team.alive(1):
+                os.kill(pids[1], signal.SIGKILL)
+            os._exit(0)
+            """,
+        ),
+        *SURVIVORS,
+    )
+    why = {"killed": "died", "stopped": "did not come in time"}[fate]
+    assert f"PeerError rank=1 rank 1 {why}" in output and "again 1" in output, output
+    if place == "at rest":
+        assert "noticed at meeting A of step 2" in output, output
+
+
+@own_mpirun
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("fate", FATES)
+def test_job_ends_under_the_default_launcher_when_a_rank_is_killed_or_stopped(nothing_left, fate, place):
+    """MPI's own ending would wait for a stopped rank; an uncaught PeerError aborts instead."""
+    code, output, seconds = run_ranks(
+        2,
+        script_of(
+            FATAL.format(fate=FATES[fate]),
+            "say(f'process {os.getpid()}')",
+            PLACES[place],
+            """
+            while True:
+                engine.step()
+            """,
+        ),
+    )
+    assert code != 0 and seconds < LIMIT / 2, output
+    pids = [int(line.split()[1]) for line in output.splitlines() if line.startswith("process ")]
+    assert len(pids) == 2 and not any(map(still_runs, pids)), output
+
+
+def still_runs(pid):
+    """Whether the process is there after a moment; one that nobody has waited for yet does not count."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@own_mpirun
+def test_rank_that_skips_a_step_is_named_by_the_deadline():
+    code, output, _ = run_ranks(
+        2,
+        """
+        world = xc.World(step_timeout=1.0)
+        engine = engine_of(world)
+        try:
+            for number in range(3):
+                if not (world.rank == 1 and number == 1):
+                    engine.step()
+            time.sleep(3)
+        except xc.PeerError as error:
+            report(error)
+        """,
+    )
+    assert code == 0, output
+    assert (
+        "PeerError rank=1 rank 1 did not come in time; it is stopped, busy elsewhere, or has skipped a call"
+        in output
+    )
+    assert output.count("PeerError") == 1 and "meeting A of step 3" in output, output
+
+
+@own_mpirun
+def test_rank_in_a_call_that_others_do_not_make_is_an_error_on_all_and_nothing_moves():
+    """Calls that do not meet at the same place: only time can tell."""
+    code, output, _ = run_ranks(
+        2,
+        """
+        import torch
+        calls = {
+            "another engine": lambda: other.step(),
+            "an array": lambda: xc.all_reduce(array),
+            "buffers": lambda: opt.sync_buffers(model),
+            "a group": lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+            "a construction": lambda: engine_of(world),
+        }
+
+        def bits():
+            weights = [opt.master(i) for i in range(2)] + [p.detach() for p in model.parameters()]
+            arrays = [w.numpy() for w in weights] + [other.master(), other.weights, array.view]
+            return b"".join(each.tobytes() for each in arrays)
+
+        for name, call in calls.items():
+            world = xc.World(step_timeout=1.0, pass_timeout=0.5)
+            other, array = engine_of(world), xc.arena_array(5, world=world)
+            model = torch.nn.BatchNorm1d(3)
+            opt = xc.ExtrapSGD(model.parameters(), lr=0.1, momentum=0.9, inner_lr="lr", world=world)
+            for p in model.parameters():
+                p.grad = torch.ones(3)
+            opt.step()
+            before = bits()
+            try:
+                call() if world.rank else opt.step()
+            except (xc.PeerError, xc.CommError):
+                say(f"{name}: error, {'untouched' if bits() == before else 'moved'}")
+            world.comm.Barrier()
+        """,
+    )
+    for name in ("another engine", "an array", "buffers", "a group", "a construction"):
+        assert output.count(f"{name}: error, untouched") == 2, output
+    assert code == 0, output

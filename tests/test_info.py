@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 from conftest import COMM
+from mpi4py import MPI
 
+import extrapcomm as xc
 from extrapcomm.__main__ import main, warnings_about
-from extrapcomm.launch import launcher_size, singleton_warning
+from extrapcomm.launch import launcher_size, require_launchers_mpi, singleton_warning
 
 
 def test_info_names_mpi_build_and_every_rank(capfd):
@@ -29,13 +32,43 @@ def test_info_for_people_has_a_line_for_every_rank(capfd):
         assert "MPI loaded" in printed and "/dev/shm" in printed
 
 
-def test_singleton_is_warned_of(monkeypatch):
-    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """The environment without what any launcher may have put there."""
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    return monkeypatch
+
+
+def test_singleton_under_a_task_manager_is_warned_of(unlaunched):
+    unlaunched.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert launcher_size() == (4, "SLURM_STEP_NUM_TASKS")
     assert "MPI sees only 1" in singleton_warning(1)
     assert singleton_warning(4) is None
+    require_launchers_mpi(1, "an MPI")
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher"),
+    [("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"), ("PMI_SIZE", "the mpirun of MPICH")],
+)
+def test_singleton_under_another_mpis_launcher_is_refused(unlaunched, variable, launcher):
+    unlaunched.setenv(variable, "4")
+    with pytest.raises(xc.UsageError, match=f"{launcher}.* started 4 .*has loaded MPICH 5.0.*, which sees"):
+        require_launchers_mpi(1, "MPICH 5.0, of some date\nand more\0")
+    require_launchers_mpi(4, "an MPI")
+    unlaunched.setenv(variable, "1")
+    require_launchers_mpi(1, "an MPI")
+
+
+def test_world_of_a_lost_singleton_must_be_asked_for(unlaunched):
+    if COMM.size > 1:
+        pytest.skip("an MPI that sees its peers is the launcher's")
+    unlaunched.setenv("PMI_SIZE", "2")
+    with pytest.raises(xc.UsageError, match=r"train alone .* World\(comm=MPI.COMM_SELF\)"):
+        xc.World()
+    xc.World(MPI.COMM_SELF).close()
+    assert main(["info"]) == 0
 
 
 def test_crowded_and_bound_ranks_are_warned_of():

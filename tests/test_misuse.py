@@ -1,11 +1,14 @@
 """Mistakes are errors that say what to do, the same on every rank, and leave everything as it was."""
 
+import json
 import logging
+import os
 
 import numpy as np
 import pytest
 from conftest import COMM
 from mpi4py import MPI
+from reference import assert_same_bits
 
 import extrapcomm as xc
 
@@ -217,3 +220,245 @@ def test_momentum_through_zero_is_torchs(team):
             o.step()
     torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
     opt.close()
+
+
+def bits_of(opt):
+    """Every master weight and every weight of this rank's model."""
+    count = sum(len(group["params"]) for group in opt.param_groups)
+    held = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+    return [opt.master(i) for i in range(count)] + held
+
+
+def assert_untouched(opt, before):
+    for now, then in zip(bits_of(opt), before, strict=True):
+        assert_same_bits(now.numpy(), then.numpy())
+
+
+def displaced(world, **hyper):
+    """A model and its optimizer after two steps, every rank at a point of its own."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    opt = xc.ExtrapSGD(
+        model.parameters(), **{"lr": 0.1, "momentum": 0.9, "inner_lr": "lr", **hyper}, world=world
+    )
+    for _ in range(2):
+        give_gradients(model, world.rank + 1.0)
+        opt.step()
+    return model, opt
+
+
+def give_gradients(model, value):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)
+
+
+MODELS = {
+    "order": (
+        lambda odd: [
+            torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (4, 2))[:: -1 if odd else 1]
+        ],
+        r"\(3, 2\).*\(4, 2\)",
+    ),
+    "number": (
+        lambda odd: [torch.nn.Parameter(torch.ones(3)) for _ in range(2 + odd)],
+        "2 parameters.*3 parameters",
+    ),
+    "strides": (
+        lambda odd: [torch.nn.Parameter(torch.ones(3, 2).t() if odd else torch.ones(2, 3))],
+        r"strides.*\(3, 1\).*\(1, 2\)",
+    ),
+    "type": (
+        lambda odd: [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16 if odd else torch.float32))],
+        "float32.*bfloat16",
+    ),
+    "groups": (
+        lambda odd: [{"params": [torch.nn.Parameter(torch.ones(3))]} for _ in range(1 + odd)],
+        r"1 parameter groups.*2 parameter groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_models_that_differ_between_ranks_are_named(world, what):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    build, text = MODELS[what]
+    with pytest.raises(xc.MismatchError, match=text):
+        xc.SGD(build(is_odd(world)), lr=0.1, world=world)
+
+
+def test_rules_that_differ_between_ranks_are_named(world):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    kind = xc.Adam if is_odd(world) else xc.SGD
+    with pytest.raises(xc.MismatchError, match=r"rank 0 makes a SGD, rank \d a Adam"):
+        kind([torch.nn.Parameter(torch.ones(3))], lr=0.1, world=world)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "odd_value"),
+    [
+        ("lr", 0.1, 0.1 * (1 + 1e-11)),
+        ("momentum", 0.9, 0.8),
+        ("weight_decay", 0.0, 0.01),
+        ("inner_lr", 0.1, 0.2),
+    ],
+)
+def test_hyper_parameters_that_differ_in_a_step_are_named_and_nothing_moves(world, name, value, odd_value):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model, opt = displaced(world)
+    before = bits_of(opt)
+    opt.param_groups[0][name] = odd_value if is_odd(world) else value
+    with pytest.raises(xc.MismatchError, match="parameter group 0 is"):
+        opt.step()
+    assert_untouched(opt, before)
+    opt.param_groups[0][name] = value
+    opt.step()
+    opt.close()
+
+
+def test_rates_that_differ_in_the_last_bits_are_rank_0s(world):
+    model, opt = displaced(world)
+    opt.param_groups[0]["lr"] = 0.1 * (1 + 1e-14 * world.rank)
+    opt.step()
+    of_rank_0 = world.comm.bcast(opt.master(0).numpy())
+    assert_same_bits(opt.master(0).numpy(), of_rank_0)
+    opt.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda opt, saved: opt.adopt(), "adopt"),
+        (lambda opt, saved: opt.load_state_dict(saved), "load_state_dict"),
+    ],
+    ids=["adopt", "load_state_dict"],
+)
+def test_other_call_than_the_others_step_is_an_error_on_all_and_nothing_moves(world, call, name):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model, opt = displaced(world)
+    saved, before = opt.state_dict(), bits_of(opt)
+    give_gradients(model, 1.0)
+    with pytest.raises(xc.MismatchError, match=f"rank 0 is in step .*rank {world.size - 1} is in {name}"):
+        call(opt, saved) if is_odd(world) else opt.step()
+    assert_untouched(opt, before)
+    opt.step()
+    opt.close()
+
+
+def test_parameters_with_gaps_train_as_torchs(team):
+    def slices():
+        every = torch.arange(48, dtype=torch.float64).reshape(6, 8)
+        return [
+            torch.nn.Parameter(view)
+            for view in (every[::2, ::3], every.t()[1:3], every[:1].expand(4, 8).clone())
+        ]
+
+    ours, theirs = slices(), slices()
+    assert not ours[0].is_contiguous()
+    opt, wanted = (
+        xc.SGD(ours, lr=0.1, momentum=0.9, world=team),
+        torch.optim.SGD(theirs, lr=0.1, momentum=0.9),
+    )
+    for _ in range(3):
+        opt.zero_grad()
+        wanted.zero_grad()
+        for v in range(team.workers):
+            with opt.worker(v):
+                sum((w**2).sum() for w in ours).backward()
+        sum((w**2).sum() for w in theirs).backward()
+        opt.step()
+        wanted.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.detach(), other.detach(), rtol=1e-12, atol=1e-12)
+    opt.close()
+
+
+def errors_in_a_fork(calls):
+    """For each call the error that it raises in a forked child of this process; None if none."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps({name: error_of(call) for name, call in calls.items()}).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(told)
+
+
+def error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_forked_process_is_refused_and_its_parent_goes_on(world):
+    model, opt = displaced(world)
+    engine, array = xc.Engine(world, np.ones(3)), xc.arena_array(3, world=world)
+    saved, before = opt.state_dict(), bits_of(opt)
+    refused = {
+        "step": opt.step,
+        "adopt": opt.adopt,
+        "master": lambda: opt.master(0),
+        "state_dict": opt.state_dict,
+        "load_state_dict": lambda: opt.load_state_dict(saved),
+        "master_weights": lambda: opt.master_weights().__enter__(),
+        "add_param_group": lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+        "sync_buffers": lambda: opt.sync_buffers(model),
+        "engine.step": engine.step,
+        "engine.master": engine.master,
+        "all_reduce": lambda: xc.all_reduce(array),
+        "Engine": lambda: xc.Engine(world, np.ones(3)),
+        "arena_array": lambda: xc.arena_array(3, world=world),
+    }
+    errors = errors_in_a_fork(refused | {"close": opt.close, "world.close": world.close})
+    assert errors.pop("close") is errors.pop("world.close") is None
+    for name, error in errors.items():
+        assert error and error.startswith("UsageError: this process was forked"), (name, error)
+    assert_untouched(opt, before)
+    opt.step()
+    engine.step()
+    xc.all_reduce(array)
+    for each in (opt, engine, array):
+        each.close()
+
+
+def test_closed_optimizer_can_be_read_but_not_changed(world):
+    model, opt = displaced(world)
+    saved, wanted = opt.state_dict(), [opt.master(i) for i in range(2)]
+    world.comm.Barrier()
+    opt.close()
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(opt.master(i), wanted[i])
+        assert torch.equal(p, wanted[i])
+    for call in (
+        lambda: opt.master_weights().__enter__(),
+        lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
+        lambda: opt.load_state_dict(saved),
+    ):
+        with pytest.raises(xc.UsageError, match="closed"):
+            call()
+    opt.zero_grad()
+    with opt.worker(0):
+        model(torch.ones(1, 5)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_closed_world_refuses_buffers_and_constructions():
+    model = torch.nn.BatchNorm1d(3)
+    opt = xc.SGD(model.parameters(), lr=0.1)
+    opt.close()
+    for call in (
+        lambda: opt.sync_buffers(model),
+        lambda: xc.SGD(model.parameters(), lr=0.1, world=opt.world),
+    ):
+        with pytest.raises(xc.UsageError, match="world is closed"):
+            call()

@@ -1,7 +1,9 @@
 """Who owns the weights: what others write is noticed, adopted, saved and loaded; nothing is lost silently."""
 
 import copy
+import gc
 import io
+import os
 
 import numpy as np
 import pytest
@@ -405,6 +407,40 @@ def test_buffers_are_synchronised_on_request(world):
     opt.close()
 
 
+@pytest.mark.parametrize("how", ["broadcast", "average"])
+def test_buffers_of_every_type_and_layout_are_synchronised(world, how):
+    model = torch.nn.Linear(2, 2)
+    shares = {"broadcast": 0.0, "average": (world.size - 1) / 2}
+    numbers = {
+        "b16": torch.ones(3, dtype=torch.bfloat16),
+        "f16": torch.ones(3, dtype=torch.float16),
+        "f64": torch.ones((), dtype=torch.float64),
+        "turned": torch.ones(2, 3).t(),
+        "empty": torch.ones(0),
+    }
+    for name, ones in numbers.items():
+        model.register_buffer(name, ones * world.rank)
+    model.register_buffer("count", torch.tensor(7 + world.rank))
+    model.register_buffer("flags", torch.tensor([world.rank == 0, True]))
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.sync_buffers(model, how)
+    for name, ones in numbers.items():
+        assert torch.equal(getattr(model, name), ones * shares[how])
+    assert model.count == 7 and model.flags.all()
+    opt.close()
+
+
+def test_models_with_other_buffers_are_a_mismatch(world):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model = torch.nn.Linear(2, 2)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    model.register_buffer("odd", torch.zeros(3 + (world.rank == world.size - 1)))
+    with pytest.raises(xc.MismatchError, match="sync_buffers of 1 buffers, 12 bytes.*16 bytes"):
+        opt.sync_buffers(model)
+    opt.close()
+
+
 def test_closed_optimizer_leaves_the_master_weights_and_refuses_steps(world):
     model = net()
     opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=world)
@@ -465,3 +501,159 @@ def test_local_state_of_another_place_or_time_is_refused(worlds):
             opt.load_local_state_dict(later)
     assert_equal(master_values(model, opt), before)
     opt.close()
+
+
+def displaced(world, **hyper):
+    """A model and its optimizer after two steps with gradients of each rank's own, at a point of its own."""
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **{**MOMENTUM, "inner_lr": 0.5, **hyper}, world=world)
+    for _ in range(2):
+        set_gradients(model, world)
+        opt.step()
+    return model, opt
+
+
+def set_gradients(model, world):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, world.rank + 1.0)
+
+
+def test_outside_master_weights_the_model_is_at_its_own_displaced_point(world):
+    model, opt = displaced(world)
+    x = torch.ones(1, 7)
+    outside = model(x)
+    with opt.master_weights():
+        assert not torch.equal(model(x), outside)
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(p, opt.master(i) - 0.5 * (world.rank + 1))
+    assert torch.equal(model(x), outside)
+    opt.close()
+
+
+def test_model_that_is_not_attached_saves_what_it_holds(world):
+    model, opt = displaced(world)
+    x, w = values(model), [opt.master(i) for i in range(4)]
+    assert_equal(model.state_dict().values(), x)
+    assert not torch.equal(x[0], w[0])
+    with opt.master_weights():
+        assert_equal(model.state_dict().values(), w)
+    opt.close()
+
+
+def test_writes_through_data_go_unnoticed_and_are_lost(world):
+    """What to avoid: torch counts no version for them."""
+    (model, opt), (untouched, wanted) = displaced(world), displaced(world)
+    for p in model.parameters():
+        p.data.add_(1)
+    for each, its in ((model, opt), (untouched, wanted)):
+        set_gradients(each, world)
+        its.step()
+    assert_equal(values(model), values(untouched))
+    assert_equal(master_values(model, opt), master_values(untouched, wanted))
+    opt.close()
+    wanted.close()
+
+
+def test_clipping_between_backward_and_step_uses_each_ranks_own_norm(world):
+    w = torch.nn.Parameter(torch.zeros(4))
+    opt = xc.SGD([w], lr=1.0, world=world)
+    w.grad = torch.full((4,), 10.0 if world.rank else 0.5)
+    torch.nn.utils.clip_grad_norm_([w], 1.0)
+    opt.step()
+    torch.testing.assert_close(w.detach(), torch.full((4,), -0.5), rtol=1e-5, atol=0)
+    opt.close()
+
+
+def test_parameters_that_shared_a_storage_become_two(world):
+    first = torch.nn.Parameter(torch.ones(3))
+    second = torch.nn.Parameter(first.data)
+    opt = xc.SGD([first, second], lr=0.5, world=world)
+    first.grad, second.grad = torch.ones(3), torch.full((3,), 2.0)
+    opt.step()
+    assert first.tolist() == [0.5] * 3
+    assert second.tolist() == [0.0] * 3
+    opt.close()
+
+
+def test_optimizer_dropped_without_closing_leaves_the_displaced_weights(world):
+    model, opt = displaced(world)
+    x, w = values(model), opt.master(0)
+    world.comm.Barrier()
+    del opt
+    gc.collect()
+    assert_equal(values(model), x)
+    assert not torch.equal(model[0].weight, w)
+
+
+def test_loaded_state_starts_every_worker_at_the_master_weights(world):
+    model, opt = displaced(world)
+    saved = opt.state_dict()
+    set_gradients(model, world)
+    opt.step()
+    opt.load_state_dict(saved)
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(p, saved["state"][i]["master"])
+    opt.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("momentum", "built without momentum"), ("nesterov", "nesterov.*cannot change")]
+)
+def test_flags_and_momentum_from_zero_cannot_change(world, name, text):
+    hyper = {"momentum": 0.0} if name == "momentum" else {}
+    model, opt = displaced(world, **hyper)
+    before = values(model)
+    if world.rank == world.size - 1:
+        opt.param_groups[0][name] = 0.9
+    with pytest.raises(xc.UsageError, match=text):
+        opt.step()
+    assert_equal(values(model), before)
+    opt.close()
+
+
+def test_parameter_frozen_later_keeps_zero_gradients_in_view_until_they_are_dropped(world):
+    w = torch.nn.Parameter(torch.full((3,), 4.0))
+    opt = xc.SGD([w], lr=0.5, weight_decay=1.0, world=world, gradients="view")
+    w.sum().backward()
+    opt.step()
+    assert w.tolist() == [1.5] * 3
+    w.requires_grad_(False)
+    opt.zero_grad()
+    opt.step()
+    assert w.tolist() == [0.75] * 3
+    opt.zero_grad(set_to_none=True)
+    opt.step()
+    assert w.tolist() == [0.75] * 3
+    opt.close()
+
+
+def test_forked_process_cannot_touch_its_parents_gradients(worlds):
+    world = worlds(2)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    for gradients in ("copy", "hook", "view"):
+        weight.grad = None
+        opt = xc.SGD([weight], lr=1.0, world=world, gradients=gradients)
+        for v in range(2):
+            with opt.worker(v):
+                weight.sum().backward()
+        before = weight.detach().clone()
+        if (child := os.fork()) == 0:
+            try_everything_in_a_fork(opt, weight)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        opt.step()
+        torch.testing.assert_close(weight.detach(), before - 1)
+        opt.close()
+
+
+def try_everything_in_a_fork(opt, weight):
+    """Ends the process; 0 if everything was refused."""
+    refused = 0
+    weight.grad = torch.full((3,), 100.0)
+    for call in (opt.step, opt.zero_grad, opt.worker(1).__enter__, opt.adopt):
+        try:
+            call()
+        except xc.UsageError:
+            refused += 1
+    weight.grad = None
+    weight.sum().backward()
+    os._exit(4 - refused)

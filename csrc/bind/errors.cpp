@@ -11,7 +11,7 @@ void set(const char* name, const char* text) {
 
 void set_peer_error(const PeerError& error) {
   const py::object type = py::module_::import("extrapcomm.errors").attr("PeerError");
-  const py::object value = type(error.what(), error.rank, error.step, error.reason);
+  const py::object value = type(error.what(), error.rank, error.step, error.kind, error.reason);
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 

@@ -47,6 +47,11 @@ std::string plain(Seconds seconds) {
   return text;
 }
 
+const char* name_of(Failure why) {
+  static constexpr const char* kNames[] = {"none", "died", "left", "silent", "interrupted", "abandoned"};
+  return kNames[static_cast<std::size_t>(why)];
+}
+
 const char* words_for(Failure why) {
   switch (why) {
     case Failure::died:
@@ -150,7 +155,8 @@ void Meeting::raise(std::uint64_t word, const Wait& wait) const {
                      (reason.empty() ? words_for(failure_of(word)) : " ended with " + reason) +
                      "; noticed at " + wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
-  throw PeerError(text + ". This engine takes no further steps.", rank, wait.step, reason);
+  throw PeerError(text + ". This engine takes no further steps.", rank, wait.step, name_of(failure_of(word)),
+                  reason);
 }
 
 void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {

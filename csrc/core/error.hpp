@@ -24,10 +24,11 @@ struct MismatchError : Error {
 
 // A rank died, left, or did not come in time.
 struct PeerError : Error {
-  PeerError(const std::string& text, int rank, std::int64_t step, std::string reason)
-      : Error(text), rank(rank), step(step), reason(std::move(reason)) {}
+  PeerError(const std::string& text, int rank, std::int64_t step, std::string kind, std::string reason)
+      : Error(text), rank(rank), step(step), kind(std::move(kind)), reason(std::move(reason)) {}
   int rank;
   std::int64_t step;
+  std::string kind;    // of failure, in a word
   std::string reason;  // that the rank gave, if it did
 };
 

@@ -265,15 +265,27 @@ void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& opt
       throw UsageError("'" + layer.name + "' belongs to a group that does not exist");
 }
 
+// Weights and gradients of one worker: less than is needed, but known before the plan, whose own tables would
+// not fit at an absurd size.
+std::size_t bytes_of(std::span<const LayerSpec> layers) {
+  std::size_t bytes = 0;
+  for (const LayerSpec& layer : layers)
+    bytes += 2 * static_cast<std::size_t>(element_count(layer.shape) * size_of(layer.dtype));
+  return bytes;
+}
+
 }  // namespace
 
 std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
                                        const EngineOptions& options) {
   Plan plan;
+  std::size_t least = 0;
   team->agree<UsageError>(complaint_of([&] {
     check_arguments(layers, options);
-    plan = make_plan(layers, team->worker_count());
+    least = bytes_of(layers);
   }));
+  team->agree(complaint_of([&] { require_obtainable(least); }));
+  team->agree<UsageError>(complaint_of([&] { plan = make_plan(layers, team->worker_count()); }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)
     return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);

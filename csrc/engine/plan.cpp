@@ -9,12 +9,6 @@ namespace {
 
 std::int64_t round_up(std::int64_t value, std::int64_t grid) { return (value + grid - 1) / grid * grid; }
 
-std::int64_t element_count(std::span<const std::int64_t> shape) {
-  std::int64_t count = 1;
-  for (const std::int64_t extent : shape) count *= extent;
-  return count;
-}
-
 std::string list(std::span<const std::int64_t> numbers) {
   std::string text = "(";
   for (const std::int64_t number : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(number);
@@ -40,6 +34,12 @@ std::vector<std::int64_t> make_cells(const Plan& plan) {
 }
 
 }  // namespace
+
+std::int64_t element_count(std::span<const std::int64_t> shape) {
+  std::int64_t count = 1;
+  for (const std::int64_t extent : shape) count *= extent;
+  return count;
+}
 
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid) {
   const std::int64_t cells = (length + grid - 1) / grid;

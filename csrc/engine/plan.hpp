@@ -42,6 +42,8 @@ struct Segment {
   std::int64_t count() const { return end - begin; }
 };
 
+std::int64_t element_count(std::span<const std::int64_t> shape);
+
 // Cuts `length` elements into one segment per worker, in the order of workers, at multiples of `grid`.
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid);
 
