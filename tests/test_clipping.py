@@ -13,10 +13,11 @@ KINDS = ["none", "local", "global"]
 class Twins:
     """An engine with random gradients beside the reference, which takes the engine's norm once that is checked."""
 
-    def __init__(self, world, extrapolation="none", tile=512, **options):
+    def __init__(self, world, extrapolation="none", tile=512, rule="sgd", **options):
         self.world, self.random = world, np.random.default_rng(7)
         initial = self.draw()
-        hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "extrapolation": extrapolation}
+        hyper = {"rule": rule, "lr": 0.1, "weight_decay": 0.01, "extrapolation": extrapolation}
+        hyper |= {"momentum": 0.9} if rule == "sgd" else {}
         self.engine = xc.Engine(world, [w.copy() for w in initial], tile=tile, **hyper, **options)
         self.twin = ReferenceEngine(initial, world.K, dtype="float32", **hyper)
 
@@ -65,6 +66,15 @@ def test_mean_gradient_and_displacements_are_clipped_by_one_factor(team, extrapo
     twins.engine.max_grad_norm = float("inf")
     twins.step(divisor=3.0)
     assert twins.engine.grad_norm is not None
+    twins.compare()
+    twins.engine.close()
+
+
+@pytest.mark.parametrize("rule", xc._core.rules())
+def test_every_rule_clips_before_anything_else(team, rule):
+    twins = Twins(team, rule=rule, max_grad_norm=0.5, skip_nonfinite=True)
+    for scale, poison in ((1.0, None), (1e-6, None), (1.0, np.nan), (100.0, None)):
+        twins.step(scale, poison=poison)
     twins.compare()
     twins.engine.close()
 

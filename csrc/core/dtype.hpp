@@ -46,9 +46,7 @@ using Master = typename MasterOf<E>::type;
 XC_HOST_DEVICE float widen(float value) { return value; }
 XC_HOST_DEVICE double widen(double value) { return value; }
 
-XC_HOST_DEVICE float widen(Bf16 value) {
-  return std::bit_cast<float>(std::uint32_t{value.bits} << 16);
-}
+XC_HOST_DEVICE float widen(Bf16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
 
 // The exponent is rebased by a multiplication, which is exact and also normalises subnormals.
 XC_HOST_DEVICE float widen(F16 value) {

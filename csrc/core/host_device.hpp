@@ -1,7 +1,7 @@
 #pragma once
 
-// Arithmetic that the CPU and the CUDA kernels share is marked XC_HOST_DEVICE. On the CPU it must be part of the
-// loop that calls it, in every instruction set's clone of that loop, or the loop is not vectorised.
+// Arithmetic that the CPU and the CUDA kernels share is marked XC_HOST_DEVICE. On the CPU it must be part of
+// the loop that calls it, in every instruction set's clone of that loop, or the loop is not vectorised.
 
 #ifdef __CUDACC__
 #define XC_HOST_DEVICE __host__ __device__ inline

@@ -27,7 +27,8 @@ ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int sl
   for (std::size_t v = 0; v < workers_; ++v) {
     const Segment& segment = plan.segments[static_cast<std::size_t>(first_worker) + v];
     norms_offset_.push_back(round_up(end, kLine));
-    end = norms_offset_[v] + std::size_t{kMaxSums} * (cells_of(plan, segment).size() - 1) * sizeof(double);
+    end = norms_offset_[v] +
+          std::size_t{kSumSets} * kMaxSums * (cells_of(plan, segment).size() - 1) * sizeof(double);
     shard_offset_.push_back(round_up(end, kPage) + kPage / 2 + 2 * kLine);
     shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kPage) + kPage / 4);
     end = shard_offset_[v] + slot_count_ * shard_bytes_[v];

@@ -17,6 +17,8 @@ namespace xc {
 // Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
 // do not all fall into the same sets of the cache.
 
+inline constexpr int kSumSets = 2;
+
 class ArenaLayout {
  public:
   ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,

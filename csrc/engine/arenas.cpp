@@ -35,7 +35,7 @@ void Arenas<T>::locate(const ArenaLayout& layout, const Plan& plan, std::size_t 
       shard.slots[s] = reinterpret_cast<T*>(state + layout.master(v, static_cast<std::size_t>(s) + 1));
     shards_.push_back(shard);
     squares_.emplace_back(reinterpret_cast<double*>(state + layout.norms(v)),
-                          kMaxSums * (cells_of(plan, segment).size() - 1));
+                          std::size_t{kSumSets} * kMaxSums * (cells_of(plan, segment).size() - 1));
     workers_.sources.push_back(views + layout.gradients(v));
     workers_.targets.push_back(views + layout.weights(v));
   }

@@ -32,10 +32,11 @@ class Arenas {
   std::span<const Shard<T>> shards() const { return shards_; }
   std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
 
-  // For worker k's shard and one of kMaxSums quantities, a sum of squares per cell.
-  std::span<double> squares(std::size_t k, int quantity) const {
-    const std::size_t cells = squares_[k].size() / kMaxSums;
-    return squares_[k].subspan(static_cast<std::size_t>(quantity) * cells, cells);
+  // For worker k's shard and one of kMaxSums quantities, a sum of squares per cell. Passes that measure take
+  // two sets in turn: a fast rank writes the next one while a slow one still reads the last.
+  std::span<double> squares(std::size_t k, int quantity, int set) const {
+    const std::size_t cells = squares_[k].size() / (kSumSets * kMaxSums);
+    return squares_[k].subspan(static_cast<std::size_t>(set * kMaxSums + quantity) * cells, cells);
   }
   std::size_t first_worker() const { return first_worker_; }
 

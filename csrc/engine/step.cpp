@@ -56,6 +56,7 @@ Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, std::int64_t tile
 template <class T>
 Engine::Outcome Stepper<T>::run(std::vector<Run<T>>& runs, const Engine::Step& step, int measures,
                                 const Meet& meet) {
+  set_ = 0;
   Engine::Outcome outcome;
   if (step.measures()) outcome = clip(runs, step, meet);
   if (outcome.skipped) return outcome;
@@ -97,11 +98,12 @@ void Stepper<T>::measure_layers(std::vector<Run<T>>& runs, int measure, const Me
 // Walks a pass that sums squares of so many quantities.
 template <class T>
 void Stepper<T>::measure(const Pass<T>& pass, std::span<const Run<T>> runs, int quantities) {
+  set_ = (set_ + 1) % kSumSets;
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) {
     std::vector<SquareSums> squares;
     for (int q = 0; q < quantities; ++q)
-      squares.emplace_back(plan_, plan_.segments[k], arenas_.squares(k, q).data());
+      squares.emplace_back(plan_, plan_.segments[k], arenas_.squares(k, q, set_).data());
     walk<T>(pass, arenas_.workers(), runs, shard, buffers_, {.squares = squares.data()});
     for (SquareSums& sums : squares) sums.finish();
     ++k;
@@ -117,7 +119,7 @@ template <class T>
 double Stepper<T>::norm() const {
   double total = 0;
   for (std::size_t k = 0; k < arenas_.shards().size(); ++k)
-    for (const double square : arenas_.squares(k, 0)) total += square;
+    for (const double square : arenas_.squares(k, 0, set_)) total += square;
   return std::sqrt(total);
 }
 
@@ -130,7 +132,8 @@ std::vector<std::array<double, kMaxSums>> Stepper<T>::layer_sums() const {
     const auto cells = cells_of(plan_, plan_.segments[k]);
     for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
       while (cells[c] >= plan_.layers[layer].end) ++layer;
-      for (int q = 0; q < kMaxSums; ++q) sums[layer][static_cast<std::size_t>(q)] += arenas_.squares(k, q)[c];
+      for (int q = 0; q < kMaxSums; ++q)
+        sums[layer][static_cast<std::size_t>(q)] += arenas_.squares(k, q, set_)[c];
     }
   }
   return sums;

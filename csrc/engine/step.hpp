@@ -53,6 +53,7 @@ class Stepper {
   const Plan& plan_;
   const Arenas<T>& arenas_;
   bool streaming_;
+  int set_ = 0;  // of sums, that the last measuring pass wrote
   TileBuffers<T> buffers_;
   std::vector<T> waiting_;  // the reduced gradient of this rank's shards, between unfused passes
 };
