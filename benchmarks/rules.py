@@ -4,8 +4,8 @@
 
 The rules take turns, in a new random order each round, so a disturbance of the machine hits all alike. Times are the
 slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the whole node, K workers
-together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio` is the time over that of
-the plain rule with the same state, SGD with momentum or Adam.
+together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio` is the time over
+that of the plain rule with the same state, SGD with momentum or Adam.
 """
 
 import argparse
