@@ -56,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-J", "--json", type=Path, help="write the figures to this file too")
     add("--rivals", type=rival_list, default=list(RIVALS), help=f"some of {','.join(RIVALS)}, or none")
     add("--workers", type=at_least(1), default=1, help="workers per rank")
+    shape = ("DEPTH", "WIDTH", "BATCH")
+    add("--perceptron", type=int, nargs=3, default=train.PERCEPTRON, metavar=shape, help="of --train")
     add("--train", action="store_true", help="instead: forward, backward and step of a model of 100 tensors")
     add("--overhead", action="store_true", help="instead: what the calls cost when there is nothing to do")
     args = parser.parse_args()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import extrapcomm as xc
 from extrapcomm.binding import MANNERS
 
-DEPTH, WIDTH, BATCH = 50, 316, 16  # 100 tensors, 5.0 million parameters
+PERCEPTRON = (50, 316, 16)  # depth, width, batch: 100 tensors, 5.0 million parameters
 TRAIN_LR = 1e-3
 TINY = 16  # elements of a tiny tensor
 SMALL = 16_384  # elements: the engine's whole step beside the all-reduce alone
@@ -40,12 +40,7 @@ class Trainee:
     name: str
     model: nn.Module
     optimizer: Any
-    rank: int
-    batch: tuple[torch.Tensor, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(1 + self.rank)
-        self.batch = tuple(torch.randn(BATCH, WIDTH, generator=random) for _ in range(2))
+    batch: tuple[torch.Tensor, ...]
 
     def step(self) -> None:
         x, y = self.batch
@@ -58,41 +53,39 @@ class Trainee:
         getattr(self.optimizer, "close", lambda: None)()
 
 
-def make_model() -> nn.Module:
+def make_model(depth: int, width: int) -> nn.Module:
     """The same perceptron at every call; smooth, because rounding errors grow where rectifiers flip."""
     torch.manual_seed(0)
-    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)]
+    layers = [nn.Linear(width, width) for _ in range(depth)]
     for layer in layers:
         nn.init.xavier_normal_(layer.weight)
     return nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())])
 
 
-def make_trainees(world: xc.World) -> list[Trainee]:
+def make_trainees(world: xc.World, depth: int, width: int, batch: int) -> list[Trainee]:
     """The bare computation first, then the optimizers."""
-    rank = world.rank
-    bare, extrapolated, parallel = (make_model() for _ in range(3))
+    random = torch.Generator().manual_seed(1 + world.rank)
+    data = tuple(torch.randn(batch, width, generator=random) for _ in range(2))
+    bare, extrapolated, parallel, *plain = (make_model(depth, width) for _ in range(3 + len(MANNERS)))
     ours = {"lr": TRAIN_LR, "momentum": 0.9, "world": world}
     wrapped = DistributedDataParallel(parallel, gradient_as_bucket_view=True)
     torch_sgd = torch.optim.SGD(wrapped.parameters(), lr=TRAIN_LR, momentum=0.9, fused=True)
     return [
-        Trainee("forward+backward", bare, None, rank),
-        *[make_trainee(manner, ours, rank) for manner in MANNERS],
-        Trainee("xc.ExtrapSGD", extrapolated, xc.ExtrapSGD(extrapolated.parameters(), **ours), rank),
-        Trainee("DDP + torch SGD", wrapped, torch_sgd, rank),
+        Trainee("forward+backward", bare, None, data),
+        *[
+            Trainee(f"xc.SGD, {manner}", model, xc.SGD(model.parameters(), **ours, gradients=manner), data)
+            for manner, model in zip(MANNERS, plain, strict=True)
+        ],
+        Trainee("xc.ExtrapSGD", extrapolated, xc.ExtrapSGD(extrapolated.parameters(), **ours), data),
+        Trainee("DDP + torch SGD", wrapped, torch_sgd, data),
     ]
-
-
-def make_trainee(manner: str, options: dict[str, Any], rank: int) -> Trainee:
-    """Plain SGD whose gradients reach shared memory in one of the three manners."""
-    model = make_model()
-    optimizer = xc.SGD(model.parameters(), **options, gradients=manner)
-    return Trainee(f"xc.SGD, {manner}", model, optimizer, rank)
 
 
 def train_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any]]:
     """Iterations of all trainees, in turns; what exceeds the bare computation is the step's exposed time."""
     comm = world.comm
-    trainees = make_trainees(world)
+    depth, width, batch = args.perceptron
+    trainees = make_trainees(world, depth, width, batch)
     seconds = race(comm, trainees, args.iters, args.warmup_iters)
     plain = trainees[1 : 1 + len(MANNERS)] if args.check else []
     wrong = {t.name: comm.allreduce(count_strays(t, trainees[-1])) for t in plain}
@@ -109,7 +102,7 @@ def train_table(args: argparse.Namespace, world: xc.World) -> list[dict[str, Any
         Column("#wrong", "", 7, lambda row: number(row["nwrong"], 0)),
     ]
     size = sum(p.numel() for p in trainees[0].model.parameters())
-    title = f"# {DEPTH}-layer perceptron: {2 * DEPTH} tensors, {size} parameters, batch {BATCH}, float32"
+    title = f"# {depth}-layer perceptron: {2 * depth} tensors, {size} parameters, batch {batch}, float32"
     return show(comm, title, columns, rows)
 
 

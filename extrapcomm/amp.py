@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
+from .errors import UsageError
 from .fused import FusedOptimizer
 
 __all__ = ["GradScaler"]
@@ -13,8 +14,8 @@ __all__ = ["GradScaler"]
 class GradScaler(torch.amp.GradScaler):
     """torch's GradScaler for optimizers of this library: the mean gradient decides, so all ranks skip the same steps.
 
-    The scale divides the gradients inside the step, so there is no pass to unscale them. `unscale_()` is accepted and
-    does what torch's does. Other optimizers are treated as torch treats them.
+    The scale divides the gradients inside the step, so there is no pass to unscale them. Other
+    optimizers are treated as torch treats them.
 
     Args: as torch.amp.GradScaler.
 
@@ -27,6 +28,19 @@ class GradScaler(torch.amp.GradScaler):
         >>> scaler.update()
         >>> opt.close()
     """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As torch's, on this rank's gradients; only needed to look at them.
+
+        Raises:
+            UsageError: for several workers per rank, of which one alone is bound.
+        """
+        if isinstance(optimizer, FusedOptimizer) and optimizer.world.workers > 1:
+            raise UsageError(
+                f"unscale_() sees one of this rank's {optimizer.world.workers} workers; the step unscales all, and "
+                "max_grad_norm clips"
+            )
+        super().unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Collective: a step that divides by the scale, and is skipped on all ranks if the mean is not finite.

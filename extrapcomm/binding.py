@@ -59,6 +59,7 @@ class Binding:
         self.core = core
         self.params = list(params)
         self.names = list(names)
+        self.index = {id(param): i for i, param in enumerate(self.params)}
         self.bound = 0
         self._pid = os.getpid()
         self.present = np.zeros((workers, len(self.params)), dtype=np.uint8)
@@ -124,7 +125,14 @@ class Binding:
     def _laid_out(self, i: int, grad: torch.Tensor) -> torch.Tensor:
         """The gradient with its parameter's strides: itself, or a copy in shared memory."""
         mine = self._grads[self.bound][i]
-        return grad if grad.stride() == mine.stride() else mine.copy_(grad)
+        if grad.stride() == mine.stride():
+            return grad
+        self.core.touch(self.bound, i)
+        return mine.copy_(grad)
+
+    def copy_shown_to(self, v: int) -> None:
+        """Give worker v's weights the values that the first worker's have."""
+        torch._foreach_copy_(self._weights[v], self._weights[0])
 
     def forget_gradients(self) -> None:
         """All workers of this rank have none."""
@@ -156,8 +164,10 @@ class Binding:
         mine = self._grads[self.bound][i]
         if os.getpid() != self._pid:
             return  # a forked process has gradients of its own
-        if copy and not param.grad.is_sparse and param.grad.data_ptr() != mine.data_ptr():
-            param.grad = mine.copy_(param.grad.detach())
+        own = param.grad.is_sparse or param.grad.requires_grad  # the user's to handle, or part of a graph
+        if copy and not own and param.grad.data_ptr() != mine.data_ptr():
+            self.core.touch(self.bound, i)
+            param.grad = mine.copy_(param.grad)
         if i == self._watched:
             self._watch(param.grad)
 
@@ -207,12 +217,21 @@ class Binding:
         )
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Afterwards the parameters have the values from before."""
-        values = [param.detach().clone() for param in self.params]
-        yield
-        for param, value in zip(self.params, values, strict=True):
-            param.data.copy_(value)
+    def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:
+        """Afterwards these parameters, or all, have the values from before, also after an exception."""
+        kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
+        values = [param.detach().clone() for param in kept]
+        try:
+            yield
+        finally:
+            for param, value in zip(kept, values, strict=True):
+                param.data.copy_(value)
+
+    def is_own(self) -> bool:
+        """Whether nobody else wrote or replaced a parameter."""
+        versions = [param._version for param in self.params]
+        addresses = [param.data_ptr() for param in self.params]
+        return versions == self._versions and addresses == self._addresses
 
     def take_over(self) -> None:
         """Copy parameters that were replaced by others into the first worker's weights.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .binding import Binding
-from .errors import UsageError, describe
+from .errors import Error, UsageError, describe
 from .hyper import Rule
 from .world import World
 
@@ -77,7 +78,7 @@ def layers_of(
 
 def _layer(entry: Mapping[str, Any], core: "_core.Engine", rule: Rule, param: torch.Tensor) -> Layer:
     slots = [_flat(entry.get(name), param) for name in rule.slots[: core.slots]]
-    counted = int(entry["step"]) if "step" in entry else int(any(slot is not None for slot in slots))
+    counted = _count(entry["step"]) if "step" in entry else int(any(slot is not None for slot in slots))
     return _flat(entry.get("master"), param), slots, counted
 
 
@@ -107,6 +108,8 @@ def local_layers_of(
 ) -> tuple[list[Layer], int]:
     """What this rank's part of the engine loads, and a digest of what must be alike on all ranks."""
     state = state_dict["state"]
+    if list(state) != list(range(len(params))):
+        raise UsageError(f"this state has {len(state)} parameters, the optimizer has {len(params)}")
     layers = [_local_layer(state[i], core, rule, i, param) for i, param in enumerate(params)]
     digest = hashlib.blake2b(repr([updates for *_, updates in layers]).encode(), digest_size=8)
     return layers, int.from_bytes(digest.digest(), "little")
@@ -123,10 +126,18 @@ def _local_layer(
         )
     whole = []
     for name in ("master", *rule.slots[: core.slots]):
+        if name not in entry or entry[name].shape != (end - begin,):
+            raise UsageError(f"this state has no {name!r} of {end - begin} elements for parameter {i}")
         array = torch.zeros(param.numel(), dtype=_master_type(param))
         array[begin:end] = entry[name]
         whole.append(array.numpy())
-    return whole[0], list(whole[1:]), int(entry["step"])
+    return whole[0], list(whole[1:]), _count(entry["step"])
+
+
+def _count(step: Any) -> int:
+    if (count := int(step)) < 0:
+        raise UsageError(f"a state's step must not be negative, but is {count}")
+    return count
 
 
 def _master_type(param: torch.Tensor) -> torch.dtype:
@@ -165,7 +176,14 @@ class Checkpoints(torch.optim.Optimizer):
     def _describe(self) -> tuple[list[Any], list[Any]]:
         raise NotImplementedError
 
-    def _build(self, layers: list[Any], groups: list[Any]) -> None:
+    def _make_core(self, layers: list[Any], groups: list[Any]) -> "_core.Engine":
+        raise NotImplementedError
+
+    def _bind(self, core: "_core.Engine", layers: list[Any], groups: list[Any]) -> None:
+        raise NotImplementedError
+
+    def adopt(self) -> None:
+        """Collective: take rank 0's present weights as the master weights of all."""
         raise NotImplementedError
 
     def _switch(self, v: int) -> None:
@@ -212,8 +230,8 @@ class Checkpoints(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Collective: take hyper-parameters, state, and master weights if they are there, from a `state_dict`.
 
-        Accepts torch.optim's of the same rule, too: that has no master weights, so the model's are adopted at the
-        next step if they were changed.
+        Accepts torch.optim's of the same rule, too: that has no master weights, so the present ones stay, or those
+        that an attached model has just loaded.
 
         Raises:
             UsageError: on every rank, if it does not fit.
@@ -233,37 +251,58 @@ class Checkpoints(torch.optim.Optimizer):
                 self._rule.check_fixed(group, flags, slots)
             read = local_layers_of if local else layers_of
             layers, digest = read(state_dict, self._core, self._rule, self._binding.params)
+            lacking = [i for i, (weights, *_) in enumerate(layers) if weights is None]
+            if lacking and not self._to_adopt:
+                self._binding.require_own_weights()
         except Exception as error:
             self._core.complain(describe(error))
             raise
-        has_weights = all(weights is not None for weights, *_ in layers)
-        foreign = not has_weights and self._to_adopt
-        self._core.load(layers, digest)
+        with self._binding.kept(lacking) if self._to_adopt else nullcontext():
+            self._core.load(layers, digest)
         super().load_state_dict({"state": {}, "param_groups": groups})
         self._binding.mark_written()
-        self._to_adopt = foreign
+        self._to_adopt = self._to_adopt and bool(lacking)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Collective once the optimizer exists: train these parameters, too. The others keep weights and state.
 
+        Gradients, of all parameters, and counted micro-batches are forgotten.
+
         Args:
             param_group: `params` and, if they differ from the defaults, hyper-parameters.
+
+        Raises:
+            UsageError: on every rank, if the group cannot be; nothing has changed then.
         """
         if not self._built:
             super().add_param_group(param_group)
             return
         self._require_open()
-        self._switch(0)
-        error: Exception | None = None
-        saved = snapshot(self._core, len(self._binding.params))
+        if self._to_adopt:
+            self.adopt()
+        before, error = len(self.param_groups), None
+        layers, groups = [], []
         try:
+            if self._showing:
+                raise UsageError("add_param_group() inside master_weights(): leave the context first")
             super().add_param_group(param_group)
             layers, groups = self._describe()
         except Exception as caught:
             error = caught
-        self.world.agree(error, "parameter group")
-        self._core.close()
+        try:
+            self.world.agree(error, "parameter group")
+            core = self._make_core(layers, groups)
+        except Error:
+            del self.param_groups[before:]
+            raise
+        self._replace_core(core, layers, groups)
+
+    def _replace_core(self, core: "_core.Engine", layers: list[Any], groups: list[Any]) -> None:
+        saved = snapshot(self._core, len(self._binding.params))
+        self._switch(0)
+        self._binding.forget_gradients()
         self._binding.remove_hooks()
-        self._build(layers, groups)
+        self._core.close()
+        self._bind(core, layers, groups)
         restore(self._core, saved, len(self._binding.params))
         self._binding.mark_written()

@@ -1,5 +1,6 @@
 """What all torch optimizers here share: weights in shared memory, and a step that is the engine's."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, overload
@@ -69,7 +70,8 @@ class FusedOptimizer(Checkpoints):
         self._tile = tile
         self._accumulation = accumulation
         self._manner = gradients
-        self._open_micro_batches = 0
+        self._open_micro_batches = False
+        self._visited: set[int] = set()  # workers bound in no_sync()
         self._loss_scale = 1.0
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -88,13 +90,16 @@ class FusedOptimizer(Checkpoints):
         except Exception as caught:
             error = caught
         self.world.agree(error, type(self).__name__)
-        self._build(layers, groups)
+        self._bind(self._make_core(layers, groups), layers, groups)
 
-    def _build(self, layers: list[Any], groups: list[Any]) -> None:
-        """Collective: an engine for the present groups, with rank 0's weights, and the model in its memory."""
-        self._core = _core.Engine(
-            self.world.team, layers, groups, self.RULE, self._rule.extrapolation, self._tile, __version__
-        )
+    def _make_core(self, layers: list[Any], groups: list[Any]) -> "_core.Engine":
+        """Collective: an engine for these groups."""
+        options = (self.RULE, self._rule.extrapolation, self._tile, __version__)
+        return _core.Engine(self.world.team, layers, groups, *options)
+
+    def _bind(self, core: "_core.Engine", layers: list[Any], groups: list[Any]) -> None:
+        """Collective: rank 0's weights into this engine, and the model into its memory."""
+        self._core = core
         self._built = True
         self._settled = [
             (flags, bool(group.get("momentum")))
@@ -102,7 +107,7 @@ class FusedOptimizer(Checkpoints):
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
-        self._binding = Binding(self._core, params, names, self.world.workers, self._manner)
+        self._binding = Binding(core, params, names, self.world.workers, self._manner)
         self._micro_batches = [0] * self.world.workers
         self._binding.copy_initial()
         self._core.adopt(0)
@@ -143,13 +148,14 @@ class FusedOptimizer(Checkpoints):
             table = self._checked_table()
             self._binding.collect()
             divisor = self._divisor()
+            skip = bool(self.skip_nonfinite)
         except Exception as error:
             self._core.complain(describe(error))
             raise
         self._warn_of_mistakes()
         max_norm = self.max_grad_norm or 0.0
         self.grad_norm, self.skipped = self._core.step(
-            table, self._binding.present, True, divisor, max_norm, self.skip_nonfinite
+            table, self._binding.present, True, divisor, max_norm, skip
         )
         self._micro_batches = [0] * self.world.workers
         if not self.skipped:
@@ -191,7 +197,10 @@ class FusedOptimizer(Checkpoints):
                 "all need the same number"
             )
         micro_batches = 1 + extra.pop() if self._accumulation == "mean" else 1
-        return micro_batches * self._loss_scale
+        divisor = micro_batches * self._loss_scale
+        if not 0 < divisor < math.inf:
+            raise UsageError(f"the loss scale must be a positive number, not {self._loss_scale}")
+        return divisor
 
     def _warn_of_mistakes(self) -> None:
         """What is probably not meant, each once."""
@@ -246,13 +255,17 @@ class FusedOptimizer(Checkpoints):
             >>> opt.step()
             >>> opt.close()
         """
-        bound = self._binding.bound
-        self._open_micro_batches += 1
+        if self._open_micro_batches:
+            raise UsageError("no_sync() is already open: leave it after each micro-batch")
+        self._require_open()
+        self._visited.clear()
+        self._open_micro_batches = True
         try:
             yield
         finally:
-            self._open_micro_batches -= 1
-        self._micro_batches[bound] += 1
+            self._open_micro_batches = False
+        for v in self._visited or {self._binding.bound}:
+            self._micro_batches[v] += 1
 
     @property
     def last_step_seconds(self) -> float:
@@ -278,18 +291,39 @@ class FusedOptimizer(Checkpoints):
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch_back(before)
+
+    def _switch_back(self, v: int) -> None:
+        visited = set(self._visited)
+        self._switch(v)
+        self._visited = visited
 
     def _switch(self, v: int) -> None:
         if self._showing:
             raise UsageError("worker() inside master_weights(): leave the context first")
         self._binding.require_own_process()
+        if self._open_micro_batches:
+            self._visited.add(v)
         if v != self._binding.bound:
             if not self._to_adopt:
                 self._binding.require_own_weights()
             self._binding.switch(v)
+            if self._to_adopt:
+                self._binding.copy_shown_to(v)
+                self._binding.record()
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
+
+    def _begin_loading(self) -> None:
+        """The model gets the master weights, if nobody else wrote into it; what is loaded then goes over them."""
+        if self._binding.bound != 0:
+            raise UsageError(
+                "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
+            )
+        if not self._to_adopt and self._binding.is_own():
+            self._core.show_master(0)
+            self._core.keep_master(0)
+            self._binding.mark_written()
 
     def adopt(self) -> None:
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
@@ -327,7 +361,7 @@ class FusedOptimizer(Checkpoints):
         Raises:
             UsageError: if it contains none.
         """
-        hooks.attach(self, model, {id(param): i for i, param in enumerate(self._binding.params)})
+        hooks.attach(self, model)
 
     def master(self, i: int) -> torch.Tensor:
         """A copy of the i-th parameter's master weights, float32 (float64 for float64). Not collective."""
@@ -346,8 +380,17 @@ class FusedOptimizer(Checkpoints):
         self._require_open()
         if self._showing:
             raise UsageError("master_weights() is already open")
-        if not self._to_adopt:  # otherwise the model holds what the next step adopts
-            self._core.show_master(self._binding.bound)
+        if self._to_adopt and write:
+            self.adopt()
+        if self._to_adopt:  # the model holds what the next step adopts
+            with self._binding.kept():
+                self._showing = True
+                try:
+                    yield
+                finally:
+                    self._showing = False
+            return
+        self._core.show_master(self._binding.bound)
         self._showing = True
         self._binding.mark_written()
         try:

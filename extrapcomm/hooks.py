@@ -1,7 +1,6 @@
 """How a torch model learns of the master weights: hooks on saving and loading, and its buffers."""
 
 import weakref
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,44 +15,75 @@ if TYPE_CHECKING:
 __all__ = ["attach", "sync_buffers"]
 
 
-def attach(optimizer: "FusedOptimizer", model: torch.nn.Module, index: Mapping[int, int]) -> None:
-    """Hook every module that holds a parameter of the optimizer; `index` finds parameters by identity.
+def attach(optimizer: "FusedOptimizer", model: torch.nn.Module) -> None:
+    """Hook every module of the model, also for parameters that the optimizer takes in later.
 
     The hooks do not keep the optimizer alive, and do nothing once it is closed: then the model holds w anyway.
     """
-    reference = weakref.ref(optimizer)
-    holders = [m for m in model.modules() if any(id(p) in index for p in m._parameters.values())]
-    if not holders:
+    if not any(id(param) in optimizer._binding.index for param in model.parameters()):
         raise UsageError("the model holds none of this optimizer's parameters")
-    for module in holders:
-        module._register_state_dict_hook(_saving(reference, index))  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(_loading(reference))  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
+        module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
 
 
-def _saving(reference: Any, index: Mapping[int, int]) -> Any:
-    def put_master_weights(module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        optimizer = reference()
-        if optimizer is None or optimizer._closed or optimizer._showing or optimizer._to_adopt:
+def _nothing(*_: Any) -> None:
+    """The hook of a copy: a copied model has no optimizer."""
+
+
+def _inert() -> Any:
+    return _nothing
+
+
+class Hook:
+    """On a module, for an optimizer that it does not keep alive. Copies and pickles of it do nothing."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._reference = weakref.ref(optimizer)
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+    def optimizer_of(self, module: torch.nn.Module) -> "FusedOptimizer | None":
+        """The optimizer, if it is in use and trains a parameter of this very module."""
+        optimizer = self._reference()
+        if optimizer is None or optimizer._closed or optimizer._showing:
+            return None
+        index = optimizer._binding.index
+        return optimizer if any(id(p) in index for p in module._parameters.values()) else None
+
+
+class Saving(Hook):
+    """Puts the master weights into a state_dict."""
+
+    def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """As torch calls it."""
+        optimizer = self.optimizer_of(module)
+        if optimizer is None or optimizer._to_adopt:
             return
+        index = optimizer._binding.index
         for name, param in module._parameters.items():
             if param is not None and id(param) in index and prefix + name in state:
                 state[prefix + name] = optimizer.master(index[id(param)]).to(param.dtype)
 
-    return put_master_weights
+
+class BeforeLoading(Hook):
+    """Lets the model hold the master weights, so that what is not loaded is adopted undisplaced."""
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        """As torch calls it."""
+        if (optimizer := self.optimizer_of(module)) is not None:
+            optimizer._begin_loading()
 
 
-def _loading(reference: Any) -> Any:
-    def mark(module: torch.nn.Module, _: Any) -> None:
-        optimizer = reference()
-        if optimizer is None or optimizer._closed or optimizer._showing:
-            return
-        if optimizer._binding.bound != 0:
-            raise UsageError(
-                "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
-            )
-        optimizer._to_adopt = True
+class AfterLoading(Hook):
+    """Has the next step adopt what was loaded."""
 
-    return mark
+    def __call__(self, module: torch.nn.Module, _: Any) -> None:
+        """As torch calls it."""
+        if (optimizer := self.optimizer_of(module)) is not None:
+            optimizer._to_adopt = True
 
 
 def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:

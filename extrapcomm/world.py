@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -154,11 +153,12 @@ class World:
         if self._closed:
             raise UsageError("this world is closed")
 
-    def _leave(self, reason: str = "") -> bool:
+    def _leave(self, error: BaseException | None = None) -> bool:
+        """Say good-bye, and which exception is on its way, if one is."""
         self._closed = True
         if self._team is None:
             return False
-        self._team.leave(reason)
+        self._team.leave(_words(error or sys.exc_info()[1]))
         self._team = None
         _open_worlds.discard(self)
         return True
@@ -290,9 +290,20 @@ _open_worlds: "weakref.WeakSet[World]" = weakref.WeakSet()
 
 
 @atexit.register
-def _leave_all(reason: str = "") -> None:
+def _leave_all(error: BaseException | None = None) -> None:
     for world in list(_open_worlds):
-        world._leave(reason)
+        world._leave(error)
+
+
+def _words(error: BaseException | None) -> str:
+    """An exception in words that every rank can take."""
+    if error is None:
+        return ""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:
+        text = type(error).__name__
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _speak_of_uncaught_exceptions() -> None:
@@ -302,7 +313,10 @@ def _speak_of_uncaught_exceptions() -> None:
         return
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        _leave_all(traceback.format_exception_only(error)[-1].strip())
+        if hasattr(sys, "ps1") or sys.flags.interactive:
+            shown(kind, error, trace)  # at a prompt the program goes on
+            return
+        _leave_all(error)
         if isinstance(error, PeerError) and error.reason:
             print(f"{kind.__name__}: {error}", file=sys.stderr)
         else:

@@ -40,7 +40,7 @@ def grad_norm(grads: Sequence[Sequence[Array | None]], divisor: float = 1.0) -> 
 
 def clip_for(norm: float, max_grad_norm: float | None) -> float:
     """torch.nn.utils.clip_grad_norm_'s coefficient."""
-    clip = 1.0 if max_grad_norm is None else max_grad_norm / (norm + 1e-6)
+    clip = 1.0 if max_grad_norm in (None, math.inf) else max_grad_norm / (norm + 1e-6)
     return 1.0 if clip > 1 else clip
 
 

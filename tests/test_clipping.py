@@ -377,3 +377,49 @@ def test_scaler_steps_once_between_updates(world):
     with pytest.raises(RuntimeError, match="already been called"):
         scaler.step(opt)
     opt.close()
+
+
+def test_scaler_refuses_to_unscale_one_of_several_workers(worlds):
+    model = torch.nn.Linear(2, 1)
+    opt, scaler = xc.SGD(model.parameters(), lr=0.1, world=worlds(2)), xc.GradScaler("cpu")
+    with pytest.raises(xc.UsageError, match="sees one of this rank's 2 workers"):
+        scaler.unscale_(opt)
+    opt.close()
+
+
+def test_loss_scale_that_is_no_number_is_refused(world):
+    model = torch.nn.Linear(2, 1)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    for scale in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(xc.UsageError, match="loss scale must be a positive number"):
+            opt.scaled_step(scale)
+    opt.close()
+
+
+def test_micro_batches_of_all_workers_may_stand_in_one_no_sync(worlds):
+    world = worlds(2)
+    model = torch.nn.Linear(2, 1, bias=False)
+    opt = xc.SGD(model.parameters(), lr=1.0, world=world)
+    before = opt.master(0)
+
+    def everywhere():
+        for v in range(2):
+            with opt.worker(v):
+                model(torch.ones(1, 2)).sum().backward()
+
+    with opt.no_sync():
+        everywhere()
+    everywhere()
+    opt.step()
+    torch.testing.assert_close(opt.master(0), before - 1)
+    with opt.no_sync(), pytest.raises(xc.UsageError, match="already open"), opt.no_sync():
+        pass
+    opt.close()
+
+
+def test_infinite_bound_only_measures(world):
+    twins = Twins(world, max_grad_norm=float("inf"))
+    twins.step(poison=np.inf)
+    assert np.isinf(twins.engine.grad_norm)
+    assert sum(np.isnan(w).sum() + np.isinf(w).sum() for w in twins.engine.master()) == 1
+    twins.engine.close()

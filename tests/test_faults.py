@@ -622,3 +622,83 @@ def test_rank_in_a_call_that_others_do_not_make_is_an_error_on_all_and_nothing_m
     for name in ("another engine", "an array", "buffers", "a group", "a construction"):
         assert output.count(f"{name}: error, untouched") == 2, output
     assert code == 0, output
+
+
+@own_mpirun
+@pytest.mark.parametrize("form", ["with", "finally", "note"])
+def test_reason_is_told_in_every_form_of_ending(form):
+    body = {
+        "with": "with world: raise ValueError('mine')",
+        "finally": """
+            try: raise ValueError('mine')
+            finally: world.close()
+            """,
+        "note": """
+            error = ValueError('mine')
+            getattr(error, 'add_note', print)('see the manual')
+            raise error
+            """,
+    }[form]
+    code, output, _ = run_ranks(
+        2,
+        script_of(
+            """
+            world = xc.World()
+            engine = engine_of(world)
+            """,
+            f"if world.rank == 0:\n{textwrap.indent(textwrap.dedent(body), '    ')}",
+            "engine.step()",
+        ),
+    )
+    assert code != 0 and "PeerError: rank 0 ended with ValueError: mine" in output, output
+    assert output.count("Traceback (most recent call last)") == 1, output
+
+
+@own_mpirun
+def test_error_at_a_prompt_does_not_end_the_world():
+    session = subprocess.run(
+        [sys.executable, "-i", "-c", PRELUDE + "engine = engine_of(xc.World())"],
+        input="1/0\nengine.step()\nprint('steps', engine.steps)\n",
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env={n: v for n, v in os.environ.items() if not n.startswith(("PMIX_", "OMPI_COMM", "PMI_"))},
+    )
+    assert "ZeroDivisionError" in session.stderr and "steps 1" in session.stdout, session
+
+
+@own_mpirun
+@pytest.mark.parametrize("max_norm", ["None", "1.0"])
+def test_rank_that_is_interrupted_while_others_go_on_gives_no_weights_out(max_norm):
+    """The handler runs while the last rank comes, so that the others meet and write without this one."""
+    _, output, _ = run_ranks(
+        2,
+        f"""
+        world = xc.World(pass_timeout=5)
+        engine = xc.Engine(world, np.zeros(4096, "float32"), lr=1.0, max_grad_norm={max_norm})
+        engine.grads[:] = 1
+        def handler(*_):
+            time.sleep(1.5)
+            raise InterruptedError("stop")
+        if world.rank == 0:
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+        else:
+            time.sleep(1)
+        try:
+            engine.step()
+        except (InterruptedError, xc.PeerError) as error:
+            report(error)
+            try:
+                say(f"weights {{set(engine.master().tolist())}}")
+            except xc.UsageError as error:
+                say(f"refused {{error}}")
+        os._exit(0)
+        """,
+    )
+    assert "InterruptedError" in output, output
+    for line in output.splitlines():
+        if line.startswith("weights"):
+            assert line == "weights {0.0}", output
+    if max_norm == "None":
+        assert output.count("refused a rank was lost") == 2, output

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -657,3 +658,168 @@ def try_everything_in_a_fork(opt, weight):
     weight.grad = None
     weight.sum().backward()
     os._exit(4 - refused)
+
+
+# --- loading in every order -----------------------------------------------------------------------------------------
+
+
+def loaded_values(model, value):
+    return {name: torch.full_like(tensor, value) for name, tensor in model.state_dict().items()}
+
+
+def assert_all(tensors, value):
+    for tensor in tensors:
+        assert (tensor == value).all(), tensor
+
+
+@pytest.fixture
+def trained(team):
+    """(model, optimizer, world), attached and displaced."""
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), **MOMENTUM, world=team)
+    opt.attach(model)
+    train(model, opt, team)
+    yield model, opt, team
+    opt.close()
+
+
+def test_loaded_weights_survive_loading_a_state_without_weights(trained):
+    model, opt, _ = trained
+    twin = net()
+    plain = torch.optim.SGD(twin.parameters(), **MOMENTUM)
+    twin(torch.ones(2, 7)).sum().backward()
+    plain.step()
+    model.load_state_dict(loaded_values(model, 7.0))
+    opt.load_state_dict(plain.state_dict())
+    assert_all(values(model), 7)
+    assert opt.adoption_pending
+    opt.adopt()
+    assert_all(master_values(model, opt), 7)
+    torch.testing.assert_close(
+        opt.state_dict()["state"][0]["momentum_buffer"], plain.state_dict()["state"][0]["momentum_buffer"]
+    )
+
+
+def test_unnoticed_writes_before_loading_a_state_without_weights_are_refused(team):
+    model = net()
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=team)
+    state = opt.state_dict()
+    for entry in state["state"].values():
+        del entry["master"]
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    with pytest.raises(xc.UsageError, match=r"parameter .* was written"):
+        opt.load_state_dict(state)
+    opt.close()
+
+
+def test_loaded_weights_survive_a_new_group(trained):
+    model, opt, _ = trained
+    model.load_state_dict(loaded_values(model, 7.0))
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert_all(values(model), 7)
+    assert_all([opt.master(i) for i in range(4)], 7)
+
+
+def test_part_that_is_not_loaded_keeps_the_master_weights(trained):
+    model, opt, _ = trained
+    before = master_values(model, opt)
+    model[0].load_state_dict(loaded_values(model[0], 7.0))
+    opt.adopt()
+    assert_all(master_values(model, opt)[:2], 7)
+    assert_equal(master_values(model, opt)[2:], before[2:])
+
+
+def test_copies_and_pickles_of_an_attached_model_know_no_optimizer(trained):
+    model, opt, _ = trained
+    before = master_values(model, opt)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = values(other)
+        assert_equal(other.state_dict().values(), own)
+        other.load_state_dict(loaded_values(other, 7.0))
+        assert not opt.adoption_pending
+    assert_equal(master_values(model, opt), before)
+
+
+def test_every_worker_sees_what_was_loaded(trained):
+    model, opt, team = trained
+    model.load_state_dict(loaded_values(model, 7.0))
+    for v in range(team.workers):
+        with opt.worker(v):
+            assert_all(values(model), 7)
+            with opt.master_weights():
+                assert_all(values(model), 7)
+
+
+def test_attached_model_saves_groups_that_were_added_later(team):
+    model = net()
+    head = list(model[2].parameters())
+    opt = xc.ExtrapSGD(model[0].parameters(), **MOMENTUM, world=team)
+    opt.attach(model)
+    opt.add_param_group({"params": head})
+    train(model, opt, team)
+    assert_equal(model.state_dict().values(), master_values(model, opt))
+    model[2].load_state_dict(loaded_values(model[2], 7.0))
+    assert opt.adoption_pending
+    opt.close()
+
+
+def test_exception_while_writing_over_loaded_weights_commits_nothing(trained):
+    model, opt, _ = trained
+    model.load_state_dict(loaded_values(model, 7.0))
+    with pytest.raises(xc.UsageError, match="left by KeyError"), opt.master_weights(write=True):
+        with torch.no_grad():
+            model[0].weight.fill_(99.0)
+        raise KeyError
+    assert_all(master_values(model, opt), 7)
+    train(model, opt, opt.world, start=3)
+
+
+def test_refused_group_leaves_the_optimizer_as_it_was(trained):
+    model, opt, team = trained
+    before, odd = master_values(model, opt), team.rank == team.size - 1
+    for dtype in (torch.complex64, torch.float64):
+        with pytest.raises(xc.UsageError):
+            opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, dtype=dtype))]})
+    with opt.master_weights() if odd else contextless():
+        with pytest.raises(xc.UsageError, match="inside master_weights"):
+            opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert len(opt.param_groups) == 1
+    assert_equal(master_values(model, opt), before)
+    train(model, opt, team, start=3)
+
+
+def test_gradient_that_was_dropped_before_the_step_does_not_count(worlds):
+    for gradients in ("copy", "hook", "view"):
+        for workers in (1, 2):
+            world = worlds(workers)
+            a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3))
+            opt = xc.SGD([a, b], lr=1.0, world=world, gradients=gradients)
+            for v in range(workers):
+                with opt.worker(v):
+                    (a.sum() * 1000).backward()
+            opt.zero_grad(set_to_none=True)
+            for v in range(workers):
+                with opt.worker(v):
+                    (b if world.rank == 0 and v == 0 else a + b).sum().backward()
+            opt.step()
+            torch.testing.assert_close(opt.master(0), torch.full((3,), -(world.K - 1.0) / world.K))
+            opt.close()
+
+
+def test_local_state_with_holes_is_refused(world):
+    model = net()
+    opt = xc.SGD(model.parameters(), **MOMENTUM, world=world)
+    train(model, opt, world)
+    saved = opt.local_state_dict()
+    for text, change in {
+        "no 'master'": lambda s: s["state"][0].update(master=torch.ones(1, 1)),
+        "no 'momentum_buffer'": lambda s: s["state"][1].pop("momentum_buffer"),
+        "has 3 parameters": lambda s: s["state"].pop(0),
+        "must not be negative": lambda s: s["state"][2].update(step=-1),
+    }.items():
+        broken = copy.deepcopy(saved)
+        change(broken)
+        with pytest.raises(xc.UsageError, match=text):
+            opt.load_local_state_dict(broken)
+    opt.close()

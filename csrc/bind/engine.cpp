@@ -144,6 +144,12 @@ void register_engine_class(py::module_& module) {
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
+      .def(
+          "touch",
+          [](Engine& e, int v, std::size_t layer) {
+            if (layer < e.plan().layers.size()) e.touch(checked_worker(e, v), layer);
+          },
+          py::arg("worker"), py::arg("layer"))
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,

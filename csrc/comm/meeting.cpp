@@ -179,6 +179,11 @@ void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {
   }
 }
 
+bool Meeting::failed_here() const {
+  const std::uint64_t word = outcome_.word.load();
+  return word & kFailed && number_of(word) <= number_;
+}
+
 void Meeting::close() { arrivals_[static_cast<std::size_t>(rank_)]->closed.store(1); }
 
 void Meeting::abandon(Failure why) {

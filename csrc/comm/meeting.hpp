@@ -45,6 +45,9 @@ class Meeting {
   // Makes this and every later meeting fail for all.
   void abandon(Failure why);
 
+  // Whether the last meeting that this rank came to failed, so that nobody went on from it.
+  bool failed_here() const;
+
   // Tells the others that this rank comes to no further meeting.
   void close();
 

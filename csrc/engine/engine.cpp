@@ -58,6 +58,9 @@ class EngineOf final : public Engine {
   double last_step_seconds() const override { return last_step_.count(); }
 
   void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) override;
+  void touch(int v, std::size_t layer) override {
+    cleared_[static_cast<std::size_t>(v) * plan_.layers.size() + layer] = 0;
+  }
   void adopt(int root_worker) override;
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
   Outcome step(const Step& step) override;
@@ -98,7 +101,7 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
     std::byte* const to = mine + layer.byte_begin;
     present[i] = from != nullptr;
-    if (from) cleared_[static_cast<std::size_t>(v) * plan_.layers.size() + i] = 0;
+    if (from) touch(v, i);
     if (from && from != to)
       std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
   }

@@ -55,6 +55,9 @@ class Engine {
   // `present` which layers have one.
   virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
 
+  // Says that somebody else has written a gradient into G.
+  virtual void touch(int v, std::size_t layer) = 0;
+
   // Collective. Takes the root worker's X as the master weights and publishes them to all; the rule's state
   // stays.
   virtual void adopt(int root_worker) = 0;

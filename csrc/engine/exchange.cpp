@@ -53,7 +53,18 @@ void Exchange::meet_at_a(const Call& call) {
   header.operation = static_cast<std::uint32_t>(call.operation);
   header.sequence = sequence_;
   header.hash = call.hash;
-  meeting_.meet("meeting A", call.step, meeting_.limits().between_steps);
+  meet("meeting A", call.step, meeting_.limits().between_steps, false);
+}
+
+// A rank that is interrupted while it waits may find that the others have met and gone on to write.
+void Exchange::meet(const char* where, std::int64_t step, Seconds deadline, bool touched) {
+  unsettled_ = touched;
+  try {
+    meeting_.meet(where, step, deadline);
+  } catch (...) {
+    unsettled_ = touched || !meeting_.failed_here();
+    throw;
+  }
 }
 
 void Exchange::collective(const Call& call, const std::function<void(std::span<const Post>)>& work) {
@@ -76,13 +87,12 @@ void Exchange::collective(const Call& call, const std::function<void(std::span<c
     meeting_.abandon(Failure::abandoned);
     throw;
   }
-  meeting_.meet("meeting B", call.step, meeting_.limits().inside_pass);
+  meet("meeting B", call.step, meeting_.limits().inside_pass, true);
   unsettled_ = false;
 }
 
 void Exchange::meet_between_passes(std::int64_t step, bool touched) {
-  unsettled_ = touched;
-  meeting_.meet("the meeting between passes", step, meeting_.limits().inside_pass);
+  meet("the meeting between passes", step, meeting_.limits().inside_pass, touched);
   unsettled_ = true;
 }
 

@@ -53,6 +53,7 @@ class Exchange {
   Post post(int rank) const;
   void require_open() const;
   void meet_at_a(const Call& call);
+  void meet(const char* where, std::int64_t step, Seconds deadline, bool touched);
 
   std::shared_ptr<Team> team_;
   std::vector<std::byte*> posts_;

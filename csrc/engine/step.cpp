@@ -10,8 +10,10 @@ constexpr const char* kWholeStep[] = {"max_grad_norm (0: none)", "skip_nonfinite
                                       "the divisor of the gradients (micro-batches x loss scale)"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
-// As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so.
+// As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so. An infinite bound
+// only measures.
 double clip_for(double norm, double max_norm) {
+  if (std::isinf(max_norm)) return 1.0;
   const double clip = max_norm > 0 ? max_norm / (norm + 1e-6) : 1.0;
   return clip > 1.0 ? 1.0 : clip;
 }
