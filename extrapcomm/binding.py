@@ -128,7 +128,8 @@ class Binding:
         if grad.stride() == mine.stride():
             return grad
         self.core.touch(self.bound, i)
-        return mine.copy_(grad)
+        mine.copy_(grad)
+        return mine
 
     def copy_shown_to(self, v: int) -> None:
         """Give worker v's weights the values that the first worker's have."""

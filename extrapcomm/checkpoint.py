@@ -16,6 +16,7 @@ from .world import World
 
 __all__ = ["FOREIGN_SWITCHES", "Checkpoints", "strided"]
 
+Core = _core.Engine
 Layer = tuple[NDArray[Any] | None, list[NDArray[Any] | None], int]
 
 # Switches of torch's rules that change the arithmetic and have no counterpart here.
@@ -27,15 +28,13 @@ def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(flat).as_strided(like.shape, like.stride())
 
 
-def fill(
-    packed: dict[str, Any], core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]
-) -> dict[str, Any]:
+def fill(packed: dict[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Put weights and state into the dictionary that torch made of the groups."""
     packed["state"] = {i: _state_of(core, rule, i, param) for i, param in enumerate(params)}
     return packed
 
 
-def _state_of(core: "_core.Engine", rule: Rule, i: int, param: torch.Tensor) -> dict[str, Any]:
+def _state_of(core: Core, rule: Rule, i: int, param: torch.Tensor) -> dict[str, Any]:
     state = {"master": strided(core.read(i, 0), param)}
     if core.updates(i):
         state["step"] = torch.tensor(float(core.updates(i)))
@@ -62,7 +61,7 @@ def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]
 
 
 def layers_of(
-    state_dict: Mapping[str, Any], core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]
+    state_dict: Mapping[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]
 ) -> tuple[list[Layer], int]:
     """What the engine loads, and a digest of it that must be alike on all ranks."""
     state = state_dict.get("state", {})
@@ -76,7 +75,7 @@ def layers_of(
     return layers, int.from_bytes(digest.digest(), "little")
 
 
-def _layer(entry: Mapping[str, Any], core: "_core.Engine", rule: Rule, param: torch.Tensor) -> Layer:
+def _layer(entry: Mapping[str, Any], core: Core, rule: Rule, param: torch.Tensor) -> Layer:
     slots = [_flat(entry.get(name), param) for name in rule.slots[: core.slots]]
     counted = _count(entry["step"]) if "step" in entry else int(any(slot is not None for slot in slots))
     return _flat(entry.get("master"), param), slots, counted
@@ -95,7 +94,7 @@ def _flat(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
     return flat.numpy()
 
 
-def local_state_of(core: "_core.Engine", rule: Rule, i: int) -> dict[str, Any]:
+def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     """The part of one parameter's weights and state that this rank updates."""
     begin, end = core.owned(i)
     names = ["master", *rule.slots[: core.slots]]
@@ -104,7 +103,7 @@ def local_state_of(core: "_core.Engine", rule: Rule, i: int) -> dict[str, Any]:
 
 
 def local_layers_of(
-    state_dict: Mapping[str, Any], core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]
+    state_dict: Mapping[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]
 ) -> tuple[list[Layer], int]:
     """What this rank's part of the engine loads, and a digest of what must be alike on all ranks."""
     state = state_dict["state"]
@@ -115,9 +114,7 @@ def local_layers_of(
     return layers, int.from_bytes(digest.digest(), "little")
 
 
-def _local_layer(
-    entry: Mapping[str, Any], core: "_core.Engine", rule: Rule, i: int, param: torch.Tensor
-) -> Layer:
+def _local_layer(entry: Mapping[str, Any], core: Core, rule: Rule, i: int, param: torch.Tensor) -> Layer:
     """Arrays of the whole parameter; the engine takes the part that this rank updates."""
     begin, end = core.owned(i)
     if tuple(entry["range"]) != (begin, end):
@@ -144,13 +141,13 @@ def _master_type(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def snapshot(core: "_core.Engine", count: int) -> list[Layer]:
+def snapshot(core: Core, count: int) -> list[Layer]:
     """Weights and state of an engine's first layers."""
     slots = range(1, core.slots + 1)
     return [(core.read(i, 0), [core.read(i, s) for s in slots], core.updates(i)) for i in range(count)]
 
 
-def restore(core: "_core.Engine", saved: list[Layer], count: int) -> None:
+def restore(core: Core, saved: list[Layer], count: int) -> None:
     """Collective: give a snapshot to an engine of `count` layers; those that it does not have start afresh."""
     empty: list[NDArray[Any] | None] = [None] * core.slots
     layers: list[Layer] = [(weights, (slots + empty)[: core.slots], n) for weights, slots, n in saved]
@@ -162,7 +159,7 @@ class Checkpoints(torch.optim.Optimizer):
     """A torch optimizer whose weights and state lie in an engine: what it saves, loads and takes in later."""
 
     world: World
-    _core: "_core.Engine"
+    _core: Core
     _rule: Rule
     _binding: Binding
     _settled: list[tuple[int, bool]]
@@ -176,10 +173,10 @@ class Checkpoints(torch.optim.Optimizer):
     def _describe(self) -> tuple[list[Any], list[Any]]:
         raise NotImplementedError
 
-    def _make_core(self, layers: list[Any], groups: list[Any]) -> "_core.Engine":
+    def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         raise NotImplementedError
 
-    def _bind(self, core: "_core.Engine", layers: list[Any], groups: list[Any]) -> None:
+    def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         raise NotImplementedError
 
     def adopt(self) -> None:
@@ -280,8 +277,10 @@ class Checkpoints(torch.optim.Optimizer):
         self._require_open()
         if self._to_adopt:
             self.adopt()
-        before, error = len(self.param_groups), None
-        layers, groups = [], []
+        before = len(self.param_groups)
+        error: Exception | None = None
+        layers: list[Any] = []
+        groups: list[Any] = []
         try:
             if self._showing:
                 raise UsageError("add_param_group() inside master_weights(): leave the context first")
@@ -297,7 +296,7 @@ class Checkpoints(torch.optim.Optimizer):
             raise
         self._replace_core(core, layers, groups)
 
-    def _replace_core(self, core: "_core.Engine", layers: list[Any], groups: list[Any]) -> None:
+    def _replace_core(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         saved = snapshot(self._core, len(self._binding.params))
         self._switch(0)
         self._binding.forget_gradients()

@@ -85,7 +85,7 @@ class Rule:
 
 def check_max_norm(value: Any) -> None:
     """UsageError if gradients cannot be clipped to this norm."""
-    if value is None or (isinstance(value, Real) and not isinstance(value, bool) and value > 0):
+    if value is None or (isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0):
         return
     raise UsageError(f"max_grad_norm must be None or a positive number, not {value!r}")
 
