@@ -124,7 +124,7 @@ class Binding:
 
     def _laid_out(self, i: int, grad: torch.Tensor) -> torch.Tensor:
         """The gradient with its parameter's strides: itself, or a copy in shared memory."""
-        mine = self._grads[self.bound][i]
+        mine: torch.Tensor = self._grads[self.bound][i]
         if grad.stride() == mine.stride():
             return grad
         self.core.touch(self.bound, i)
