@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.autograd import graph
 
 from . import _core
 from .arrays import copy_into, form_of, look_at
 from .errors import UsageError
 
-__all__ = ["MANNERS", "Binding", "bump_versions"]
+__all__ = ["MANNERS", "Binding", "bump_versions", "strided"]
 
 # How gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
 # each one; or accumulated there by autograd, into zeros that zero_grad() left.
@@ -35,6 +36,11 @@ except Exception:  # torch 2.4 takes one tensor at a time
         """Tell autograd that these tensors were written."""
         for tensor in tensors:
             graph.increment_version(tensor)
+
+
+def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    """An array in the order of memory as a tensor of the parameter's shape and strides."""
+    return torch.from_numpy(flat).as_strided(like.shape, like.stride())
 
 
 class Binding:
@@ -206,12 +212,10 @@ class Binding:
 
     def require_own_weights(self) -> None:
         """Complain if somebody else wrote or replaced a parameter."""
-        versions = [param._version for param in self.params]
-        addresses = [param.data_ptr() for param in self.params]
-        if versions == self._versions and addresses == self._addresses:
+        if self.is_own():
             return
-        seen = zip(versions, self._versions, addresses, self._addresses, strict=True)
-        changed = next(i for i, (v, own_v, a, own_a) in enumerate(seen) if v != own_v or a != own_a)
+        looks = zip(self.params, self._versions, self._addresses, strict=True)
+        changed = next(i for i, (p, v, a) in enumerate(looks) if p._version != v or p.data_ptr() != a)
         raise UsageError(
             f"parameter {self.names[changed]!r} was written or replaced outside the optimizer, and the next step "
             "would lose that: call opt.adopt() after changing weights, or change them in master_weights(write=True)"

@@ -9,23 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from . import _core
-from .binding import Binding
+from .binding import strided
+from .bound import FOREIGN_SWITCHES, BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
-from .world import World
 
-__all__ = ["FOREIGN_SWITCHES", "Checkpoints", "strided"]
+__all__ = ["Checkpoints"]
 
 Core = _core.Engine
 Layer = tuple[NDArray[Any] | None, list[NDArray[Any] | None], int]
-
-# Switches of torch's rules that change the arithmetic and have no counterpart here.
-FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
-
-
-def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
-    """An array in the order of memory as a tensor of the parameter's shape and strides."""
-    return torch.from_numpy(flat).as_strided(like.shape, like.stride())
 
 
 def fill(packed: dict[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -155,36 +147,8 @@ def restore(core: Core, saved: list[Layer], count: int) -> None:
     core.load(layers, 0)
 
 
-class Checkpoints(torch.optim.Optimizer):
-    """A torch optimizer whose weights and state lie in an engine: what it saves, loads and takes in later."""
-
-    world: World
-    _core: Core
-    _rule: Rule
-    _binding: Binding
-    _settled: list[tuple[int, bool]]
-    _built: bool
-    _showing: bool
-    _to_adopt: bool
-
-    def _require_open(self) -> None:
-        raise NotImplementedError
-
-    def _describe(self) -> tuple[list[Any], list[Any]]:
-        raise NotImplementedError
-
-    def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
-        raise NotImplementedError
-
-    def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
-        raise NotImplementedError
-
-    def adopt(self) -> None:
-        """Collective: take rank 0's present weights as the master weights of all."""
-        raise NotImplementedError
-
-    def _switch(self, v: int) -> None:
-        raise NotImplementedError
+class Checkpoints(BoundOptimizer):
+    """What an optimizer here saves, loads and takes in later."""
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.

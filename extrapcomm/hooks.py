@@ -10,12 +10,12 @@ from .errors import UsageError
 from .world import World
 
 if TYPE_CHECKING:
-    from .fused import FusedOptimizer
+    from .bound import BoundOptimizer
 
 __all__ = ["attach", "sync_buffers"]
 
 
-def attach(optimizer: "FusedOptimizer", model: torch.nn.Module) -> None:
+def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
     """Hook every module of the model, also for parameters that the optimizer takes in later.
 
     The hooks do not keep the optimizer alive, and do nothing once it is closed: then the model holds w anyway.
@@ -39,13 +39,13 @@ def _inert() -> Any:
 class Hook:
     """On a module, for an optimizer that it does not keep alive. Copies and pickles of it do nothing."""
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    def __init__(self, optimizer: "BoundOptimizer") -> None:
         self._reference = weakref.ref(optimizer)
 
     def __reduce__(self) -> Any:
         return _inert, ()
 
-    def optimizer_of(self, module: torch.nn.Module) -> "FusedOptimizer | None":
+    def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
         """The optimizer, if it is in use and trains a parameter of this very module."""
         optimizer = self._reference()
         if optimizer is None or optimizer._closed or optimizer._showing:

@@ -1,0 +1,270 @@
+"""A torch optimizer whose parameters lie in an engine's memory: its workers, and who writes the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from . import _core, hooks
+from ._version import __version__
+from .arrays import form_of
+from .binding import Binding, bump_versions, strided
+from .errors import UsageError, describe
+from .hyper import Rule
+from .micro_batches import MicroBatches
+from .world import World
+
+__all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
+
+Core = _core.Engine
+
+# Switches of torch's rules that change the arithmetic and have no counterpart here.
+FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
+
+
+class BoundOptimizer(torch.optim.Optimizer):
+    """What an optimizer here has beside its step; `FusedOptimizer` constructs it."""
+
+    RULE = ""
+    world: World
+    _rule: Rule
+    _tile: int
+    _manner: str
+    _core: Core
+    _binding: Binding
+    _micro_batches: MicroBatches
+    _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
+    _owns_world: bool
+    _built: bool
+    _closed: bool
+    _showing: bool
+    _to_adopt: bool
+
+    def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
+        """Collective: an engine for these groups."""
+        options = (self.RULE, self._rule.extrapolation, self._tile, __version__)
+        return Core(self.world.team, layers, groups, *options)
+
+    def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
+        """Collective: rank 0's weights into this engine, and the model into its memory."""
+        self._core = core
+        self._built = True
+        self._settled = [
+            (flags, bool(group.get("momentum")))
+            for (flags, _), group in zip(groups, self.param_groups, strict=True)
+        ]
+        params = [p for group in self.param_groups for p in group["params"]]
+        names = [name for name, *_ in layers]
+        self._binding = Binding(core, params, names, self.world.workers, self._manner)
+        self._micro_batches.reset()
+        self._binding.copy_initial()
+        self._core.adopt(0)
+        self._binding.show(0)
+
+    def _describe(self) -> tuple[list[Any], list[Any]]:
+        """The engine's layers and groups."""
+        layers, groups, seen = [], [], set()
+        for g, group in enumerate(self.param_groups):
+            if switches := [s for s in FOREIGN_SWITCHES if group.get(s)]:
+                raise UsageError(f"extrapcomm's optimizers do not have {', '.join(switches)}")
+            names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
+            for name, param in zip(names, group["params"], strict=True):
+                if id(param) in seen:
+                    raise UsageError(f"parameter {name!r} is given twice")
+                seen.add(id(param))
+                form = form_of(param, f"parameter {name!r}")
+                layers.append((name, form.dtype, form.shape, form.strides, g))
+            numbers = self._rule.numbers(group, self.world.K)[:-1]
+            groups.append((self._rule.flag_bits(group), numbers))
+        return layers, groups
+
+    # -- Workers -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def worker(self, v: int) -> Iterator[None]:
+        """Within the context the model has the weights and gradients of this rank's worker v.
+
+        Args:
+            v: 0 <= v < world.workers.
+
+        Raises:
+            UsageError: for another v.
+        """
+        if not (isinstance(v, int) and 0 <= v < self.world.workers):
+            raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
+        before = self._binding.bound
+        self._switch(v)
+        self._micro_batches.saw(v)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, v: int) -> None:
+        if self._showing:
+            raise UsageError("worker() inside master_weights(): leave the context first")
+        self._binding.require_own_process()
+        if v != self._binding.bound:
+            if not self._to_adopt:
+                self._binding.require_own_weights()
+            self._binding.switch(v)
+            if self._to_adopt:
+                self._binding.copy_shown_to(v)
+                self._binding.record()
+
+    # -- Who writes the weights ----------------------------------------------------------------------------------
+
+    def _begin_loading(self) -> None:
+        """The model gets the master weights, if nobody else wrote into it; what is loaded then goes over them."""
+        if self._binding.bound != 0:
+            raise UsageError(
+                "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
+            )
+        if not self._to_adopt and self._binding.is_own():
+            self._core.show_master(0)
+            self._core.keep_master(0)
+            self._binding.mark_written()
+
+    def adopt(self) -> None:
+        """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
+
+        Raises:
+            UsageError: on every rank, if one is inside `worker()` or `master_weights()`, or if a parameter was
+                replaced by one of another shape or type.
+        """
+        self._require_open()
+        try:
+            if self._showing or self._binding.bound != 0:
+                raise UsageError("adopt() inside master_weights() or worker(): leave the context first")
+            self._binding.take_over()
+        except Exception as error:
+            self._core.complain(describe(error))
+            raise
+        self._adopt()
+
+    def _adopt(self) -> None:
+        self._core.adopt(0)
+        self._to_adopt = False
+        self._binding.mark_written()
+        self._binding.record()
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Let the model save and load the master weights.
+
+        Afterwards `model.state_dict()` gives the master weights, whatever the worker's displacement, so the usual
+        `torch.save(model.state_dict(), ...)` on rank 0 saves the right model; and after `model.load_state_dict()`,
+        which every rank must call, the next step adopts what was loaded.
+
+        Args:
+            model: any module that contains parameters of this optimizer.
+
+        Raises:
+            UsageError: if it contains none.
+        """
+        hooks.attach(self, model)
+
+    def master(self, i: int) -> torch.Tensor:
+        """A copy of the i-th parameter's master weights, float32 (float64 for float64). Not collective."""
+        return strided(self._core.read(i, 0), self._binding.params[i])
+
+    @contextmanager
+    def master_weights(self, write: bool = False) -> Iterator[None]:
+        """Within the context the model holds the master weights, the same on all ranks: evaluate and save here.
+
+        Afterwards it holds what it held before, bit for bit. Not collective: one rank may evaluate while the others
+        wait at the next step.
+
+        Args:
+            write: collective then: on leaving, rank 0's weights become the master weights of all.
+        """
+        self._require_open()
+        if self._showing:
+            raise UsageError("master_weights() is already open")
+        if self._to_adopt and write:
+            self.adopt()
+        if self._to_adopt:  # the model holds what the next step adopts
+            with self._binding.kept():
+                self._showing = True
+                try:
+                    yield
+                finally:
+                    self._showing = False
+            return
+        self._core.show_master(self._binding.bound)
+        self._showing = True
+        self._binding.mark_written()
+        try:
+            yield
+        except BaseException as error:
+            self._hide_master()
+            if write and not self._closed:
+                self._core.complain(f"master_weights(write=True) was left by {type(error).__name__}: {error}")
+            raise
+        if write and not self._closed:
+            self._core.keep_master(self._binding.bound)
+            self._showing = False
+            self._adopt()
+        else:
+            self._hide_master()
+
+    def _hide_master(self) -> None:
+        if not self._showing:
+            return  # closed meanwhile
+        self._showing = False
+        self._core.hide_master(self._binding.bound)
+        self._binding.mark_written()
+
+    def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
+        """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.
+
+        Args:
+            model: whose buffers.
+            how: "broadcast" takes rank 0's; "average" takes the mean of floating-point ones, rank 0's of the others.
+
+        Raises:
+            UsageError: for another `how`.
+        """
+        hooks.sync_buffers(self.world, model, how)
+
+    # -- Its end -------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the master weights in the model and end this rank's part. Idempotent, not collective.
+
+        Weights that were loaded or written and not adopted yet stay as they are.
+        """
+        if self._closed:
+            return
+        if self._showing:
+            self._hide_master()
+        if self._binding.bound != 0:
+            self._binding.show(0)
+        self._binding.remove_hooks()
+        self._closed = True
+        with self._binding.kept() if self._to_adopt else nullcontext():
+            self._core.close()
+        bump_versions(self._binding.params)
+        if self._owns_world:
+            self.world.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._closed
+
+    @property
+    def adoption_pending(self) -> bool:
+        """Whether the model has loaded weights that the next step adopts; it holds them already."""
+        return self._to_adopt
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("this optimizer is closed")
+        self._binding.require_own_process()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError("an extrapcomm optimizer cannot be copied or pickled; make one in each rank")
+
+    def __getstate__(self) -> Any:
+        self.__reduce_ex__(0)
