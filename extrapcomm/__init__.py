@@ -15,7 +15,7 @@ from .world import World
 
 if TYPE_CHECKING:
     from .amp import GradScaler
-    from .optim import LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapSGD
+    from .optim import LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
 
 __all__ = [
     "LAMB",
@@ -29,6 +29,7 @@ __all__ = [
     "DeviceError",
     "Engine",
     "Error",
+    "ExtrapAdam",
     "ExtrapSGD",
     "GradScaler",
     "MismatchError",
@@ -43,7 +44,7 @@ __all__ = [
     "reduce_scatter",
 ]
 
-_OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW", "LARS", "LAMB", "LANS")
+_OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "LAMB", "LANS")
 
 
 def __getattr__(name: str) -> Any:

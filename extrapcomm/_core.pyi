@@ -35,6 +35,13 @@ class Team:
     def farewell(self, rank: int) -> str: ...
     def leave(self, reason: str = "") -> None: ...
 
+class Observe:
+    nothing: Observe
+    before: Observe
+    along: Observe
+
+Revise = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+
 class Engine:
     steps: int
     slots: int
@@ -45,7 +52,7 @@ class Engine:
         layers: Sequence[tuple[str, str, Sequence[int], Sequence[int], int]],
         groups: Sequence[tuple[int, Sequence[float]]],
         rule: str,
-        extrapolation: str,
+        extrapolation: tuple[str, bool, bool, int],
         tile: int,
         version: str,
         streaming: bool | None = None,
@@ -71,7 +78,9 @@ class Engine:
         divisor: float = 1.0,
         max_norm: float = 0.0,
         skip_nonfinite: bool = False,
-    ) -> tuple[float | None, bool]: ...
+        observe: Observe = ...,
+        revise: Revise | None = None,
+    ) -> tuple[float | None, bool, list[float]]: ...
     def complain(self, complaint: str) -> None: ...
     def show_master(self, worker: int) -> None: ...
     def hide_master(self, worker: int) -> None: ...

@@ -43,7 +43,7 @@ class BoundOptimizer(torch.optim.Optimizer):
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
-        options = (self.RULE, self._rule.extrapolation, self._tile, __version__)
+        options = (self.RULE, self._rule.extrapolation.for_core(), self._tile, __version__)
         return Core(self.world.team, layers, groups, *options)
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:

@@ -12,7 +12,7 @@ from . import _core
 from ._version import __version__
 from .arrays import copy_into, form_of, look_at, require_visible
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule, check_max_norm, check_tile
+from .hyper import Extrapolation, InnerRate, Rule, check_max_norm, check_tile
 from .world import World
 
 __all__ = ["Engine"]
@@ -43,9 +43,11 @@ class Engine:
         world: the ranks and workers that train together.
         weights: one array, a sequence of arrays, or a dict of them (NumPy, torch or DLPack), float32, float64,
             bfloat16 or float16. They are copied; train on `engine.weights`.
-        rule: "sgd" or "adam".
-        extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient) or "global" (the last mean).
+        rule: "sgd", "adam", "lars", ...: any of docs/algorithms.md.
+        extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient), "global" (the last mean),
+            "anisotropic" (own less mean), or random: "gaussian", "uniform", "filter".
         inner_lr: the inner learning rate: a number, "lr", "lr/K", or a function of lr.
+        displacement, inner_clip, noise, seed: see `SGD`.
         tile: how many elements go through all stages before the next ones; results do not depend on it.
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
             the same factor; the step then takes a second pass over memory.
@@ -82,6 +84,10 @@ class Engine:
         *,
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
+        displacement: str = "preconditioned",
+        inner_clip: bool = True,
+        noise: float = 1.0,
+        seed: int = 0,
         tile: int = 512,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -97,7 +103,8 @@ class Engine:
         self.skipped = False
         error: Exception | None = None
         try:
-            self._rule = Rule(rule, extrapolation)
+            kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
+            self._rule = Rule(rule, kind)
             self._names, arrays = _flatten(weights)
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
@@ -113,7 +120,7 @@ class Engine:
         self._has_momentum = bool(self._group.get("momentum"))
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
         groups = [(self._flags, numbers)]
-        options = (rule, extrapolation, tile, __version__, streaming)
+        options = (rule, kind.for_core(), tile, __version__, streaming)
         self._core = _core.Engine(world.team, layers, groups, *options)
         self._structure = weights
         self._closed = False
@@ -183,11 +190,13 @@ class Engine:
                 raise UsageError(
                     "step_unfused() has no max_grad_norm, no skip_nonfinite and no rule with trust ratios"
                 )
+            if not (fused or self._rule.has_stages_of_its_own):
+                raise UsageError("step_unfused() has no preconditioned and no random displacement")
             table = self._rule.table([group], self.world.K)
         except Exception as error:
             self._core.complain(describe(error))
             raise
-        self.grad_norm, self.skipped = self._core.step(
+        self.grad_norm, self.skipped, _ = self._core.step(
             table, self._present, fused, divisor, self.max_grad_norm or 0.0, self.skip_nonfinite
         )
         self._group = group

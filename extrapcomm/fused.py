@@ -10,7 +10,7 @@ import torch
 from .binding import MANNERS
 from .checkpoint import Checkpoints
 from .errors import UsageError, describe
-from .hyper import InnerRate, Rule, check_max_norm, check_tile
+from .hyper import Extrapolation, InnerRate, Rule, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .world import World, log
 
@@ -50,6 +50,10 @@ class FusedOptimizer(Checkpoints):
         *,
         extrapolation: str = "none",
         inner_lr: InnerRate = "lr/K",
+        displacement: str = "preconditioned",
+        inner_clip: bool = True,
+        noise: float = 1.0,
+        seed: int = 0,
         world: World | None = None,
         tile: int = 512,
         max_grad_norm: float | None = None,
@@ -74,14 +78,16 @@ class FusedOptimizer(Checkpoints):
         self.skipped = False
         error: Exception | None = None
         try:
-            self._rule = Rule(self.RULE, extrapolation)
+            self._rule = Rule(
+                self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
+            )
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)
             check_max_norm(max_grad_norm)
             own = (("accumulation", accumulation, ("mean", "sum")), ("gradients", gradients, MANNERS))
             for name, value, allowed in (*choices, *own):
-                _check_choice(name, value, allowed)
+                check_choice(name, value, allowed)
         except Exception as caught:
             error = caught
         self.world.agree(error, type(self).__name__)
@@ -128,7 +134,7 @@ class FusedOptimizer(Checkpoints):
             raise
         self._warn_of_mistakes()
         max_norm = self.max_grad_norm or 0.0
-        self.grad_norm, self.skipped = self._core.step(
+        self.grad_norm, self.skipped, _ = self._core.step(
             table, self._binding.present, True, divisor, max_norm, skip
         )
         self._micro_batches.reset()
@@ -230,8 +236,3 @@ class FusedOptimizer(Checkpoints):
     def last_step_seconds(self) -> float:
         """How long the last step took inside the compiled part, in seconds, waiting included."""
         return self._core.last_step_seconds
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -11,32 +12,71 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import UsageError
 
-__all__ = ["InnerRate", "Rule", "check_max_norm", "check_tile"]
+__all__ = ["Extrapolation", "InnerRate", "Rule", "check_choice", "check_max_norm", "check_tile"]
 
 InnerRate = float | str | Callable[[float], float]
+
+RANDOM = ("gaussian", "uniform", "filter")
+DISPLACEMENTS = ("preconditioned", "raw")
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """What displaces the weights between steps, beside each group's inner learning rate.
+
+    Attributes:
+        name: one of `_core.extrapolations()`.
+        displacement: "preconditioned" measures gradients in units of the rule's steps, "raw" in their own.
+        inner_clip: whether a gradient that displaces is clipped as the step is.
+        noise: scale of random displacements.
+        seed: of random displacements, alike on all ranks.
+
+    Raises:
+        UsageError: for values that cannot be.
+    """
+
+    name: str
+    displacement: str = "preconditioned"
+    inner_clip: bool = True
+    noise: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in _core.extrapolations():
+            raise UsageError(
+                f"there is no extrapolation {self.name!r}; there are {', '.join(_core.extrapolations())}"
+            )
+        check_choice("displacement", self.displacement, DISPLACEMENTS)
+        _number("noise", self.noise)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed must be a whole number from 0 to 2**64 - 1, not {self.seed!r}")
+
+    def rate(self, inner: float) -> float:
+        """What a direction is multiplied with."""
+        return inner * self.noise if self.name in RANDOM else inner
+
+    def for_core(self) -> tuple[str, bool, bool, int]:
+        """As the engine takes it."""
+        return self.name, self.displacement == "preconditioned", bool(self.inner_clip), self.seed
 
 
 class Rule:
     """One of the library's rules with its list of hyper-parameters; `betas` stands for beta1, beta2, ..."""
 
-    def __init__(self, name: str, extrapolation: str) -> None:
+    def __init__(self, name: str, extrapolation: Extrapolation) -> None:
         rules = _core.rules()
         if name not in rules:
             raise UsageError(f"there is no rule {name!r}; there are {', '.join(sorted(rules))}")
-        if extrapolation not in _core.extrapolations():
-            raise UsageError(
-                f"there is no extrapolation {extrapolation!r}; there are {', '.join(_core.extrapolations())}"
-            )
-        if extrapolation != "none" and not rules[name]["extrapolates"]:
-            raise UsageError(
-                f"rule {name!r} cannot be extrapolated; use extrapolation='none' or another rule"
-            )
         self.name = name
         self.extrapolation = extrapolation
         self.parameters: dict[str, float] = rules[name]["parameters"]
         self.flags: list[str] = rules[name]["flags"]
         self.slots: list[str] = rules[name]["slots"]
         self.measures: int = rules[name]["measures"]
+        scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
+        self.has_stages_of_its_own = extrapolation.name == "none" or (
+            not scaled and extrapolation.name not in RANDOM
+        )
 
     def presets(self) -> dict[str, Any]:
         """The rule's own values, under the names that users know."""
@@ -63,11 +103,11 @@ class Rule:
     def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
         if isinstance(inner, str) and inner not in ("lr", "lr/K"):
             raise UsageError(f"inner_lr must be a number, a function of lr, 'lr' or 'lr/K', not {inner!r}")
-        if self.extrapolation == "none":
+        if self.extrapolation.name == "none":
             return 0.0
         if isinstance(inner, str):
-            return lr if inner == "lr" else lr / workers
-        return _number("inner_lr", inner(lr) if callable(inner) else inner)
+            return self.extrapolation.rate(lr if inner == "lr" else lr / workers)
+        return self.extrapolation.rate(_number("inner_lr", inner(lr) if callable(inner) else inner))
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
         """All groups' numbers in one array."""
@@ -81,6 +121,12 @@ class Rule:
             raise UsageError(
                 "the engine was built without momentum and has no buffer for it; build a new one"
             )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """UsageError if this is none of the choices."""
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def check_max_norm(value: Any) -> None:

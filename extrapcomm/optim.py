@@ -9,7 +9,7 @@ from .world import World
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LAMB", "LANS", "LARS", "SGD", "Adam", "AdamW", "ExtrapSGD"]
+__all__ = ["LAMB", "LANS", "LARS", "SGD", "Adam", "AdamW", "ExtrapAdam", "ExtrapSGD"]
 
 
 class Options(TypedDict, total=False):
@@ -17,6 +17,10 @@ class Options(TypedDict, total=False):
 
     extrapolation: str
     inner_lr: InnerRate
+    displacement: str
+    inner_clip: bool
+    noise: float
+    seed: int
     world: World | None
     tile: int
     max_grad_norm: float | None
@@ -39,9 +43,17 @@ class SGD(FusedOptimizer):
         weight_decay: coefficient of the decay, added to the gradient unless decoupled.
         nesterov: Nesterov momentum; needs momentum and no dampening.
         decoupled_weight_decay: shrink the weights themselves by lr * weight_decay.
-        extrapolation: "none", "local" (each worker's own last gradient) or "global" (the last mean gradient).
+        extrapolation: "none", "local" (each worker's own last gradient), "global" (the last mean gradient),
+            "anisotropic" (own less mean), or random for each worker and step: "gaussian", "uniform" in [-1, 1), or
+            "filter" (gaussian, as long as the filter of new weights that it displaces: the weights of one output, so
+            of parameters with two or more dimensions; others take inner_lr=0).
         inner_lr: inner learning rate of the extrapolation: a number, "lr", "lr/K", or a function of lr. The point
             published at the end of a step uses that step's lr.
+        displacement: "preconditioned": gradients displace in units of the rule's steps, so divided by Adam's
+            denominator and multiplied by a trust ratio, if the rule has them; "raw": in their own units.
+        inner_clip: with max_grad_norm, gradients displace with the same coefficient; False: unclipped.
+        noise: scale of random displacements.
+        seed: of random displacements, alike on all ranks.
         world: a World; one over MPI.COMM_WORLD by default.
         tile: elements that go through all stages before the next ones; results do not depend on it.
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
@@ -109,7 +121,7 @@ class Adam(FusedOptimizer):
         eps: added to the denominator.
         weight_decay: coefficient of the decay, added to the gradient unless decoupled.
         decoupled_weight_decay: shrink the weights themselves by lr * weight_decay (AdamW).
-        options: see `SGD`; `extrapolation` can only be "none".
+        options: see `SGD`.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -155,6 +167,19 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
 
 
+class ExtrapAdam(Adam):
+    """Adam whose workers extrapolate with their own last gradient, divided by Adam's denominator.
+
+    Worker k's next gradient is taken at w - inner_lr * g_k / (sqrt(v) + eps), where v is the bias-corrected second
+    moment that all share; `displacement="raw"` leaves the gradient as it is.
+
+    Source: Extrapolation for Large-batch Training in Deep Learning (ICML 2020).
+    """
+
+    def __init__(self, params: Params, *args: Any, extrapolation: str = "local", **kwargs: Any) -> None:
+        super().__init__(params, *args, extrapolation=extrapolation, **kwargs)
+
+
 class LARS(FusedOptimizer):
     """LARS: momentum SGD in which every layer's rate is multiplied by trust_coefficient |w| / (|g| + weight_decay |w|).
 
@@ -171,7 +196,7 @@ class LARS(FusedOptimizer):
         adapt: False takes the ratio 1.
         trust: where the ratio stands: "paper" (with lr in the buffer), "inside" (in the buffer without lr, as timm and
             apex), or "outside" (applied to the buffer).
-        options: see `SGD`; `extrapolation` can only be "none".
+        options: see `SGD`.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -223,7 +248,7 @@ class LAMB(FusedOptimizer):
         adapt: False takes the ratio 1.
         coupled_weight_decay: add the decay to the gradient instead.
         always_adapt: also where there is no decay; otherwise such groups take the ratio 1, as in apex.
-        options: see `SGD`; `extrapolation` can only be "none".
+        options: see `SGD`.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -270,7 +295,7 @@ class LANS(FusedOptimizer):
         eps: added to the denominators.
         weight_decay: coefficient of the decay.
         adapt: False takes the ratio 1.
-        options: see `SGD`; `extrapolation` can only be "none".
+        options: see `SGD`.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.

@@ -54,7 +54,9 @@ def rounded(x: Array, dtype: str) -> Array:
     return np.where(np.isnan(x), x, bits.astype(np.uint32).view(np.float32)).astype(x.dtype)
 
 
-# --- rules: (w, mean gradient, slots, number of this step of the layer from 1, hyper) -> (w, slots)
+# --- rules: (w, mean gradient, slots, number of this step of the layer from 1, hyper) -> (w, slots, factor)
+#
+# The factor is what a gradient is multiplied with to displace weights in units of the rule's steps.
 
 
 def sgd(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
@@ -64,10 +66,10 @@ def sgd(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array
     elif h["weight_decay"]:
         g = g + h["weight_decay"] * w
     if not h["momentum"]:
-        return w - h["lr"] * g, slots
+        return w - h["lr"] * g, slots, 1
     buf = g if t == 1 else h["momentum"] * slots[0] + (1 - h["dampening"]) * g
     d = g + h["momentum"] * buf if h["nesterov"] else buf
-    return w - h["lr"] * d, [buf]
+    return w - h["lr"] * d, [buf], 1
 
 
 def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
@@ -80,7 +82,8 @@ def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
         g = g + h["weight_decay"] * w
     m = b1 * slots[0] + (1 - b1) * g
     v = b2 * slots[1] + ((1 - b2) * g) * g
-    return w - (h["lr"] / bc1) * (m / (np.sqrt(v) * (1 / math.sqrt(bc2)) + h["eps"])), [m, v]
+    denominator = np.sqrt(v) * (1 / math.sqrt(bc2)) + h["eps"]
+    return w - (h["lr"] / bc1) * (m / denominator), [m, v], 1 / denominator
 
 
 def square_sum(x: Array, begin: int) -> float:
@@ -111,12 +114,12 @@ def lars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     d = g + decay * w
     if h["trust_outside"]:
         buf = h["momentum"] * slots[0] + d
-        return w - (h["lr"] * trust) * buf, [buf]
+        return w - (h["lr"] * trust) * buf, [buf], trust
     if h["trust_in_buffer"]:
         buf = h["momentum"] * slots[0] + trust * d
-        return w - h["lr"] * buf, [buf]
+        return w - h["lr"] * buf, [buf], trust
     buf = h["momentum"] * slots[0] + (h["lr"] * trust) * d
-    return w - buf, [buf]
+    return w - buf, [buf], trust
 
 
 def lamb(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
@@ -126,20 +129,22 @@ def lamb(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
         g = g + h["weight_decay"] * w
     m = b1 * slots[0] + (1 - b1) * g
     v = b2 * slots[1] + ((1 - b2) * g) * g
-    u = (m * (1 / (1 - b1**t))) / (np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"])
+    denominator = np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"]
+    u = (m * (1 / (1 - b1**t))) / denominator
     if not h["coupled_weight_decay"]:
         u = u + h["weight_decay"] * w
     w_norm, u_norm = math.sqrt(h["square_sum"](w)), math.sqrt(h["square_sum"](u))
     adapts = h["adapt"] and (h["always_adapt"] or h["weight_decay"])
     trust = w_norm / u_norm if adapts and w_norm and u_norm else 1.0
-    return w - (h["lr"] * trust) * u, [m, v]
+    return w - (h["lr"] * trust) * u, [m, v], w.dtype.type(trust) / denominator
 
 
 def lans(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
     """LANS (2006.13484), Algorithm 2."""
     b1, b2 = h["betas"]
     g_norm = math.sqrt(h["square_sum"](g))
-    g = g * (1 / (g_norm + h["eps"]) if g_norm else 1.0)
+    unit = w.dtype.type(1 / (g_norm + h["eps"]) if g_norm else 1.0)
+    g = g * unit
     m = b1 * slots[0] + (1 - b1) * g
     v = b2 * slots[1] + ((1 - b2) * g) * g
     d = np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"]
@@ -147,16 +152,17 @@ def lans(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     q = g / d + h["weight_decay"] * w
     w_square, p_square, q_square = (h["square_sum"](x) for x in (w, p, q))
 
-    def rate(share, square):
+    def ratio(square):
         adapts = h["adapt"] and w_square and square
-        return h["lr"] * share * (math.sqrt(w_square) / math.sqrt(square) if adapts else 1.0)
+        return math.sqrt(w_square) / math.sqrt(square) if adapts else 1.0
 
-    return w - (rate(b1, p_square) * p + rate(1 - b1, q_square) * q), [m, v]
+    step = (h["lr"] * b1 * ratio(p_square)) * p + (h["lr"] * (1 - b1) * ratio(q_square)) * q
+    return w - step, [m, v], w.dtype.type(float(unit) * ratio(q_square)) / d
 
 
 @dataclass(frozen=True)
 class Rule:
-    update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array]]]
+    update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array], Any]]
     slots: int
     defaults: Hyper
     cases: dict[str, Hyper]  # the hyper-parameters under which the tests compare it
@@ -246,13 +252,14 @@ RULES = {
     ),
 }
 
-# --- extrapolations: (local gradient of worker k, mean gradient) -> zeta of x_k = w - inner_lr * zeta
+# --- extrapolations: (rate of the own gradient, of what all share, the two) -> the displacement of x_k
 
 
-EXTRAPOLATIONS: dict[str, Callable[[Array, Array], Array] | None] = {
+EXTRAPOLATIONS: dict[str, Callable[[float, float, Array, Array], Array] | None] = {
     "none": None,
-    "local": lambda local, mean: local,
-    "global": lambda local, mean: mean,
+    "local": lambda own_rate, rate, own, mean: own_rate * own,
+    "global": lambda own_rate, rate, own, mean: rate * mean,
+    "anisotropic": lambda own_rate, rate, own, mean: own_rate * own - rate * mean,
 }
 
 
@@ -272,7 +279,7 @@ class ReferenceEngine:
     """
 
     def __init__(self, weights, K, rule="sgd", extrapolation="none", inner_lr="lr/K", dtype="float64",
-                 precision=None, groups=None, **hyper):  # fmt: skip
+                 precision=None, groups=None, displacement="preconditioned", inner_clip=True, **hyper):  # fmt: skip
         self.K, self.rule, self.extrapolation, self.inner_lr = K, RULES[rule], extrapolation, inner_lr
         self.dtypes = [dtype] * len(weights) if isinstance(dtype, str) else dtype
         self.T = np.dtype(precision or WORKING[self.dtypes[0]])
@@ -280,6 +287,7 @@ class ReferenceEngine:
         self.x = [list(self.w) for _ in range(K)]
         self.slots = [[np.zeros_like(w)] * self.rule.slots for w in self.w]
         self.t = [0] * len(self.w)
+        self.displacement, self.inner_clip = displacement, inner_clip
         self.hyper = self.rule.defaults | hyper
         self.groups = groups or [{}] * len(self.w)
         padded = [(w.size + 31) // 32 * 32 for w in self.w]
@@ -302,18 +310,24 @@ class ReferenceEngine:
         mean = tree_mean(local, self.divisor)
         mean = mean * self.clip if self.clip != 1 else mean
         self.t[layer] += 1
-        w, slots = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
+        w, slots, factor = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
         self.w[layer], self.slots[layer] = w, slots
+        factor = factor if self.displacement == "preconditioned" else 1
         for k in range(self.K):
-            self.x[k][layer] = rounded(self.displaced(w, local[k], mean, h["lr"]), self.dtypes[layer])
+            x = self.displaced(w, local[k], mean, factor, h["lr"])
+            self.x[k][layer] = rounded(x, self.dtypes[layer])
 
-    def displaced(self, w, local, mean, lr):
+    def displaced(self, w, local, mean, factor, lr):
         rate = inner_rate(self.inner_lr, lr, self.K)
-        if self.extrapolation == "local":
-            rate = float(self.T.type(float(self.T.type(rate / self.divisor)) * self.clip))
         if self.extrapolation == "none" or rate == 0:
             return w
-        return w - rate * EXTRAPOLATIONS[self.extrapolation](local, mean)
+        own, shared = self.T.type(rate / self.divisor), self.T.type(rate)
+        if self.inner_clip:
+            own = self.T.type(float(own) * self.clip)
+        else:
+            shared = self.T.type(float(shared) / self.clip)
+        d = EXTRAPOLATIONS[self.extrapolation](own, shared, local, mean)
+        return w - d * factor
 
 
 def assert_same_bits(got, wanted, what="array"):

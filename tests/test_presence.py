@@ -18,8 +18,7 @@ OPTIONS = {
 KINDS = [
     (kind, extrapolation)
     for kind, (rule, _) in OPTIONS.items()
-    for extrapolation in xc._core.extrapolations()
-    if extrapolation == "none" or xc._core.rules()[rule]["extrapolates"]
+    for extrapolation in ("none", "local", "global", "anisotropic")
 ]
 PATTERNS = {
     "never": lambda step, k, K: False,

@@ -1,5 +1,6 @@
 #include "engine/engine.hpp"
 
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -37,13 +38,17 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
   return groups;
 }
 
+// (name, in units of the rule's steps, clipped, seed)
+using ExtrapolationTuple = std::tuple<std::string, bool, bool, std::uint64_t>;
+
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
-                                    const std::string& rule, const std::string& extrapolation,
+                                    const std::string& rule, const ExtrapolationTuple& extrapolation,
                                     std::int64_t tile, const std::string& version,
                                     std::optional<bool> streaming) {
   const auto specs = layers_from(layers);
-  const EngineOptions options{rule, extrapolation, groups_from(groups), tile, streaming, version};
+  const auto& [name, scaled, clipped, seed] = extrapolation;
+  const EngineOptions options{rule, {name, scaled, clipped, seed}, groups_from(groups), tile, streaming, version};
   const py::gil_scoped_release nogil;
   return Engine::create(std::move(team), specs, options);
 }
@@ -70,21 +75,44 @@ py::array read(const Engine& engine, std::size_t layer, int slot) {
   return out;
 }
 
-// The norm of the mean gradient if the step measured it, and whether it was skipped.
-std::pair<std::optional<double>, bool> step(Engine& engine, const Doubles& hyper, const Bytes& present,
-                                            bool fused, double divisor, double max_norm,
-                                            bool skip_nonfinite) {
+// A Python function of hyper-parameters and statistics, for the engine, which calls it without the lock.
+using Revise = std::function<Doubles(Doubles, Doubles)>;
+
+Doubles array_of(std::span<const double> numbers) {
+  return Doubles(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+}
+
+auto unlocked(const Revise& revise) {
+  return [&revise](std::span<const double> hyper, std::span<const double> sums) {
+    const py::gil_scoped_acquire gil;
+    const Doubles revised = revise(array_of(hyper), array_of(sums));
+    if (revised.size() != static_cast<py::ssize_t>(hyper.size()))
+      throw UsageError("revised hyper-parameters must be as many as before");
+    const auto numbers = span_of(revised);
+    return std::vector<double>(numbers.begin(), numbers.end());
+  };
+}
+
+// (the norm of the mean gradient if the step was to know it, whether it was skipped, its statistics)
+using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
+
+OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
+                  double max_norm, bool skip_nonfinite, Observe observe, const std::optional<Revise>& revise) {
   const auto layers = py::ssize_t(engine.plan().layers.size());
   if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
       present.size() != layers * engine.team().workers_per_rank())
     throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
-  const Engine::Step arguments{span_of(hyper), span_of(present), fused, divisor, max_norm, skip_nonfinite};
+  if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
+  Engine::Step arguments{span_of(hyper),  span_of(present), fused, divisor, max_norm,
+                         skip_nonfinite, observe,          {}};
+  if (revise) arguments.revise = unlocked(*revise);
   Engine::Outcome outcome;
   {
     const py::gil_scoped_release nogil;
     outcome = engine.step(arguments);
   }
-  return {arguments.measures() ? std::optional(outcome.norm) : std::nullopt, outcome.skipped};
+  return {arguments.wants_norm() ? std::optional(outcome.norm) : std::nullopt, outcome.skipped,
+          outcome.statistics};
 }
 
 void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
@@ -132,6 +160,10 @@ std::vector<std::tuple<std::int64_t, std::int64_t, int>> segments(const Engine& 
 
 void register_engine_class(py::module_& module) {
   using Free = py::call_guard<py::gil_scoped_release>;
+  py::enum_<Observe>(module, "Observe")
+      .value("nothing", Observe::nothing)
+      .value("before", Observe::before)
+      .value("along", Observe::along);
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
@@ -153,7 +185,8 @@ void register_engine_class(py::module_& module) {
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
-           py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false)
+           py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
+           py::arg("observe") = Observe::nothing, py::arg("revise") = py::none())
       .def("complain", &Engine::complain, Free())
       .def(
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())

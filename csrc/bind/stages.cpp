@@ -17,8 +17,8 @@ py::dict describe_rules() {
     rule["parameters"] = parameters;
     rule["flags"] = std::vector<std::string>(family.flags.begin(), family.flags.end());
     rule["slots"] = std::vector<std::string>(family.slot_names.begin(), family.slot_names.end());
-    rule["extrapolates"] = family.extrapolates;
     rule["measures"] = family.measures;
+    rule["factor"] = family.has_factor;
     rules[py::str(std::string(family.name))] = rule;
   }
   return rules;
@@ -52,7 +52,9 @@ void register_stages(py::module_& module) {
   });
   module.def("rules", &describe_rules, "Rule name to its hyper-parameters with presets, flags and slots.");
   module.def("extrapolations", [] {
-    return std::vector<std::string>(AllExtrapolations::kNames.begin(), AllExtrapolations::kNames.end());
+    std::vector<std::string> names;
+    for (const Extrapolation& extrapolation : kExtrapolations) names.emplace_back(extrapolation.name);
+    return names;
   });
   module.def("f16_to_f32", &widened<F16>);
   module.def("f32_to_f16", &narrowed<F16>);

@@ -13,8 +13,8 @@ std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid
 
 }  // namespace
 
-ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,
-                         std::size_t control_bytes)
+ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, int sums,
+                         std::int64_t tile, std::size_t control_bytes)
     : first_worker_(static_cast<std::size_t>(first_worker)),
       workers_(static_cast<std::size_t>(workers)),
       stride_(round_up(static_cast<std::size_t>(plan.bytes), kPage) + 5 * kPage),
@@ -26,9 +26,9 @@ ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int sl
   std::size_t end = undo_offset_ + workers_ * undo_bytes_;
   for (std::size_t v = 0; v < workers_; ++v) {
     const Segment& segment = plan.segments[static_cast<std::size_t>(first_worker) + v];
-    norms_offset_.push_back(round_up(end, kLine));
-    end = norms_offset_[v] +
-          std::size_t{kSumSets} * kMaxSums * (cells_of(plan, segment).size() - 1) * sizeof(double);
+    sums_offset_.push_back(round_up(end, kLine));
+    end = sums_offset_[v] + std::size_t{kSumSets} * static_cast<std::size_t>(sums) *
+                                (cells_of(plan, segment).size() - 1) * sizeof(double);
     shard_offset_.push_back(round_up(end, kPage) + kPage / 2 + 2 * kLine);
     shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kPage) + kPage / 4);
     end = shard_offset_[v] + slot_count_ * shard_bytes_[v];

@@ -17,11 +17,15 @@ namespace xc {
 // Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
 // do not all fall into the same sets of the cache.
 
+// Passes that sum take two sets of arrays in turn: a fast rank writes the next one while a slow one still
+// reads the last. A set begins with the statistics of the gradients, then come those that a rule measures.
 inline constexpr int kSumSets = 2;
+inline constexpr int kStatistics = 2;
 
 class ArenaLayout {
  public:
-  ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, std::int64_t tile,
+  // `slots` arrays of state, `sums` per set.
+  ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, int sums, std::int64_t tile,
               std::size_t control_bytes);
 
   std::size_t views_bytes() const { return 2 * workers_ * stride_; }
@@ -31,7 +35,7 @@ class ArenaLayout {
   std::size_t state_bytes() const { return state_bytes_; }
   // Slot 0 is W itself, slots 1.. are the rule's.
   std::size_t master(std::size_t worker, std::size_t slot) const;
-  std::size_t norms(std::size_t worker) const { return norms_offset_[worker]; }
+  std::size_t sums(std::size_t worker) const { return sums_offset_[worker]; }
   std::size_t progress(std::size_t worker) const;
   std::size_t undo(std::size_t worker) const;
 
@@ -46,7 +50,7 @@ class ArenaLayout {
   std::size_t progress_offset_;
   std::size_t undo_offset_;
   std::size_t state_bytes_;
-  std::vector<std::size_t> norms_offset_;
+  std::vector<std::size_t> sums_offset_;
   std::vector<std::size_t> shard_offset_;
   std::vector<std::size_t> shard_bytes_;
 };

@@ -18,7 +18,7 @@ template <class T>
 class Arenas {
  public:
   // Collective.
-  Arenas(Team& team, const Plan& plan, int slots, std::int64_t tile, std::size_t control_bytes);
+  Arenas(Team& team, const Plan& plan, int slots, int sums, std::int64_t tile, std::size_t control_bytes);
 
   // Each rank's state mapping begins with its control memory.
   const Shared& control() const { return state_; }
@@ -32,11 +32,10 @@ class Arenas {
   std::span<const Shard<T>> shards() const { return shards_; }
   std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
 
-  // For worker k's shard and one of kMaxSums quantities, a sum of squares per cell. Passes that measure take
-  // two sets in turn: a fast rank writes the next one while a slow one still reads the last.
-  std::span<double> squares(std::size_t k, int quantity, int set) const {
-    const std::size_t cells = squares_[k].size() / (kSumSets * kMaxSums);
-    return squares_[k].subspan(static_cast<std::size_t>(set * kMaxSums + quantity) * cells, cells);
+  // Of worker k's shard, sum number `sum` of a set: a number per cell.
+  std::span<double> sums(std::size_t k, int sum, int set) const {
+    const std::size_t cells = all_sums_[k].size() / static_cast<std::size_t>(kSumSets * sums_);
+    return all_sums_[k].subspan(static_cast<std::size_t>(set * sums_ + sum) * cells, cells);
   }
   std::size_t first_worker() const { return first_worker_; }
 
@@ -50,12 +49,13 @@ class Arenas {
   std::size_t rank_;
   std::size_t first_worker_;
   std::size_t own_workers_;
+  int sums_;
   ArenaLayout layout_;
   Shared views_;
   Shared state_;
   Workers workers_;
   std::vector<Shard<T>> shards_;
-  std::vector<std::span<double>> squares_;
+  std::vector<std::span<double>> all_sums_;
 };
 
 }  // namespace xc

@@ -38,10 +38,10 @@ class EngineOf final : public Engine {
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
                                      options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
-        arenas_(*team, plan_, runs_.slots(), tile_,
+        arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
                 Exchange::control_bytes(names_.size(), plan_.layers.size())),
         exchange_(team, arenas_.control(), names_, plan_.layers.size()),
-        stepper_(plan_, arenas_, tile_,
+        stepper_(plan_, arenas_, runs_, tile_,
                  options.streaming.value_or(
                      exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
         updates_(plan_.layers.size(), 0),
@@ -76,7 +76,7 @@ class EngineOf final : public Engine {
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   void require_settled() const;
-  Outcome run(const Step& step, std::span<const std::uint8_t> present);
+  Outcome run(const Step& step, const LayerMarks& marks);
 
   Plan plan_;
   RunMaker<T> runs_;
@@ -141,6 +141,7 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
       }
     stepper_.publish(runs_.plain());
   });
+  stepper_.forget();
   for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
 }
 
@@ -178,8 +179,10 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
                            for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
                          Step agreed = step_of(posts[0].doubles());
                          agreed.fused = step.fused;
-                         outcome = run(agreed, present);
+                         agreed.revise = step.revise;
+                         outcome = run(agreed, {present, updates_});
                        });
+  stepper_.read_sums(step, {present, updates_}, outcome);
   if (!outcome.skipped)
     for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
   ++steps_;
@@ -188,11 +191,10 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
 }
 
 template <class T>
-Engine::Outcome EngineOf<T>::run(const Step& step, std::span<const std::uint8_t> present) {
-  auto runs = runs_.for_step(step, present, updates_);
+Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
   const auto meet = [&](bool touched) { exchange_.meet_between_passes(steps_ + 1, touched); };
-  if (step.fused) return stepper_.run(runs, step, runs_.measures(), meet);
-  stepper_.run_unfused(runs);
+  if (step.fused) return stepper_.run(step, marks, meet);
+  stepper_.run_unfused(step, marks);
   return {};
 }
 
@@ -260,8 +262,8 @@ void EngineOf<T>::close() {
 
 void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& options) {
   if (family_index(options.rule) < 0) throw UsageError("there is no rule '" + options.rule + "'");
-  if (extrapolation_index(options.extrapolation) < 0)
-    throw UsageError("there is no extrapolation '" + options.extrapolation + "'");
+  if (extrapolation_index(options.extrapolation.name) < 0)
+    throw UsageError("there is no extrapolation '" + options.extrapolation.name + "'");
   if (options.tile < 1) throw UsageError("tile must be at least one element");
   for (const LayerSpec& layer : layers)
     if (layer.group < 0 || layer.group >= static_cast<int>(options.groups.size()))

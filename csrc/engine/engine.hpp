@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -12,15 +13,26 @@
 
 namespace xc {
 
+// When statistics of the gradients are taken.
+enum class Observe { nothing, before, along };
+
 // One group of layers: its flags are fixed, its hyper-parameters may change every step.
 struct GroupSpec {
   unsigned flags = 0;
   std::vector<double> hyper;
 };
 
+// What displaces the weights, beside each group's inner rate.
+struct ExtrapolationOptions {
+  std::string name;
+  bool scaled = true;      // gradients in units of the rule's steps
+  bool clipped = true;     // gradients as the step's norm clips them
+  std::uint64_t seed = 0;  // of random displacements
+};
+
 struct EngineOptions {
   std::string rule;
-  std::string extrapolation;
+  ExtrapolationOptions extrapolation;
   std::vector<GroupSpec> groups;
   std::int64_t tile = 512;
   std::optional<bool>
@@ -91,11 +103,19 @@ class Engine {
     double max_norm = 0;
     // With a mean gradient that is not finite the step changes nothing on any rank.
     bool skip_nonfinite = false;
-    bool measures() const { return max_norm > 0 || skip_nonfinite; }
+    // Whether statistics of the gradients are taken: in a pass before the one that applies them, or along in
+    // that pass.
+    Observe observe = Observe::nothing;
+    // Gets the hyper-parameters that all ranks agreed on and, for each group, two sums of squares: the mean
+    // gradient's and that of all workers' gradients together; returns those the step shall take. Called with
+    // Observe::before, and by rules that revise, with the sum that they measured and zero.
+    std::function<std::vector<double>(std::span<const double>, std::span<const double>)> revise = {};
+    bool wants_norm() const { return max_norm > 0 || skip_nonfinite; }
   };
   struct Outcome {
     double norm = 0;  // of the mean gradient, unclipped; if the step measured it
     bool skipped = false;
+    std::vector<double> statistics;  // if the step observed them, as `revise` gets them
   };
   // Collective.
   virtual Outcome step(const Step& step) = 0;

@@ -14,8 +14,9 @@ void reduce_stage(const Workers& workers, const Tile<T>& tile) {
 }
 
 template <class T>
-void measure_stage(const Workers&, const Tile<T>& tile) {
-  tile.squares->add(tile.mean, tile.first, tile.count);
+void spread_stage(const Workers& workers, const Tile<T>& tile) {
+  tile.run->spread(workers.sources.data(), static_cast<int>(workers.sources.size()), tile.first_byte,
+                   tile.count, tile.run->own, tile.mean, tile.extra);
 }
 
 template <class T>
@@ -23,24 +24,75 @@ void clip_stage(const Workers&, const Tile<T>& tile) {
   for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] *= tile.run->clip;
 }
 
+template <class T>
+void mean_squares_stage(const Workers&, const Tile<T>& tile) {
+  tile.kept->statistics->add(
+      tile.first, tile.count,
+      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+        add_squares(tile.mean + offset, first, count, lanes);
+      });
+}
+
+// Of every worker's gradient, into lanes of its own from number `lane` on.
+template <class T>
+void add_own_squares(const Workers& workers, const Tile<T>& tile, CellSums& sums, int lane, T own, T decay) {
+  sums.add(tile.first, tile.count,
+           [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+             const std::int64_t byte = tile.first_byte + offset * tile.run->element_size;
+             double* to = lanes + lane * kLanes;
+             for (const std::byte* source : workers.sources) {
+               tile.run->own_squares(source + byte, own, decay, tile.w + offset, first, count, to);
+               to += kLanes;
+             }
+           });
+}
+
+template <class T>
+void worker_squares_stage(const Workers& workers, const Tile<T>& tile) {
+  add_own_squares(workers, tile, *tile.kept->statistics, 1, tile.run->own, T(0));
+}
+
+template <class T>
+void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
+  add_own_squares(workers, tile, *tile.kept->own_squares, 0, tile.run->own * tile.run->clip, tile.run->decay);
+}
+
 template <class T, int kMeasure>
-void layer_measure_stage(const Workers&, const Tile<T>& tile) {
+void measure_stage(const Workers&, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
-  kernel.measure[kMeasure](tile.run->scalars, tile.mean, tile.w, tile.slots, tile.quantities, tile.count);
-  for (int q = 0; q < kernel.sums[kMeasure]; ++q)
-    tile.squares[q].add(tile.quantities[q], tile.first, tile.count);
+  if (kernel.measures <= kMeasure) return;
+  tile.kept->measured->add(
+      tile.first, tile.count,
+      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+        T* slots[kMaxSlots];
+        for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
+        const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset, slots};
+        kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes);
+      });
 }
 
 template <class T>
 void apply_stage(const Workers&, const Tile<T>& tile) {
-  tile.run->apply(tile.run->scalars, tile.mean, tile.w, tile.slots, tile.count);
+  tile.run->kernel->apply(tile.run->scalars, tile.elements(), tile.count);
+}
+
+template <class T>
+void factor_stage(const Workers&, const Tile<T>& tile) {
+  const RuleKernel<T>& kernel = *tile.run->kernel;
+  if (kernel.factor) kernel.factor(tile.run->scalars, tile.elements(), tile.factor, tile.count);
+}
+
+template <class T>
+Displacement<T> displacement_of(const Workers& workers, const Tile<T>& tile, std::size_t worker) {
+  return {workers.own[worker] + tile.first_byte, tile.mean, tile.factor, tile.run->own_rate,
+          tile.run->shared_rate};
 }
 
 template <class T>
 void publish_stage(const Workers& workers, const Tile<T>& tile) {
   for (std::size_t k = 0; k < workers.targets.size(); ++k)
-    tile.run->publish(tile.w, tile.run->inner, workers.own[k] + tile.first_byte, tile.mean,
-                      workers.targets[k] + tile.first_byte, tile.count);
+    tile.run->publish(tile.w, displacement_of(workers, tile, k), workers.targets[k] + tile.first_byte,
+                      tile.count);
 }
 
 // Of what the next tile reads (every gradient, then the master weights and the slots) number `read`, as
@@ -63,7 +115,8 @@ void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, 
 // needed.
 template <class T>
 void stream_stage(const Workers& workers, const Tile<T>& tile) {
-  const std::int64_t masters = 1 + (tile.slots[0] != nullptr) + (tile.slots[1] != nullptr);
+  const std::int64_t masters =
+      1 + std::count_if(tile.slots, tile.slots + kMaxSlots, [](const T* slot) { return slot != nullptr; });
   const std::int64_t reads = static_cast<std::int64_t>(workers.sources.size()) + masters;
   const auto targets = static_cast<std::int64_t>(workers.targets.size());
   for (std::int64_t k = 0; k < targets; ++k) {
@@ -72,7 +125,7 @@ void stream_stage(const Workers& workers, const Tile<T>& tile) {
     for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
       look_ahead(workers, tile, read, i, ahead);
     const auto worker = static_cast<std::size_t>(k);
-    tile.run->stream(tile.w, tile.run->inner, workers.own[worker] + tile.first_byte, tile.mean,
+    tile.run->stream(tile.w, displacement_of(workers, tile, worker),
                      workers.targets[worker] + tile.first_byte, tile.count, ahead);
   }
   finish_streaming();
@@ -81,8 +134,7 @@ void stream_stage(const Workers& workers, const Tile<T>& tile) {
 template <class T>
 void displace_stage(const Workers& workers, const Tile<T>& tile) {
   for (std::size_t k = 0; k < workers.targets.size(); ++k)
-    tile.run->displace(tile.run->inner, workers.own[k] + tile.first_byte, tile.mean,
-                       workers.targets[k] + tile.first_byte, tile.count);
+    tile.run->displace(displacement_of(workers, tile, k), workers.targets[k] + tile.first_byte, tile.count);
 }
 
 template <class T>
@@ -95,42 +147,49 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.first_byte = run.byte_begin + (first - run.begin) * run.element_size;
   tile.count = count;
   tile.mean = kept.mean ? kept.mean + place : buffers.mean();
-  tile.squares = kept.squares;
-  for (int q = 0; q < kMaxSums; ++q) tile.quantities[q] = buffers.quantity(q);
+  tile.extra = buffers.extra();
+  tile.factor = buffers.factor();
+  tile.kept = &kept;
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
   for (int s = 0; s < kMaxSlots; ++s) tile.slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
   return tile;
 }
 
+template <class T>
+void add_gradient(Pass<T>& pass, Gradient gradient, Sums sums) {
+  if (gradient.needed) pass.push_back(&reduce_stage<T>);
+  if (gradient.spread) pass.push_back(&spread_stage<T>);
+  if (sums.mean) pass.push_back(&mean_squares_stage<T>);
+  if (sums.workers) pass.push_back(&worker_squares_stage<T>);
+  if (gradient.needed && gradient.clip) pass.push_back(&clip_stage<T>);
+}
+
+template <class T>
+void add_measures(Pass<T>& pass, Sums sums) {
+  static_assert(kMaxMeasures == 2);
+  if (sums.measure == 0) pass.push_back(&measure_stage<T, 0>);
+  if (sums.measure == 1) pass.push_back(&measure_stage<T, 1>);
+  if (sums.own_squares) pass.push_back(&own_squares_stage<T>);
+}
+
 }  // namespace
 
 template <class T>
-Pass<T> step_pass(bool streaming) {
-  return {&reduce_stage<T>, &apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
+Pass<T> summing_pass(Gradient gradient, Sums sums) {
+  Pass<T> pass;
+  add_gradient(pass, gradient, sums);
+  add_measures(pass, sums);
+  return pass;
 }
 
 template <class T>
-Pass<T> measure_pass() {
-  return {&reduce_stage<T>, &measure_stage<T>};
-}
-
-template <class T>
-Pass<T> clipped_pass(bool streaming) {
-  return {&reduce_stage<T>, &clip_stage<T>, &apply_stage<T>,
-          streaming ? &stream_stage<T> : &publish_stage<T>};
-}
-
-template <class T>
-Pass<T> layer_measure_pass(int measure) {
-  static_assert(kMaxMeasures == 2);
-  return {&reduce_stage<T>, &clip_stage<T>,
-          measure == 0 ? &layer_measure_stage<T, 0> : &layer_measure_stage<T, 1>};
-}
-
-template <class T>
-Pass<T> without_gradient_pass(bool streaming) {
-  return {&apply_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
+Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
+  Pass<T> pass = summing_pass<T>(gradient, sums);
+  pass.push_back(&apply_stage<T>);
+  if (publication.factor) pass.push_back(&factor_stage<T>);
+  pass.push_back(publication.streaming ? &stream_stage<T> : &publish_stage<T>);
+  return pass;
 }
 
 template <class T>
@@ -167,11 +226,8 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
 }
 
 #define XC_INSTANTIATE(T)                                                                         \
-  template Pass<T> step_pass<T>(bool);                                                            \
-  template Pass<T> measure_pass<T>();                                                             \
-  template Pass<T> clipped_pass<T>(bool);                                                         \
-  template Pass<T> layer_measure_pass<T>(int);                                                    \
-  template Pass<T> without_gradient_pass<T>(bool);                                                \
+  template Pass<T> summing_pass<T>(Gradient, Sums);                                               \
+  template Pass<T> step_pass<T>(Gradient, Sums, Publication);                                     \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \
   template Pass<T> load_pass<T>();                                                                \
   template Pass<T> sum_pass<T>(bool);                                                             \

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "comm/control.hpp"
-#include "engine/norms.hpp"
+#include "engine/cell_sums.hpp"
 #include "engine/plan.hpp"
 #include "stages/tables.hpp"
 
@@ -35,19 +35,23 @@ struct Run {
   std::int64_t end;
   std::int64_t byte_begin;  // of `begin` in a worker's memory
   std::int64_t element_size;
-  T scale;
-  T inner;
+  std::size_t layer;  // its first
+  T scale;            // makes the mean of the workers' sum
+  T own;              // makes a worker's term of the mean
   T clip;
-  bool by_own;                  // displaced by each worker's own gradient
-  bool by_mean;                 // displaced by the mean gradient
-  std::size_t layer;            // its first
+  T decay;  // that a worker's own norms count in
+  // What displaces the weights, and at which rates.
+  const Extrapolation* extrapolation;
+  T own_rate;
+  T shared_rate;
   const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
-  ApplyFn<T> apply;
+  SpreadFn<T> spread;
+  OwnSquaresFn<T> own_squares;
   PublishFn<T> publish;
   StreamFn<T> stream;
   DisplaceFn<T> displace;
-  alignas(kMaxScalarBytes) std::byte scalars[kMaxScalarBytes];
+  alignas(kLine) std::byte scalars[kMaxScalarBytes];
 };
 
 // One worker's part of the master weights and the rule's state; the pointers are to its first element.
@@ -62,8 +66,10 @@ struct Shard {
 // What passes may leave behind.
 template <class T>
 struct Kept {
-  T* mean = nullptr;              // the shard's reduced gradient, instead of in a buffer of the tile's size
-  SquareSums* squares = nullptr;  // as many as the pass sums quantities
+  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  CellSums* statistics = nullptr;   // squares of the mean gradient, then of each worker's
+  CellSums* measured = nullptr;     // what the rule measures
+  CellSums* own_squares = nullptr;  // of each worker's gradient, when the rule wants them one by one
 };
 
 template <class T>
@@ -75,9 +81,11 @@ struct Tile {
   T* w;
   T* slots[kMaxSlots];
   T* mean;
-  SquareSums* squares;
-  T* quantities[kMaxSums];
+  T* extra;
+  T* factor;
   T* scratch;
+  const Kept<T>* kept;
+  Elements<T> elements() const { return {mean, extra, w, slots}; }
 };
 
 template <class T>
@@ -85,21 +93,34 @@ using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
 template <class T>
 using Pass = std::vector<Stage<T>>;
 
-// A whole step. With `streaming` the weights are published past the cache.
+// How a pass comes by the mean gradient: not at all, with the spread of the workers' gradients beside it,
+// clipped.
+struct Gradient {
+  bool needed = true;
+  bool spread = false;
+  bool clip = false;
+};
+
+// What a pass sums beside the rest of its work.
+struct Sums {
+  bool mean = false;         // squares of the mean gradient
+  bool workers = false;      // squares of all workers' gradients
+  int measure = -1;          // a measure of the rule
+  bool own_squares = false;  // squares of each worker's gradient
+};
+
+// What the last pass of a step does with the weights.
+struct Publication {
+  bool streaming = false;  // past the cache
+  bool factor = false;     // displaced in units of the rule's steps
+};
+
+// Passes that only sum, before the one that applies the rule.
 template <class T>
-Pass<T> step_pass(bool streaming);
-// The two passes of a step in which the gradient's norm must be known first: reduce and sum the squares; then
-// reduce, clip, apply, publish.
+Pass<T> summing_pass(Gradient gradient, Sums sums);
+// A whole step, or its last pass.
 template <class T>
-Pass<T> measure_pass();
-template <class T>
-Pass<T> clipped_pass(bool streaming);
-// The passes of rules that measure layers: number `measure`, and the last, which leaves the gradient alone if
-// neither the rule nor a displacement looks at it.
-template <class T>
-Pass<T> layer_measure_pass(int measure);
-template <class T>
-Pass<T> without_gradient_pass(bool streaming);
+Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication);
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
 std::vector<Pass<T>> unfused_passes();
@@ -115,11 +136,12 @@ template <class T>
 class TileBuffers {
  public:
   TileBuffers(std::int64_t tile, int source_count)
-      : tile_(tile), memory_(allocate(tile * (1 + kMaxSums + reduce_scratch_tiles(source_count)))) {}
+      : tile_(tile), memory_(allocate(tile * (3 + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
   T* mean() { return memory_.get(); }
-  T* quantity(int q) { return memory_.get() + (1 + q) * tile_; }
-  T* scratch() { return memory_.get() + (1 + kMaxSums) * tile_; }
+  T* extra() { return memory_.get() + tile_; }
+  T* factor() { return memory_.get() + 2 * tile_; }
+  T* scratch() { return memory_.get() + 3 * tile_; }
 
  private:
   struct Free {

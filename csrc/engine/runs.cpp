@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/error.hpp"
+#include "engine/arena.hpp"
 
 namespace xc {
 namespace {
@@ -15,8 +16,9 @@ Run<T> plain_run(const Layer& layer) {
   run.byte_begin = layer.byte_begin;
   run.element_size = size_of(layer.spec.dtype);
   run.scale = T(1);
+  run.extrapolation = &kExtrapolations[0];
   run.reduce = reduce_kernel<T>(layer.spec.dtype);
-  run.publish = publish_kernel<T>(layer.spec.dtype, 0);
+  run.publish = publish_kernel<T>(layer.spec.dtype, Direction::none, false);
   return run;
 }
 
@@ -28,7 +30,7 @@ template <class T>
 RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker_count)
     : plan_(plan),
       family_(family_index(options.rule)),
-      extrapolation_(extrapolation_index(options.extrapolation)),
+      options_(options.extrapolation),
       worker_count_(worker_count) {
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   for (const GroupSpec& group : options.groups) {
@@ -36,7 +38,19 @@ RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker
     const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(group.flags, group.hyper));
     slots_ = std::max(slots_, kernel.slots);
     measures_ = std::max(measures_, kernel.measures);
+    measures_workers_ |= kernel.own_decay != nullptr;
   }
+}
+
+template <class T>
+bool RunMaker<T>::scaled() const {
+  const int index = extrapolation_index(options_.name);
+  return options_.scaled && kExtrapolations[static_cast<std::size_t>(index)].by_gradient();
+}
+
+template <class T>
+int RunMaker<T>::sums() const {
+  return kStatistics + (measures_ > 0 ? kMaxSums : 0) + (measures_workers_ ? worker_count_ : 0);
 }
 
 template <class T>
@@ -58,17 +72,28 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   if (kernel.slots > slots_)
     throw UsageError("the engine was built without the state arrays that this step needs");
   kernel.prepare(numbers, updates, run.scalars);
-  run.apply = kernel.apply;
   run.kernel = &kernel;
   run.clip = T(1);
   run.scale = T(1.0 / (worker_count_ * step.divisor));
-  run.inner = T(displaces_by_own(extrapolation_) ? own.back() / step.divisor : own.back());
-  const int extrapolation = run.inner != T(0) ? extrapolation_ : 0;
-  run.by_own = displaces_by_own(extrapolation);
-  run.by_mean = displaces_by_mean(extrapolation);
-  run.publish = publish_kernel<T>(spec.dtype, step.fused ? extrapolation : 0);
-  run.stream = stream_kernel<T>(spec.dtype, extrapolation);
-  run.displace = displace_kernel<T>(spec.dtype, extrapolation);
+  run.own = T(1.0 / step.divisor);
+  run.decay = kernel.own_decay ? kernel.own_decay(run.scalars) : T(0);
+  run.spread = spread_kernel<T>(spec.dtype);
+  run.own_squares = own_squares_kernel<T>(spec.dtype, run.decay != T(0));
+  set_displacement(run, spec, own.back(), step);
+}
+
+template <class T>
+void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double inner,
+                                   const Engine::Step& step) const {
+  const int wanted = T(inner) != T(0) ? extrapolation_index(options_.name) : 0;
+  run.extrapolation = &kExtrapolations[static_cast<std::size_t>(wanted)];
+  run.own_rate = T(inner / step.divisor);
+  run.shared_rate = T(inner);
+  const Direction direction = run.extrapolation->direction;
+  const bool scaled = options_.scaled && run.extrapolation->by_gradient() && run.kernel->factor;
+  run.publish = publish_kernel<T>(spec.dtype, step.fused ? direction : Direction::none, scaled);
+  run.stream = stream_kernel<T>(spec.dtype, direction, scaled);
+  run.displace = displace_kernel<T>(spec.dtype, direction);
 }
 
 template <class T>

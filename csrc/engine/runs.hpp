@@ -19,6 +19,13 @@ class RunMaker {
 
   // How many passes measure layers before the last one.
   int measures() const { return measures_; }
+  // Sums for each cell that a set needs.
+  int sums() const;
+  bool measures_workers() const { return measures_workers_; }
+  bool clips_displacement() const { return options_.clipped; }
+  // Whether displacements by gradients are in units of the rule's steps.
+  bool scaled() const;
+  std::size_t groups() const { return flags_.size(); }
   // State arrays that the hungriest group needs.
   int slots() const { return slots_; }
 
@@ -33,13 +40,15 @@ class RunMaker {
 
  private:
   void set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step, std::int64_t updates) const;
+  void set_displacement(Run<T>& run, const LayerSpec& spec, double inner, const Engine::Step& step) const;
 
   const Plan& plan_;
   int family_;
-  int extrapolation_;
+  ExtrapolationOptions options_;
   int worker_count_;
   int slots_ = 0;
   int measures_ = 0;
+  bool measures_workers_ = false;
   std::vector<unsigned> flags_;  // of each group
 };
 

@@ -32,8 +32,9 @@ Run<T> whole(DType dtype, std::int64_t count, double scale) {
   run.element_size = size_of(dtype);
   run.scale = T(scale);
   run.reduce = reduce_kernel<T>(dtype);
-  run.publish = publish_kernel<T>(dtype, 0);
-  run.stream = stream_kernel<T>(dtype, 0);
+  run.extrapolation = &kExtrapolations[0];
+  run.publish = publish_kernel<T>(dtype, Direction::none, false);
+  run.stream = stream_kernel<T>(dtype, Direction::none, false);
   return run;
 }
 

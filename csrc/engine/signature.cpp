@@ -17,6 +17,11 @@ std::string member_line(const EngineOptions& options, std::size_t group) {
          ", kernel " + std::to_string(family.member(spec.flags, spec.hyper));
 }
 
+std::string line_of(const ExtrapolationOptions& options) {
+  return options.name + (options.scaled ? ", preconditioned" : ", raw") +
+         (options.clipped ? ", clipped" : ", not clipped") + ", seed " + std::to_string(options.seed);
+}
+
 std::string joined(const std::vector<std::string>& lines) {
   std::string text;
   for (const std::string& line : lines) text += line + "\n";
@@ -35,7 +40,8 @@ std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& o
   std::vector<std::string> lines = {
       "extrapcomm " + options.version,          std::to_string(team.workers_per_rank()) + " workers per rank",
       "tile " + std::to_string(options.tile),   "rule " + options.rule,
-      "extrapolation " + options.extrapolation, std::to_string(options.groups.size()) + " parameter groups"};
+      "extrapolation " + line_of(options.extrapolation),
+      std::to_string(options.groups.size()) + " parameter groups"};
   for (std::size_t g = 0; g < options.groups.size(); ++g) lines.push_back(member_line(options, g));
   for (std::string& line : signature_of(plan)) lines.push_back(std::move(line));
   return lines;

@@ -7,7 +7,8 @@ namespace xc {
 namespace {
 
 constexpr const char* kWholeStep[] = {"max_grad_norm (0: none)", "skip_nonfinite",
-                                      "the divisor of the gradients (micro-batches x loss scale)"};
+                                      "the divisor of the gradients (micro-batches x loss scale)",
+                                      "statistics of the gradients (0: none, 1: of this step, 2: of the last)"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
 // As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so. An infinite bound
@@ -34,7 +35,7 @@ std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::si
 
 std::vector<double> numbers_of(const Engine::Step& step) {
   std::vector<double> numbers(step.hyper.begin(), step.hyper.end());
-  numbers.insert(numbers.end(), {step.max_norm, double(step.skip_nonfinite), step.divisor});
+  numbers.insert(numbers.end(), {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe)});
   return numbers;
 }
 
@@ -45,109 +46,253 @@ Engine::Step step_of(std::span<const double> numbers) {
   step.max_norm = whole[0];
   step.skip_nonfinite = whole[1] != 0;
   step.divisor = whole[2];
+  step.observe = static_cast<Observe>(whole[3]);
   return step;
 }
 
 template <class T>
-Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, std::int64_t tile, bool streaming)
+Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, std::int64_t tile,
+                    bool streaming)
     : plan_(plan),
       arenas_(arenas),
+      maker_(maker),
       streaming_(streaming),
       buffers_(tile, static_cast<int>(arenas.shards().size())) {}
 
 template <class T>
-Engine::Outcome Stepper<T>::run(std::vector<Run<T>>& runs, const Engine::Step& step, int measures,
-                                const Meet& meet) {
+Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet) {
   set_ = 0;
   Engine::Outcome outcome;
-  if (step.measures()) outcome = clip(runs, step, meet);
-  if (outcome.skipped) return outcome;
-  for (int measure = 0; measure < measures; ++measure) measure_layers(runs, measure, meet);
-  const bool gradient = std::any_of(
-      runs.begin(), runs.end(), [](const Run<T>& run) { return run.kernel->needs_gradient || run.by_mean; });
-  if (!gradient)
-    walk_all(without_gradient_pass<T>(streaming_), runs);
-  else
-    walk_all(step.measures() ? clipped_pass<T>(streaming_) : step_pass<T>(streaming_), runs);
-  return outcome;
-}
-
-// The norm of the whole gradient, and what follows from it for every run.
-template <class T>
-Engine::Outcome Stepper<T>::clip(std::vector<Run<T>>& runs, const Engine::Step& step, const Meet& meet) {
-  measure(measure_pass<T>(), runs, 1);
-  meet(false);
-  Engine::Outcome outcome{norm(), false};
-  outcome.skipped = step.skip_nonfinite && !std::isfinite(outcome.norm);
-  const double clip = clip_for(outcome.norm, step.max_norm);
-  for (Run<T>& run : runs) {
-    run.clip = T(clip);
-    if (run.by_own) run.inner = T(static_cast<double>(run.inner) * clip);
+  runs_ = maker_.for_step(step, marks.present, marks.updates);
+  const bool observes = step.observe == Observe::before;
+  if (step.wants_norm() || observes) {
+    const Sums sums{.mean = true, .workers = observes};
+    walk_all(summing_pass<T>({}, sums), sums);
+    meet(false);
+    outcome.norm = norm();
+    outcome.skipped = step.skip_nonfinite && !std::isfinite(outcome.norm);
+    if (outcome.skipped) return outcome;
   }
+  Engine::Step settled = step;
+  if (observes) {
+    outcome.statistics = statistics();
+    revised_ = step.revise(step.hyper, outcome.statistics);
+    settled.hyper = revised_;
+    runs_ = maker_.for_step(settled, marks.present, marks.updates);
+  }
+  if (step.max_norm > 0) clip(outcome.norm, step);
+  for (int measure = 0; measure < maker_.measures(); ++measure)
+    measure_layers(settled, marks, measure, outcome.norm, meet);
+  last_pass(step);
   return outcome;
 }
 
-// Every layer's norms, and what follows from them for its run.
+// What follows from the norm of the whole gradient for every run.
 template <class T>
-void Stepper<T>::measure_layers(std::vector<Run<T>>& runs, int measure, const Meet& meet) {
-  this->measure(layer_measure_pass<T>(measure), runs, kMaxSums);
-  meet(std::any_of(runs.begin(), runs.end(),
-                   [](const Run<T>& run) { return run.kernel->measures_touch_state; }));
-  const auto sums = layer_sums();
-  for (Run<T>& run : runs) run.kernel->settle(run.scalars, measure, sums[run.layer].data());
+void Stepper<T>::clip(double norm, const Engine::Step& step) {
+  const double clip = clip_for(norm, step.max_norm);
+  for (Run<T>& run : runs_) {
+    run.clip = T(clip);
+    if (maker_.clips_displacement())
+      run.own_rate = T(static_cast<double>(run.own_rate) * clip);
+    else if (run.extrapolation->by_mean() && clip > 0)
+      run.shared_rate = T(static_cast<double>(run.shared_rate) / clip);
+  }
 }
 
-// Walks a pass that sums squares of so many quantities.
 template <class T>
-void Stepper<T>::measure(const Pass<T>& pass, std::span<const Run<T>> runs, int quantities) {
+bool Stepper<T>::any(bool (*is)(const Run<T>&)) const {
+  return std::any_of(runs_.begin(), runs_.end(), is);
+}
+
+// How this step's passes come by the gradient.
+template <class T>
+Gradient Stepper<T>::gradient(const Engine::Step& step) const {
+  return {.needed = true,
+          .spread = any([](const Run<T>& run) { return run.kernel->extra == Extra::spread; }),
+          .clip = step.max_norm > 0};
+}
+
+// Every layer's sums, and what follows from them for its run. A rule that lags takes those of the step before
+// if there are any.
+template <class T>
+void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& marks, int measure, double norm,
+                                const Meet& meet) {
+  const bool lags = measure == 0 && any([](const Run<T>& run) { return run.kernel->lags; });
+  if (lags && knows_all_layers(marks)) {
+    settle(measure, measured_along_);
+    return;
+  }
+  const bool workers =
+      measure == 0 && any([](const Run<T>& run) { return run.kernel->own_decay != nullptr; });
+  const Sums wanted{.measure = measure, .own_squares = workers};
+  walk_all(summing_pass<T>(gradient(step), wanted), wanted);
+  meet(any([](const Run<T>& run) { return run.kernel->measures_touch_state; }));
+  LayerSums sums = layer_sums();
+  if (workers) add_mean_norms_of_workers(sums);
+  if (any([](const Run<T>& run) { return run.kernel->revises; })) {
+    revised_ = step.revise(step.hyper, sums_of_groups(sums));
+    Engine::Step settled = step;
+    settled.hyper = revised_;
+    runs_ = maker_.for_step(settled, marks.present, marks.updates);
+    if (step.max_norm > 0) clip(norm, step);
+  }
+  settle(measure, sums);
+}
+
+template <class T>
+void Stepper<T>::settle(int measure, const LayerSums& sums) {
+  for (Run<T>& run : runs_)
+    if (measure < run.kernel->measures) run.kernel->settle(run.scalars, measure, sums[run.layer].data());
+}
+
+template <class T>
+void Stepper<T>::last_pass(const Engine::Step& step) {
+  const bool along = step.observe == Observe::along;
+  const bool lags = any([](const Run<T>& run) { return run.kernel->lags; });
+  Gradient how = gradient(step);
+  how.needed = along || lags || any([](const Run<T>& run) {
+                 return run.kernel->needs_gradient || run.extrapolation->by_mean();
+               });
+  how.spread &= how.needed;
+  const Sums sums{.mean = along, .workers = along, .measure = lags ? 0 : -1};
+  walk_all(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
+}
+
+// After the last pass, so that its sums are all ranks' and no rank can be in the next step's passes.
+template <class T>
+void Stepper<T>::read_sums(const Engine::Step& step, const LayerMarks& marks, Engine::Outcome& outcome) {
+  if (outcome.skipped) return;
+  if (step.observe == Observe::along) outcome.statistics = statistics();
+  if (!any([](const Run<T>& run) { return run.kernel->lags; })) return;
+  const LayerSums sums = layer_sums();
+  measured_along_.resize(sums.size());
+  known_.resize(sums.size());
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    known_[i] |= marks.present[i];
+    if (marks.present[i]) measured_along_[i] = sums[i];
+  }
+}
+
+template <class T>
+bool Stepper<T>::knows_all_layers(const LayerMarks& marks) const {
+  for (std::size_t i = 0; i < marks.present.size(); ++i)
+    if (marks.present[i] && (measured_along_.empty() || !known_[i])) return false;
+  return true;
+}
+
+// Of worker k's shard, `count` of the set's sums from number `first` on.
+template <class T>
+std::vector<double*> Stepper<T>::arrays(std::size_t k, int first, int count) const {
+  std::vector<double*> arrays;
+  for (int sum = first; sum < first + count; ++sum) arrays.push_back(arenas_.sums(k, sum, set_).data());
+  return arrays;
+}
+
+// Where a pass leaves its sums. All workers' squares are added up in one sum.
+template <class T>
+std::array<std::vector<double*>, 3> Stepper<T>::destinations(std::size_t k, Sums sums) const {
+  const int workers = static_cast<int>(arenas_.shards().size());
+  std::array<std::vector<double*>, 3> to;
+  if (sums.mean) to[0] = arrays(k, 0, 1);
+  if (sums.workers) to[0].insert(to[0].end(), static_cast<std::size_t>(workers), arrays(k, 1, 1).front());
+  if (sums.measure >= 0) to[1] = arrays(k, kStatistics, kMaxSums);
+  if (sums.own_squares) to[2] = arrays(k, kStatistics + kMaxSums, workers);
+  return to;
+}
+
+template <class T>
+void Stepper<T>::walk_all(const Pass<T>& pass, Sums sums) {
   set_ = (set_ + 1) % kSumSets;
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) {
-    std::vector<SquareSums> squares;
-    for (int q = 0; q < quantities; ++q)
-      squares.emplace_back(plan_, plan_.segments[k], arenas_.squares(k, q, set_).data());
-    walk<T>(pass, arenas_.workers(), runs, shard, buffers_, {.squares = squares.data()});
-    for (SquareSums& sums : squares) sums.finish();
+    auto [statistics, measured, own] = destinations(k, sums);
+    CellSums of_gradients(plan_, plan_.segments[k], std::move(statistics));
+    CellSums of_rule(plan_, plan_.segments[k], std::move(measured));
+    CellSums of_workers(plan_, plan_.segments[k], std::move(own));
+    walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
+            {.statistics = &of_gradients, .measured = &of_rule, .own_squares = &of_workers});
+    of_gradients.finish();
+    of_rule.finish();
+    of_workers.finish();
     ++k;
   }
 }
 
 template <class T>
-void Stepper<T>::walk_all(const Pass<T>& pass, std::span<const Run<T>> runs) {
-  for (const Shard<T>& shard : arenas_.own_shards()) walk<T>(pass, arenas_.workers(), runs, shard, buffers_);
+template <class Visit>
+void Stepper<T>::for_each_cell(int sum, Visit visit) const {
+  std::size_t layer = 0;
+  for (std::size_t k = 0; k < arenas_.shards().size(); ++k) {
+    const auto cells = cells_of(plan_, plan_.segments[k]);
+    const auto numbers = arenas_.sums(k, sum, set_);
+    for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
+      while (cells[c] >= plan_.layers[layer].end) ++layer;
+      visit(layer, numbers[c]);
+    }
+  }
 }
 
 template <class T>
 double Stepper<T>::norm() const {
   double total = 0;
-  for (std::size_t k = 0; k < arenas_.shards().size(); ++k)
-    for (const double square : arenas_.squares(k, 0, set_)) total += square;
+  for_each_cell(0, [&](std::size_t, double square) { total += square; });
   return std::sqrt(total);
 }
 
-// The sums of squares of every layer, its cells added in flat order.
+// Per group, the square of the mean gradient and the squares of all workers' gradients.
 template <class T>
-std::vector<std::array<double, kMaxSums>> Stepper<T>::layer_sums() const {
-  std::vector<std::array<double, kMaxSums>> sums(plan_.layers.size());
-  std::size_t layer = 0;
-  for (std::size_t k = 0; k < arenas_.shards().size(); ++k) {
-    const auto cells = cells_of(plan_, plan_.segments[k]);
-    for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
-      while (cells[c] >= plan_.layers[layer].end) ++layer;
-      for (int q = 0; q < kMaxSums; ++q)
-        sums[layer][static_cast<std::size_t>(q)] += arenas_.squares(k, q, set_)[c];
-    }
-  }
+std::vector<double> Stepper<T>::statistics() const {
+  std::vector<double> sums(maker_.groups() * kStatistics, 0.0);
+  for (int sum = 0; sum < kStatistics; ++sum)
+    for_each_cell(sum, [&](std::size_t layer, double square) {
+      const auto group = static_cast<std::size_t>(plan_.layers[layer].spec.group);
+      sums[group * kStatistics + static_cast<std::size_t>(sum)] += square;
+    });
   return sums;
 }
 
+// What the rule measured in every layer, its cells added in flat order.
 template <class T>
-void Stepper<T>::run_unfused(std::span<const Run<T>> runs) {
+typename Stepper<T>::LayerSums Stepper<T>::layer_sums() const {
+  LayerSums sums(plan_.layers.size());
+  for (int q = 0; q < kMaxSums; ++q)
+    for_each_cell(kStatistics + q, [&](std::size_t layer, double number) {
+      sums[layer][static_cast<std::size_t>(q)] += number;
+    });
+  return sums;
+}
+
+// The first sum of every group's layers, in the form of statistics.
+template <class T>
+std::vector<double> Stepper<T>::sums_of_groups(const LayerSums& sums) const {
+  std::vector<double> of_groups(maker_.groups() * kStatistics, 0.0);
+  for (std::size_t i = 0; i < sums.size(); ++i)
+    of_groups[static_cast<std::size_t>(plan_.layers[i].spec.group) * kStatistics] += sums[i][0];
+  return of_groups;
+}
+
+// As every layer's last sum, the mean over the workers of the norms of their own gradients.
+template <class T>
+void Stepper<T>::add_mean_norms_of_workers(LayerSums& sums) const {
+  const int workers = static_cast<int>(arenas_.shards().size());
+  std::vector<double> squares(sums.size());
+  for (int k = 0; k < workers; ++k) {
+    std::fill(squares.begin(), squares.end(), 0.0);
+    for_each_cell(kStatistics + kMaxSums + k,
+                  [&](std::size_t layer, double number) { squares[layer] += number; });
+    for (std::size_t i = 0; i < sums.size(); ++i) sums[i].back() += std::sqrt(squares[i]) / workers;
+  }
+}
+
+template <class T>
+void Stepper<T>::run_unfused(const Engine::Step& step, const LayerMarks& marks) {
+  runs_ = maker_.for_step(step, marks.present, marks.updates);
   const std::int64_t begin = arenas_.own_shards().front().begin, end = arenas_.own_shards().back().end;
   waiting_.resize(static_cast<std::size_t>(end - begin));
   for (const Pass<T>& pass : unfused_passes<T>())
     for (const Shard<T>& shard : arenas_.own_shards())
-      walk<T>(pass, arenas_.workers(), runs, shard, buffers_,
+      walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
               {.mean = waiting_.data() + (shard.begin - begin)});
 }
 

@@ -37,6 +37,8 @@ struct AdamRule {
     w = w - rate * (mean / (std::sqrt(square) * unbias + epsilon));
   }
 
+  XC_HOST_DEVICE T factor(T, T, T square) const { return T(1) / (std::sqrt(square) * unbias + epsilon); }
+
   T beta1, beta2, fresh1, fresh2, epsilon, decay, rate, unbias;
 };
 
@@ -47,7 +49,6 @@ struct AdamFamily {
                                              Parameter{"weight_decay", 0.0}};
   static constexpr std::array<std::string_view, 1> kFlags = {"decoupled_weight_decay"};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};
-  static constexpr bool kExtrapolates = false;
 
   static constexpr unsigned kMembers = 2;
   static unsigned member(unsigned flags, Hyper) { return flags; }

@@ -7,48 +7,54 @@
 
 namespace xc {
 
-// How worker k's next weights x_k are displaced from the new master weight w. `own` is worker k's term of the
-// sum (its last gradient, before the division by K), `mean` the reduced gradient, `inner` the inner learning
-// rate. Extrapolation for Large-batch Training in Deep Learning (ICML 2020): the local kind is EXTRAP-SGD.
+// How worker k's next weights x_k are displaced from the new master weights w. A displacement goes against a
+// DIRECTION: the worker's own last gradient, one that is given for it (the mean gradient, or random numbers),
+// or its own less the mean. Extrapolation for Large-batch Training in Deep Learning (ICML 2020): its framework
+// takes any direction that does not depend on the next gradient's sample; the local kind is EXTRAP-SGD.
+enum class Direction { none, own, shared, deviation };
+inline constexpr int kDirections = 4;
 
-struct NoExtrapolation {
-  static constexpr std::string_view kName = "none";
-  static constexpr bool kByOwn = false;
-  static constexpr bool kByMean = false;
-  template <class T>
-  XC_HOST_DEVICE static T displace(T w, T, T, T) {
-    return w;
+enum class Random { none, gaussian, uniform };
+
+struct Extrapolation {
+  std::string_view name;
+  Direction direction;
+  Random random = Random::none;  // where the shared direction comes from, if not from the gradients
+  bool per_filter = false;       // random numbers as long as the filter they displace
+
+  constexpr bool by_own() const { return direction == Direction::own || direction == Direction::deviation; }
+  constexpr bool by_mean() const {
+    return (direction == Direction::shared || direction == Direction::deviation) && random == Random::none;
   }
-};
-
-struct LocalGradient {
-  static constexpr std::string_view kName = "local";
-  static constexpr bool kByOwn = true;
-  static constexpr bool kByMean = false;
-  template <class T>
-  XC_HOST_DEVICE static T displace(T w, T inner, T own, T) {
-    return w - inner * own;
-  }
-};
-
-struct GlobalGradient {
-  static constexpr std::string_view kName = "global";
-  static constexpr bool kByOwn = false;
-  static constexpr bool kByMean = true;
-  template <class T>
-  XC_HOST_DEVICE static T displace(T w, T inner, T, T mean) {
-    return w - inner * mean;
-  }
-};
-
-template <class... E>
-struct Extrapolations {
-  static constexpr std::array<std::string_view, sizeof...(E)> kNames = {E::kName...};
-  static constexpr std::array<bool, sizeof...(E)> kByOwn = {E::kByOwn...};
-  static constexpr std::array<bool, sizeof...(E)> kByMean = {E::kByMean...};
+  constexpr bool by_gradient() const { return direction != Direction::none && random == Random::none; }
 };
 
 // The one list of extrapolations; the first displaces nothing and stands in wherever the inner rate is zero.
-using AllExtrapolations = Extrapolations<NoExtrapolation, LocalGradient, GlobalGradient>;
+inline constexpr std::array kExtrapolations = {
+    Extrapolation{"none", Direction::none},
+    Extrapolation{"local", Direction::own},
+    Extrapolation{"global", Direction::shared},
+    Extrapolation{"anisotropic", Direction::deviation},
+    Extrapolation{"gaussian", Direction::shared, Random::gaussian},
+    Extrapolation{"uniform", Direction::shared, Random::uniform},
+    Extrapolation{"filter", Direction::shared, Random::gaussian, true},
+};
+
+// -1 if there is none.
+constexpr int extrapolation_index(std::string_view name) {
+  for (std::size_t i = 0; i < kExtrapolations.size(); ++i)
+    if (kExtrapolations[i].name == name) return static_cast<int>(i);
+  return -1;
+}
+
+template <Direction kDirection, class T>
+XC_HOST_DEVICE T displacement(T own_rate, T own, T shared_rate, T shared) {
+  if constexpr (kDirection == Direction::own)
+    return own_rate * own;
+  else if constexpr (kDirection == Direction::shared)
+    return shared_rate * shared;
+  else
+    return own_rate * own - shared_rate * shared;
+}
 
 }  // namespace xc

@@ -32,30 +32,37 @@ struct LambRule {
     unbias2 = T(1.0 / std::sqrt(1.0 - std::pow(h[2], t)));
   }
 
+  XC_HOST_DEVICE T scale(T square) const { return std::sqrt(square) * unbias2 + epsilon; }
+
   XC_HOST_DEVICE T direction(T w, T mean, T square) const {
-    const T u = (mean * unbias1) / (std::sqrt(square) * unbias2 + epsilon);
+    const T u = (mean * unbias1) / scale(square);
     return kCoupled ? u : u + decay * w;
   }
 
   template <int>
-  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, T* quantity) const {
+  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, double* term) const {
     if constexpr (kCoupled) g = g + decay * w;
     mean = beta1 * mean + fresh1 * g;
     square = beta2 * square + (fresh2 * g) * g;
-    quantity[0] = w;
-    quantity[1] = direction(w, mean, square);
+    const T u = direction(w, mean, square);
+    term[0] = product(w, w);
+    term[1] = product(u, u);
   }
 
-  void settle(int, const double* squares) {
-    const double w = std::sqrt(squares[0]), u = std::sqrt(squares[1]);
-    rate = T(adapts && w > 0 && u > 0 ? lr * (w / u) : lr);
+  void settle(int, const double* sums) {
+    const double w = std::sqrt(sums[0]), u = std::sqrt(sums[1]);
+    const double ratio = adapts && w > 0 && u > 0 ? w / u : 1.0;
+    trust = T(ratio);
+    rate = T(lr * ratio);
   }
 
   XC_HOST_DEVICE void operator()(T, T& w, T& mean, T& square) const {
     w = w - rate * direction(w, mean, square);
   }
 
-  T beta1, beta2, fresh1, fresh2, epsilon, decay, unbias1, unbias2, rate = T(0);
+  XC_HOST_DEVICE T factor(T, T, T square) const { return trust / scale(square); }
+
+  T beta1, beta2, fresh1, fresh2, epsilon, decay, unbias1, unbias2, trust = T(1), rate = T(0);
   double lr;
   bool adapts;
 };
@@ -67,7 +74,6 @@ struct LambFamily {
                                              Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"coupled_weight_decay", "always_adapt"};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};
-  static constexpr bool kExtrapolates = false;
 
   static constexpr unsigned kMembers = 4;
   static unsigned member(unsigned flags, Hyper) { return flags; }

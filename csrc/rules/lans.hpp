@@ -38,40 +38,43 @@ struct LansRule {
   XC_HOST_DEVICE T q(T g, T w, T square) const { return (g * unit) / scale(square) + decay * w; }
 
   template <int kMeasure>
-  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, T* quantity) const {
+  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, double* term) const {
     if constexpr (kMeasure == 0) {
-      quantity[0] = g;
+      term[0] = product(g, g);
     } else {
       const T u = g * unit;
       mean = beta1 * mean + fresh1 * u;
       square = beta2 * square + (fresh2 * u) * u;
-      quantity[0] = w;
-      quantity[1] = p(w, mean, square);
-      quantity[2] = q(g, w, square);
+      const T along_p = p(w, mean, square), along_q = q(g, w, square);
+      term[0] = product(w, w);
+      term[1] = product(along_p, along_p);
+      term[2] = product(along_q, along_q);
     }
   }
 
-  void settle(int measure, const double* squares) {
+  void settle(int measure, const double* sums) {
     if (measure == 0) {
-      const double g = std::sqrt(squares[0]);
+      const double g = std::sqrt(sums[0]);
       unit = T(g > 0 ? 1.0 / (g + given.epsilon) : 1.0);
     } else {
-      rate_p = rate(squares[0], squares[1], given.beta1);
-      rate_q = rate(squares[0], squares[2], 1.0 - given.beta1);
+      rate_p = T(given.lr * given.beta1 * ratio(sums[0], sums[1]));
+      rate_q = T(given.lr * (1.0 - given.beta1) * ratio(sums[0], sums[2]));
+      trust = T(static_cast<double>(unit) * ratio(sums[0], sums[2]));
     }
   }
 
-  T rate(double w, double direction, double share) const {
-    return T(given.lr * share *
-             (adapts && w > 0 && direction > 0 ? std::sqrt(w) / std::sqrt(direction) : 1.0));
+  double ratio(double w, double direction) const {
+    return adapts && w > 0 && direction > 0 ? std::sqrt(w) / std::sqrt(direction) : 1.0;
   }
 
   XC_HOST_DEVICE void operator()(T g, T& w, T& mean, T& square) const {
     w = w - (rate_p * p(w, mean, square) + rate_q * q(g, w, square));
   }
 
+  XC_HOST_DEVICE T factor(T, T, T square) const { return trust / scale(square); }
+
   T beta1, beta2, fresh1, fresh2, epsilon, decay, unbias1, unbias2;
-  T unit = T(1), rate_p = T(0), rate_q = T(0);
+  T unit = T(1), rate_p = T(0), rate_q = T(0), trust = T(1);
   struct {
     double lr, beta1, epsilon;
   } given;
@@ -85,7 +88,6 @@ struct LansFamily {
                                              Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 0> kFlags = {};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};
-  static constexpr bool kExtrapolates = false;
 
   static constexpr unsigned kMembers = 1;
   static unsigned member(unsigned, Hyper) { return 0; }

@@ -26,13 +26,13 @@ struct LarsRule {
       : lr(T(h[0])), momentum(T(h[1])), decay(T(h[2])), given{h[0], h[2], h[3], h[4]}, adapts(h[5] != 0) {}
 
   template <int>
-  XC_HOST_DEVICE void measure(T g, T& w, T&, T* quantity) const {
-    quantity[0] = w;
-    quantity[1] = g;
+  XC_HOST_DEVICE void measure(T g, T& w, T&, double* term) const {
+    term[0] = product(w, w);
+    term[1] = product(g, g);
   }
 
-  void settle(int, const double* squares) {
-    const double w = std::sqrt(squares[0]), g = std::sqrt(squares[1]);
+  void settle(int, const double* sums) {
+    const double w = std::sqrt(sums[0]), g = std::sqrt(sums[1]);
     const double ratio =
         adapts && w > 0 && g > 0 ? given.coefficient * w / (g + given.decay * w + given.epsilon) : 1.0;
     trust = T(ratio);
@@ -53,6 +53,8 @@ struct LarsRule {
     }
   }
 
+  XC_HOST_DEVICE T factor(T, T) const { return trust; }
+
   T lr, momentum, decay;
   struct {
     double lr, decay, coefficient, epsilon;
@@ -69,7 +71,6 @@ struct LarsFamily {
       Parameter{"eps", 1e-8},         Parameter{"adapt", 1.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"trust_in_buffer", "trust_outside"};
   static constexpr std::array<std::string_view, 1> kSlotNames = {"momentum_buffer"};
-  static constexpr bool kExtrapolates = false;
 
   static constexpr unsigned kMembers = 3;
   static unsigned member(unsigned flags, Hyper) { return flags < 3 ? flags : 2; }

@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <type_traits>
+
+#include "core/host_device.hpp"
 
 namespace xc {
 
@@ -16,8 +19,14 @@ namespace xc {
 // that no flag is asked in the inner loop.
 
 // A rule that needs norms of whole layers also MEASURES: passes before the one that applies it, which may
-// bring the slots up to date and name for each element up to kMaxSums quantities. Their squares are summed
-// over the layer, all ranks learn the sums, and settle() turns them into scalars of that layer.
+// bring the slots up to date and name for each element up to kMaxSums terms, in double. They are summed over
+// the layer, all ranks learn the sums, and settle() turns them into scalars of that layer.
+//
+// A rule may ask for an EXTRA number per element beside the mean gradient: the relative spread of the
+// workers' gradients, mean_k (g_k - g)^2 / g^2. It comes right after the gradient among the arguments.
+//
+// A rule whose steps are not in the gradient's own units has a FACTOR: what a gradient must be multiplied
+// with, after the update of its element, to displace weights in the units of the rule's own step.
 
 struct Parameter {
   std::string_view name;
@@ -27,25 +36,52 @@ struct Parameter {
 // One group's hyper-parameters in the order of the family's list.
 using Hyper = std::span<const double>;
 
-inline constexpr int kMaxSlots = 2;
+inline constexpr int kMaxSlots = 3;
 inline constexpr int kMaxMeasures = 2;
-inline constexpr int kMaxSums = 3;
-inline constexpr int kMaxScalarBytes = 128;
+inline constexpr int kMaxSums = 4;
+inline constexpr int kMaxScalarBytes = 192;
+
+enum class Extra { none, spread };
+
+template <class R>
+constexpr Extra extra_of() {
+  if constexpr (requires { R::kExtra; })
+    return R::kExtra;
+  else
+    return Extra::none;
+}
+
+// A term of a sum: the product of two numbers, exact for two floats and beyond the range of their squares.
+template <class T>
+XC_HOST_DEVICE double product(T a, T b) {
+  return static_cast<double>(a) * static_cast<double>(b);
+}
 
 template <class R, class T>
 concept Rule = std::constructible_from<R, Hyper, std::int64_t> && sizeof(R) <= kMaxScalarBytes &&
-               R::kSlots <= kMaxSlots && (requires(const R rule, T g, T& w) { rule(g, w); } ||
-                                          requires(const R rule, T g, T& w, T& s) { rule(g, w, s); } ||
-                                          requires(const R rule, T g, T& w, T& s, T& u) { rule(g, w, s, u); });
+               R::kSlots <= kMaxSlots && std::is_trivially_copyable_v<R> && std::floating_point<T>;
 
 template <class R>
 concept Measuring = requires(R rule, const double* squares) {
   R::kMeasures;
-  R::kSums;                // of quantities, for each measure
+  R::kSums;                // how many, for each measure
   R::kMeasuresTouchState;  // whether a measure changes slots
   R::kNeedsGradient;       // whether the last pass looks at the gradient
   rule.settle(0, squares);
 };
+
+// Whether a rule's first measure is beside the norms of each worker's own gradient, decayed by own_decay();
+// settle() gets their mean as the last sum.
+template <class R>
+concept MeasuringWorkers = Measuring<R> && requires(const R rule) { rule.own_decay(); };
+
+// Whether the sums of a rule's only measure change its group's hyper-parameters, which the caller then gives.
+template <class R>
+concept Revising = Measuring<R> && requires { R::kRevises; };
+
+// Whether a rule's first measure may be that of the step before, taken along in that step's last pass.
+template <class R>
+concept Lagging = Measuring<R> && requires { R::kLags; };
 
 template <class F>
 concept Family = requires(unsigned flags, Hyper hyper) {
@@ -53,7 +89,6 @@ concept Family = requires(unsigned flags, Hyper hyper) {
   std::span<const Parameter>(F::kParameters);
   std::span<const std::string_view>(F::kFlags);
   std::span<const std::string_view>(F::kSlotNames);
-  { F::kExtrapolates } -> std::convertible_to<bool>;  // by raw gradients
   { F::kMembers } -> std::convertible_to<unsigned>;
   { F::member(flags, hyper) } -> std::same_as<unsigned>;
 };

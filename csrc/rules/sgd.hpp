@@ -50,7 +50,6 @@ struct SgdFamily {
                                              Parameter{"dampening", 0.0}, Parameter{"weight_decay", 0.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"nesterov", "decoupled_weight_decay"};
   static constexpr std::array<std::string_view, 1> kSlotNames = {"momentum_buffer"};
-  static constexpr bool kExtrapolates = true;
 
   // Bits 0 and 1 are the flags; bit 2 says that there is momentum and so a buffer.
   static constexpr unsigned kMembers = 8;

@@ -6,6 +6,7 @@
 
 #include "core/clones.hpp"
 #include "rules/all.hpp"
+#include "stages/squares.hpp"
 #include "stages/tables.hpp"
 
 // The apply stage and the tables of all rules, derived from the one list.
@@ -13,54 +14,94 @@
 namespace xc {
 namespace {
 
+// Calls one of a rule's functions for element i; `s` are the arrays of its slots.
+template <class R, class T, class... S>
+XC_HOST_DEVICE void update(const R& rule, const T* mean, const T* extra, std::int64_t i, T& w, S&... s) {
+  if constexpr (extra_of<R>() == Extra::none)
+    rule(mean[i], w, s...);
+  else
+    rule(mean[i], extra[i], w, s...);
+}
+
+template <int kMeasure, class R, class T, class... S>
+XC_HOST_DEVICE void measured(const R& rule, const T* mean, const T* extra, std::int64_t i, double* term, T& w,
+                             S&... s) {
+  if constexpr (extra_of<R>() == Extra::none)
+    rule.template measure<kMeasure>(mean[i], w, s..., term);
+  else
+    rule.template measure<kMeasure>(mean[i], extra[i], w, s..., term);
+}
+
 template <class R, class T>
-XC_CLONES void apply(const void* scalars, const T* __restrict mean, T* __restrict w, T* const* slots,
-                     std::int64_t count) {
+XC_CLONES void apply(const void* scalars, const Elements<T>& at, std::int64_t count) {
   const R rule = *static_cast<const R*>(scalars);
-  if constexpr (R::kSlots == 0) {
-    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i]);
-  } else if constexpr (R::kSlots == 1) {
-    T* __restrict first = slots[0];
-    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i], first[i]);
-  } else {
-    T* __restrict first = slots[0];
-    T* __restrict second = slots[1];
-    for (std::int64_t i = 0; i < count; ++i) rule(mean[i], w[i], first[i], second[i]);
+  const T* __restrict mean = at.mean;
+  const T* __restrict extra = at.extra;
+  T* __restrict w = at.w;
+  T* __restrict a = at.slots[0];
+  T* __restrict b = at.slots[1];
+  T* __restrict c = at.slots[2];
+  static_assert(kMaxSlots == 3);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if constexpr (R::kSlots == 0) update(rule, mean, extra, i, w[i]);
+    if constexpr (R::kSlots == 1) update(rule, mean, extra, i, w[i], a[i]);
+    if constexpr (R::kSlots == 2) update(rule, mean, extra, i, w[i], a[i], b[i]);
+    if constexpr (R::kSlots == 3) update(rule, mean, extra, i, w[i], a[i], b[i], c[i]);
   }
 }
 
+template <class R, class T>
+XC_CLONES void factor(const void* scalars, const Elements<T>& at, T* __restrict factor, std::int64_t count) {
+  const R rule = *static_cast<const R*>(scalars);
+  const T* __restrict w = at.w;
+  const T* __restrict a = at.slots[0];
+  const T* __restrict b = at.slots[1];
+  const T* __restrict c = at.slots[2];
+  for (std::int64_t i = 0; i < count; ++i) {
+    if constexpr (R::kSlots == 0) factor[i] = rule.factor(w[i]);
+    if constexpr (R::kSlots == 1) factor[i] = rule.factor(w[i], a[i]);
+    if constexpr (R::kSlots == 2) factor[i] = rule.factor(w[i], a[i], b[i]);
+    if constexpr (R::kSlots == 3) factor[i] = rule.factor(w[i], a[i], b[i], c[i]);
+  }
+}
+
+template <class R, class T>
+inline constexpr bool kHasFactor = requires(const R rule, T t) { rule.factor(t); } ||
+                                   requires(const R rule, T t) { rule.factor(t, t); } ||
+                                   requires(const R rule, T t) { rule.factor(t, t, t); } ||
+                                   requires(const R rule, T t) { rule.factor(t, t, t, t); };
+
 template <class R>
 void prepare(Hyper hyper, std::int64_t updates, void* scalars) {
-  static_assert(std::is_trivially_copyable_v<R>);
   new (scalars) R(hyper, updates);
 }
 
 template <class R, class T, int kMeasure>
-XC_CLONES void measure(const void* scalars, const T* __restrict mean, T* __restrict w, T* const* slots,
-                       T* const* quantities, std::int64_t count) {
+XC_CLONES void measure(const void* scalars, const Elements<T>& at, std::int64_t first, std::int64_t count,
+                       double* lanes) {
   const R rule = *static_cast<const R*>(scalars);
-  constexpr int kSums = R::kSums[kMeasure];
-  T* __restrict first = slots[0];
-  T* __restrict second = slots[1];
-  static_assert(kMaxSums == 3);
-  T* __restrict out0 = quantities[0];
-  T* __restrict out1 = quantities[1];
-  T* __restrict out2 = quantities[2];
-  for (std::int64_t i = 0; i < count; ++i) {
-    T quantity[kMaxSums];
-    if constexpr (R::kSlots == 1)
-      rule.template measure<kMeasure>(mean[i], w[i], first[i], quantity);
-    else
-      rule.template measure<kMeasure>(mean[i], w[i], first[i], second[i], quantity);
-    out0[i] = quantity[0];
-    if constexpr (kSums > 1) out1[i] = quantity[1];
-    if constexpr (kSums > 2) out2[i] = quantity[2];
-  }
+  const T* __restrict mean = at.mean;
+  const T* __restrict extra = at.extra;
+  T* __restrict w = at.w;
+  T* __restrict a = at.slots[0];
+  T* __restrict b = at.slots[1];
+  T* __restrict c = at.slots[2];
+  add_terms<R::kSums[kMeasure]>(first, count, lanes, [&](std::int64_t i, double* term) XC_INLINE {
+    if constexpr (R::kSlots == 0) measured<kMeasure>(rule, mean, extra, i, term, w[i]);
+    if constexpr (R::kSlots == 1) measured<kMeasure>(rule, mean, extra, i, term, w[i], a[i]);
+    if constexpr (R::kSlots == 2) measured<kMeasure>(rule, mean, extra, i, term, w[i], a[i], b[i]);
+    if constexpr (R::kSlots == 3) measured<kMeasure>(rule, mean, extra, i, term, w[i], a[i], b[i], c[i]);
+  });
 }
 
 template <class R>
-void settle(void* scalars, int measure, const double* squares) {
-  static_cast<R*>(scalars)->settle(measure, squares);
+void settle(void* scalars, int measure, const double* sums) {
+  static_cast<R*>(scalars)->settle(measure, sums);
+}
+
+template <class R, class T>
+T own_decay(const void* scalars) {
+  return static_cast<const R*>(scalars)->own_decay();
 }
 
 template <class R, class T, int... kMeasure>
@@ -71,11 +112,16 @@ void add_measures(RuleKernel<T>& kernel, std::integer_sequence<int, kMeasure...>
 template <class R, class T>
 RuleKernel<T> kernel_of() {
   RuleKernel<T> kernel{R::kSlots, &prepare<R>, &apply<R, T>};
+  kernel.extra = extra_of<R>();
+  if constexpr (kHasFactor<R, T>) kernel.factor = &factor<R, T>;
   if constexpr (Measuring<R>) {
     kernel.measures = R::kMeasures;
     kernel.settle = &settle<R>;
     kernel.measures_touch_state = R::kMeasuresTouchState;
     kernel.needs_gradient = R::kNeedsGradient;
+    kernel.revises = Revising<R>;
+    kernel.lags = Lagging<R>;
+    if constexpr (MeasuringWorkers<R>) kernel.own_decay = &own_decay<R, T>;
     add_measures<R>(kernel, std::make_integer_sequence<int, R::kMeasures>{});
   }
   return kernel;
@@ -102,8 +148,9 @@ constexpr int measures_of() {
 
 template <class... F>
 std::vector<FamilyInfo> infos(Families<F...>) {
-  return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames, F::kExtrapolates,
-                     measures_of<typename F::template Member<float, 0>>(), &F::member}...};
+  return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames,
+                     measures_of<typename F::template Member<float, 0>>(),
+                     kHasFactor<typename F::template Member<float, 0>, float>, &F::member}...};
 }
 
 }  // namespace

@@ -15,19 +15,38 @@
 namespace xc {
 namespace {
 
-template <class E, class K>
-XC_CLONES void publish(const Master<E>* __restrict w, Master<E> inner, const std::byte* own_bytes,
-                       const Master<E>* __restrict mean, std::byte* x_bytes, std::int64_t count) {
-  const E* __restrict own = reinterpret_cast<const E*>(own_bytes);
-  E* __restrict x = reinterpret_cast<E*>(x_bytes);
-  for (std::int64_t i = 0; i < count; ++i) x[i] = narrow<E>(K::displace(w[i], inner, widen(own[i]), mean[i]));
+template <Direction kDirection, bool kScaled, class E>
+XC_HOST_DEVICE Master<E> displaced(Master<E> w, const Displacement<Master<E>>& by, const E* own,
+                                   const Master<E>* shared, const Master<E>* factor, std::int64_t i) {
+  if constexpr (kDirection == Direction::none) {
+    return w;
+  } else {
+    const Master<E> mine = kDirection == Direction::shared ? Master<E>(0) : widen(own[i]);
+    const Master<E> all = kDirection == Direction::own ? Master<E>(0) : shared[i];
+    const Master<E> d = displacement<kDirection>(by.own_rate, mine, by.shared_rate, all);
+    return kScaled ? w - d * factor[i] : w - d;
+  }
 }
 
-template <class E, class K>
-XC_CLONES void stream(const Master<E>* __restrict w, Master<E> inner, const std::byte* own_bytes,
-                      const Master<E>* __restrict mean, std::byte* x_bytes, std::int64_t count,
-                      const Ahead& ahead) {
-  const E* __restrict own = reinterpret_cast<const E*>(own_bytes);
+template <class E, Direction kDirection, bool kScaled>
+XC_CLONES void publish(const Master<E>* __restrict w, const Displacement<Master<E>>& to, std::byte* x_bytes,
+                       std::int64_t count) {
+  const Displacement<Master<E>> by = to;
+  const E* __restrict own = reinterpret_cast<const E*>(by.own);
+  const Master<E>* __restrict shared = by.shared;
+  const Master<E>* __restrict factor = by.factor;
+  E* __restrict x = reinterpret_cast<E*>(x_bytes);
+  for (std::int64_t i = 0; i < count; ++i)
+    x[i] = narrow<E>(displaced<kDirection, kScaled>(w[i], by, own, shared, factor, i));
+}
+
+template <class E, Direction kDirection, bool kScaled>
+XC_CLONES void stream(const Master<E>* __restrict w, const Displacement<Master<E>>& to, std::byte* x_bytes,
+                      std::int64_t count, const Ahead& ahead) {
+  const Displacement<Master<E>> by = to;
+  const E* __restrict own = reinterpret_cast<const E*>(by.own);
+  const Master<E>* __restrict shared = by.shared;
+  const Master<E>* __restrict factor = by.factor;
   const std::int64_t blocks = is_streamable(x_bytes) ? count / kStreamBlock : 0;
   for (std::int64_t b = 0; b < blocks; ++b) {
     const std::int64_t i = b * kStreamBlock;
@@ -35,92 +54,92 @@ XC_CLONES void stream(const Master<E>* __restrict w, Master<E> inner, const std:
     fetch(ahead.at[1] + b * ahead.block_bytes[1], ahead.block_bytes[1]);
     alignas(kLineBytes) E block[kStreamBlock];
     for (std::int64_t j = 0; j < kStreamBlock; ++j)
-      block[j] = narrow<E>(K::displace(w[i + j], inner, widen(own[i + j]), mean[i + j]));
+      block[j] = narrow<E>(displaced<kDirection, kScaled>(w[i + j], by, own, shared, factor, i + j));
     store_past_cache<sizeof block>(block, x_bytes + i * static_cast<std::int64_t>(sizeof(E)));
   }
   E* __restrict x = reinterpret_cast<E*>(x_bytes);
   for (std::int64_t i = blocks * kStreamBlock; i < count; ++i)
-    x[i] = narrow<E>(K::displace(w[i], inner, widen(own[i]), mean[i]));
+    x[i] = narrow<E>(displaced<kDirection, kScaled>(w[i], by, own, shared, factor, i));
 }
 
-template <class E, class K>
-XC_CLONES void displace(Master<E> inner, const std::byte* own_bytes, const Master<E>* __restrict mean,
-                        std::byte* x_bytes, std::int64_t count) {
-  const E* __restrict own = reinterpret_cast<const E*>(own_bytes);
+template <class E, Direction kDirection>
+XC_CLONES void displace(const Displacement<Master<E>>& to, std::byte* x_bytes, std::int64_t count) {
+  const Displacement<Master<E>> by = to;
+  const E* __restrict own = reinterpret_cast<const E*>(by.own);
+  const Master<E>* __restrict shared = by.shared;
   E* __restrict x = reinterpret_cast<E*>(x_bytes);
   for (std::int64_t i = 0; i < count; ++i)
-    x[i] = narrow<E>(K::displace(widen(x[i]), inner, widen(own[i]), mean[i]));
+    x[i] = narrow<E>(displaced<kDirection, false>(widen(x[i]), by, own, shared, shared, i));
 }
 
-// The kernels of one element type, by extrapolation.
-template <class E, class... K>
-PublishFn<Master<E>> publish_of(int extrapolation, Extrapolations<K...>) {
-  static constexpr std::array<PublishFn<Master<E>>, sizeof...(K)> kTable = {&publish<E, K>...};
-  return kTable.at(static_cast<std::size_t>(extrapolation));
+// The kernels of one element type, by direction.
+template <class E, bool kScaled>
+PublishFn<Master<E>> publish_by(Direction direction) {
+  static constexpr std::array<PublishFn<Master<E>>, kDirections> kTable = {
+      &publish<E, Direction::none, false>, &publish<E, Direction::own, kScaled>,
+      &publish<E, Direction::shared, kScaled>, &publish<E, Direction::deviation, kScaled>};
+  return kTable.at(static_cast<std::size_t>(direction));
 }
 
-template <class E, class... K>
-StreamFn<Master<E>> stream_of(int extrapolation, Extrapolations<K...>) {
-  static constexpr std::array<StreamFn<Master<E>>, sizeof...(K)> kTable = {&stream<E, K>...};
-  return kTable.at(static_cast<std::size_t>(extrapolation));
+template <class E>
+PublishFn<Master<E>> publish_of(Direction direction, bool scaled) {
+  return scaled ? publish_by<E, true>(direction) : publish_by<E, false>(direction);
 }
 
-template <class E, class... K>
-DisplaceFn<Master<E>> displace_of(int extrapolation, Extrapolations<K...>) {
-  static constexpr std::array<DisplaceFn<Master<E>>, sizeof...(K)> kTable = {&displace<E, K>...};
-  return kTable.at(static_cast<std::size_t>(extrapolation));
+template <class E, bool kScaled>
+StreamFn<Master<E>> stream_by(Direction direction) {
+  static constexpr std::array<StreamFn<Master<E>>, kDirections> kTable = {
+      &stream<E, Direction::none, false>, &stream<E, Direction::own, kScaled>,
+      &stream<E, Direction::shared, kScaled>, &stream<E, Direction::deviation, kScaled>};
+  return kTable.at(static_cast<std::size_t>(direction));
+}
+
+template <class E>
+StreamFn<Master<E>> stream_of(Direction direction, bool scaled) {
+  return scaled ? stream_by<E, true>(direction) : stream_by<E, false>(direction);
+}
+
+template <class E>
+DisplaceFn<Master<E>> displace_of(Direction direction) {
+  static constexpr std::array<DisplaceFn<Master<E>>, kDirections> kTable = {
+      &displace<E, Direction::none>, &displace<E, Direction::own>, &displace<E, Direction::shared>,
+      &displace<E, Direction::deviation>};
+  return kTable.at(static_cast<std::size_t>(direction));
 }
 
 }  // namespace
 
-int extrapolation_index(std::string_view name) {
-  for (std::size_t i = 0; i < AllExtrapolations::kNames.size(); ++i)
-    if (AllExtrapolations::kNames[i] == name) return static_cast<int>(i);
-  return -1;
-}
-
-bool displaces_by_own(int extrapolation) {
-  return AllExtrapolations::kByOwn.at(static_cast<std::size_t>(extrapolation));
-}
-
-bool displaces_by_mean(int extrapolation) {
-  return AllExtrapolations::kByMean.at(static_cast<std::size_t>(extrapolation));
+template <>
+PublishFn<float> publish_kernel<float>(DType element, Direction direction, bool scaled) {
+  if (element == DType::f32) return publish_of<float>(direction, scaled);
+  return element == DType::bf16 ? publish_of<Bf16>(direction, scaled) : publish_of<F16>(direction, scaled);
 }
 
 template <>
-PublishFn<float> publish_kernel<float>(DType element, int extrapolation) {
-  if (element == DType::f32) return publish_of<float>(extrapolation, AllExtrapolations{});
-  if (element == DType::bf16) return publish_of<Bf16>(extrapolation, AllExtrapolations{});
-  return publish_of<F16>(extrapolation, AllExtrapolations{});
+PublishFn<double> publish_kernel<double>(DType, Direction direction, bool scaled) {
+  return publish_of<double>(direction, scaled);
 }
 
 template <>
-PublishFn<double> publish_kernel<double>(DType, int extrapolation) {
-  return publish_of<double>(extrapolation, AllExtrapolations{});
+StreamFn<float> stream_kernel<float>(DType element, Direction direction, bool scaled) {
+  if (element == DType::f32) return stream_of<float>(direction, scaled);
+  return element == DType::bf16 ? stream_of<Bf16>(direction, scaled) : stream_of<F16>(direction, scaled);
 }
 
 template <>
-StreamFn<float> stream_kernel<float>(DType element, int extrapolation) {
-  if (element == DType::f32) return stream_of<float>(extrapolation, AllExtrapolations{});
-  if (element == DType::bf16) return stream_of<Bf16>(extrapolation, AllExtrapolations{});
-  return stream_of<F16>(extrapolation, AllExtrapolations{});
+StreamFn<double> stream_kernel<double>(DType, Direction direction, bool scaled) {
+  return stream_of<double>(direction, scaled);
 }
 
 template <>
-StreamFn<double> stream_kernel<double>(DType, int extrapolation) {
-  return stream_of<double>(extrapolation, AllExtrapolations{});
+DisplaceFn<float> displace_kernel<float>(DType element, Direction direction) {
+  if (element == DType::f32) return displace_of<float>(direction);
+  return element == DType::bf16 ? displace_of<Bf16>(direction) : displace_of<F16>(direction);
 }
 
 template <>
-DisplaceFn<float> displace_kernel<float>(DType element, int extrapolation) {
-  if (element == DType::f32) return displace_of<float>(extrapolation, AllExtrapolations{});
-  if (element == DType::bf16) return displace_of<Bf16>(extrapolation, AllExtrapolations{});
-  return displace_of<F16>(extrapolation, AllExtrapolations{});
-}
-
-template <>
-DisplaceFn<double> displace_kernel<double>(DType, int extrapolation) {
-  return displace_of<double>(extrapolation, AllExtrapolations{});
+DisplaceFn<double> displace_kernel<double>(DType, Direction direction) {
+  return displace_of<double>(direction);
 }
 
 }  // namespace xc

@@ -1,4 +1,5 @@
 #include <bit>
+#include <limits>
 #include <utility>
 
 #include "core/clones.hpp"
@@ -68,6 +69,24 @@ void reduce(const std::byte* const* sources, int source_count, std::int64_t firs
   add(mean, scratch, scale, count);
 }
 
+template <class E>
+XC_CLONES void spread(const std::byte* const* sources, int source_count, std::int64_t first_byte,
+                      std::int64_t count, Master<E> own, const Master<E>* __restrict mean,
+                      Master<E>* __restrict spread) {
+  using T = Master<E>;
+  for (std::int64_t i = 0; i < count; ++i) spread[i] = T(0);
+  for (int k = 0; k < source_count; ++k) {
+    const E* __restrict g = reinterpret_cast<const E*>(sources[k] + first_byte);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const T away = (widen(g[i]) * own - mean[i]) / mean[i];
+      spread[i] = spread[i] + away * away;
+    }
+  }
+  const T share = T(1.0 / source_count);
+  for (std::int64_t i = 0; i < count; ++i)
+    spread[i] = mean[i] == T(0) ? std::numeric_limits<T>::infinity() : spread[i] * share;
+}
+
 }  // namespace
 
 int reduce_scratch_tiles(int source_count) {
@@ -85,6 +104,17 @@ ReduceFn<float> reduce_kernel<float>(DType element) {
 template <>
 ReduceFn<double> reduce_kernel<double>(DType) {
   return &reduce<double>;
+}
+
+template <>
+SpreadFn<float> spread_kernel<float>(DType element) {
+  if (element == DType::f32) return &spread<float>;
+  return element == DType::bf16 ? &spread<Bf16> : &spread<F16>;
+}
+
+template <>
+SpreadFn<double> spread_kernel<double>(DType) {
+  return &spread<double>;
 }
 
 }  // namespace xc

@@ -1,40 +1,53 @@
-#include "core/clones.hpp"
-#include "stages/tables.hpp"
+#include "stages/squares.hpp"
 
-// Sums of squares, in double and in a fixed number of lanes: an element's lane is its flat index modulo that
-// number, so neither the length of a tile nor the instruction set changes the order in which a lane sums.
+#include "core/clones.hpp"
 
 namespace xc {
 namespace {
 
-template <class T>
-double square(T value) {
-  return static_cast<double>(value) * static_cast<double>(value);
+template <class E, bool kDecayed>
+XC_CLONES void own_squares(const std::byte* gradient, Master<E> own, Master<E> decay,
+                           const Master<E>* __restrict w, std::int64_t first, std::int64_t count,
+                           double* lanes) {
+  const E* __restrict g = reinterpret_cast<const E*>(gradient);
+  add_terms<1>(first, count, lanes, [&](std::int64_t i, double* term) XC_INLINE {
+    Master<E> value = widen(g[i]) * own;
+    if constexpr (kDecayed) value = value + decay * w[i];
+    term[0] = product(value, value);
+  });
+}
+
+template <class E>
+OwnSquaresFn<Master<E>> own_squares_of(bool decayed) {
+  return decayed ? &own_squares<E, true> : &own_squares<E, false>;
 }
 
 template <class T>
-XC_CLONES void add_rows(const T* __restrict values, std::int64_t rows, double* __restrict lanes) {
-  double sum[kSquareLanes];
-  for (int l = 0; l < kSquareLanes; ++l) sum[l] = lanes[l];
-  for (std::int64_t r = 0; r < rows; ++r)
-    for (int l = 0; l < kSquareLanes; ++l) sum[l] += square(values[r * kSquareLanes + l]);
-  for (int l = 0; l < kSquareLanes; ++l) lanes[l] = sum[l];
+XC_CLONES void squares(const T* __restrict values, std::int64_t first, std::int64_t count, double* lanes) {
+  add_terms<1>(first, count, lanes,
+               [&](std::int64_t i, double* term) XC_INLINE { term[0] = product(values[i], values[i]); });
 }
 
 }  // namespace
 
 template <class T>
 void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes) {
-  std::int64_t i = 0;
-  for (; i < count && (first + i) % kSquareLanes != 0; ++i)
-    lanes[(first + i) % kSquareLanes] += square(values[i]);
-  const std::int64_t rows = (count - i) / kSquareLanes;
-  add_rows(values + i, rows, lanes);
-  for (i += rows * kSquareLanes; i < count; ++i) lanes[(first + i) % kSquareLanes] += square(values[i]);
+  squares(values, first, count, lanes);
+}
+
+template <>
+OwnSquaresFn<float> own_squares_kernel<float>(DType element, bool decayed) {
+  if (element == DType::f32) return own_squares_of<float>(decayed);
+  return element == DType::bf16 ? own_squares_of<Bf16>(decayed) : own_squares_of<F16>(decayed);
+}
+
+template <>
+OwnSquaresFn<double> own_squares_kernel<double>(DType, bool decayed) {
+  return own_squares_of<double>(decayed);
 }
 
 double sum_of_lanes(double* lanes) {
-  for (int width = kSquareLanes / 2; width > 0; width /= 2)
+  for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   return lanes[0];
 }

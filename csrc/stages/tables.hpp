@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/dtype.hpp"
+#include "rules/extrapolation.hpp"
 #include "rules/rule.hpp"
 
 namespace xc {
@@ -20,14 +21,43 @@ template <class T>
 using ReduceFn = void (*)(const std::byte* const* sources, int source_count, std::int64_t first_byte,
                           std::int64_t count, T scale, T* mean, T* scratch);
 
-// Updates w and the slots in place from the reduced gradient.
+// spread[i] = the mean over the sources of ((own * source[i] - mean[i]) / mean[i])^2, infinite where the mean
+// is zero: how far the workers' gradients lie apart. It has no unit, so whatever scales all of them cancels.
 template <class T>
-using ApplyFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slots, std::int64_t count);
+using SpreadFn = void (*)(const std::byte* const* sources, int source_count, std::int64_t first_byte,
+                          std::int64_t count, T own, const T* mean, T* spread);
 
-// x = narrow(displaced w) for one worker; `own` is that worker's gradient.
+// What an update sees of a tile. `extra` is what the rule asks for beside the mean gradient.
 template <class T>
-using PublishFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x,
-                           std::int64_t count);
+struct Elements {
+  const T* mean;
+  const T* extra;
+  T* w;
+  T* const* slots;
+};
+
+// Updates w and the slots in place.
+template <class T>
+using ApplyFn = void (*)(const void* scalars, const Elements<T>& at, std::int64_t count);
+
+// factor[i] = what a gradient is multiplied with to displace element i in the units of the rule's steps.
+template <class T>
+using FactorFn = void (*)(const void* scalars, const Elements<T>& at, T* factor, std::int64_t count);
+
+// By what one worker's weights are displaced: its own gradient, a direction that all share or that was made
+// for it, and the rates of both; `factor` is null where the gradients' own units are meant.
+template <class T>
+struct Displacement {
+  const std::byte* own;
+  const T* shared;
+  const T* factor;
+  T own_rate;
+  T shared_rate;
+};
+
+// x = narrow(displaced w) for one worker.
+template <class T>
+using PublishFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, std::int64_t count);
 
 // Two arrays that the next tile will read, and how many bytes each has for a block of kStreamBlock elements.
 inline constexpr std::int64_t kStreamBlock = 64;
@@ -39,41 +69,53 @@ struct Ahead {
 // The same past the cache: x is written by non-temporal stores, so its lines are not read first, and
 // meanwhile what lies ahead is fetched.
 template <class T>
-using StreamFn = void (*)(const T* w, T inner, const std::byte* own, const T* mean, std::byte* x,
-                          std::int64_t count, const Ahead& ahead);
+using StreamFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, std::int64_t count,
+                          const Ahead& ahead);
 
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
-using DisplaceFn = void (*)(T inner, const std::byte* own, const T* mean, std::byte* x, std::int64_t count);
+using DisplaceFn = void (*)(const Displacement<T>& by, std::byte* x, std::int64_t count);
 
-// Adds the squares of `count` values to kSquareLanes sums; values[i] belongs to lane (first + i) %
-// kSquareLanes.
-inline constexpr int kSquareLanes = 16;
+// Sums are taken in double and in kLanes lanes: element first + i belongs to lane (first + i) % kLanes, so
+// neither the length of a tile nor the instruction set changes the order in which a lane sums.
+inline constexpr int kLanes = 16;
+double sum_of_lanes(double* lanes);  // uses them up
+
+// Adds the squares of `count` values to a sum's lanes.
 template <class T>
 void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes);
-double sum_of_lanes(double* lanes);  // uses them up
+
+// Adds the squares of own * gradient + decay * w, or without a decay of own * gradient.
+template <class T>
+using OwnSquaresFn = void (*)(const std::byte* gradient, T own, T decay, const T* w, std::int64_t first,
+                              std::int64_t count, double* lanes);
 
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
 
-// Brings the slots up to date and writes each of a rule's quantities into an array of its own.
+// Brings the slots up to date and adds a rule's terms to the lanes of its sums, one sum after the other.
 template <class T>
-using MeasureFn = void (*)(const void* scalars, const T* mean, T* w, T* const* slots, T* const* quantities,
-                           std::int64_t count);
+using MeasureFn = void (*)(const void* scalars, const Elements<T>& at, std::int64_t first, std::int64_t count,
+                           double* lanes);
 
-// Turns a layer's sums of squares into scalars of the rule.
-using SettleFn = void (*)(void* scalars, int measure, const double* squares);
+// Turns a layer's sums into scalars of the rule.
+using SettleFn = void (*)(void* scalars, int measure, const double* sums);
 
 template <class T>
 struct RuleKernel {
   int slots;
   PrepareFn prepare;
   ApplyFn<T> apply;
+  FactorFn<T> factor = nullptr;
+  Extra extra = Extra::none;
   // What rules that measure have beside.
   int measures = 0;
   int sums[kMaxMeasures] = {};
   MeasureFn<T> measure[kMaxMeasures] = {};
   SettleFn settle = nullptr;
+  T (*own_decay)(const void* scalars) = nullptr;
+  bool revises = false;
+  bool lags = false;
   bool measures_touch_state = false;
   bool needs_gradient = true;
 };
@@ -84,16 +126,13 @@ struct FamilyInfo {
   std::span<const Parameter> parameters;
   std::span<const std::string_view> flags;
   std::span<const std::string_view> slot_names;
-  bool extrapolates;
   int measures;
+  bool has_factor;
   unsigned (*member)(unsigned flags, Hyper hyper);
 };
 
 const std::vector<FamilyInfo>& families();
 int family_index(std::string_view name);         // -1 if there is none
-int extrapolation_index(std::string_view name);  // -1 if there is none
-bool displaces_by_own(int extrapolation);        // by each worker's own gradient
-bool displaces_by_mean(int extrapolation);
 
 std::string_view instruction_set();  // the one that this machine's tile loops use
 
@@ -103,10 +142,14 @@ ReduceFn<T> reduce_kernel(DType element);
 template <class T>
 const RuleKernel<T>& rule_kernel(int family, unsigned member);
 template <class T>
-PublishFn<T> publish_kernel(DType element, int extrapolation);
+SpreadFn<T> spread_kernel(DType element);
 template <class T>
-StreamFn<T> stream_kernel(DType element, int extrapolation);
+OwnSquaresFn<T> own_squares_kernel(DType element, bool decayed);
 template <class T>
-DisplaceFn<T> displace_kernel(DType element, int extrapolation);
+PublishFn<T> publish_kernel(DType element, Direction direction, bool scaled);
+template <class T>
+StreamFn<T> stream_kernel(DType element, Direction direction, bool scaled);
+template <class T>
+DisplaceFn<T> displace_kernel(DType element, Direction direction);
 
 }  // namespace xc

@@ -54,16 +54,16 @@ void nesterov_momentum_follows_the_worked_example() {
   // f(w) = w^2 with K = 1, w = 2, lr 0.1, momentum 0.9: three steps by hand in double.
   const double hyper[] = {0.1, 0.9, 0.0, 0.0};
   double w = 2, buffer = 0, expected = 2, memory = 0;
-  double* slots[] = {&buffer, nullptr};
+  double* slots[] = {&buffer, nullptr, nullptr};
   const unsigned member = SgdFamily::member(1, Hyper(hyper));
   const RuleKernel<double>& kernel = rule_kernel<double>(family_index("sgd"), member);
-  alignas(kMaxScalarBytes) std::byte scalars[kMaxScalarBytes];
+  alignas(64) std::byte scalars[kMaxScalarBytes];
   for (int t = 0; t < 3; ++t) {
     const double gradient = 2 * w;
     memory = 0.9 * memory + 2 * expected;
     expected -= 0.1 * (2 * expected + 0.9 * memory);
     kernel.prepare(Hyper(hyper), t, scalars);
-    kernel.apply(scalars, &gradient, &w, slots, 1);
+    kernel.apply(scalars, {&gradient, nullptr, &w, slots}, 1);
     CHECK(std::abs(w - expected) < 1e-15);
   }
 }
@@ -71,8 +71,8 @@ void nesterov_momentum_follows_the_worked_example() {
 void publishing_without_displacement_keeps_signs_and_nans_apart() {
   const float w[] = {-0.0f, 1.0f}, own[] = {INFINITY, NAN}, mean[] = {NAN, INFINITY};
   float x[2];
-  publish_kernel<float>(DType::f32, 0)(w, 0.0f, reinterpret_cast<const std::byte*>(own), mean,
-                                       reinterpret_cast<std::byte*>(x), 2);
+  const Displacement<float> by{reinterpret_cast<const std::byte*>(own), mean, mean, 0, 0};
+  publish_kernel<float>(DType::f32, Direction::none, false)(w, by, reinterpret_cast<std::byte*>(x), 2);
   CHECK(std::signbit(x[0]) && x[1] == 1.0f);
 }
 

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "stages/tables.hpp"
+
+// The loop that all sums share. Terms are computed for a block of elements, which the compiler can vectorise
+// whatever they are, and then added to the lanes row by row.
+
+#define XC_INLINE __attribute__((always_inline))
+
+namespace xc {
+
+// Element j of `terms` belongs to lane (lane + j) % kLanes.
+XC_HOST_DEVICE void add_to_lanes(const double* terms, int lane, int count, double* lanes) {
+  int j = 0;
+  if (lane == 0)
+    for (; j + kLanes <= count; j += kLanes)
+      for (int l = 0; l < kLanes; ++l) lanes[l] += terms[j + l];
+  for (; j < count; ++j) lanes[(lane + j) % kLanes] += terms[j];
+}
+
+// Adds `terms_of(i, term)`, which writes kSums numbers, for i < count to kSums sums of kLanes lanes each.
+template <int kSums, class TermsOf>
+XC_HOST_DEVICE void add_terms(std::int64_t first, std::int64_t count, double* lanes, TermsOf terms_of) {
+  constexpr int kBlock = 4 * kLanes;
+  double terms[kSums][kBlock];
+  for (std::int64_t i = 0; i < count;) {
+    const int lane = static_cast<int>((first + i) % kLanes);
+    const int n = static_cast<int>(std::min<std::int64_t>(count - i, lane == 0 ? kBlock : kLanes - lane));
+    for (int j = 0; j < n; ++j) {
+      double term[kSums];
+      terms_of(i + j, term);
+      for (int q = 0; q < kSums; ++q) terms[q][j] = term[q];
+    }
+    for (int q = 0; q < kSums; ++q) add_to_lanes(terms[q], lane, n, lanes + q * kLanes);
+    i += n;
+  }
+}
+
+}  // namespace xc
