@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/dtype.hpp"
+#include "rules/noise.hpp"
 #include "rules/rule.hpp"
 
 namespace xc {
@@ -52,6 +53,10 @@ inline constexpr int kSquareLanes = 16;
 template <class T>
 void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes);
 double sum_of_lanes(double* lanes);  // uses them up
+
+// noise[i] is the random number of flat element first + i, whatever run it is part of.
+template <class T>
+void make_noise(Noise kind, const NoiseKey& key, std::int64_t first, std::int64_t count, T* noise);
 
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
