@@ -74,6 +74,7 @@ class BoundOptimizer(torch.optim.Optimizer):
                     raise UsageError(f"parameter {name!r} is given twice")
                 seen.add(id(param))
                 form = form_of(param, f"parameter {name!r}")
+                self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
             numbers = self._rule.numbers(group, self.world.K)[:-1]
             groups.append((self._rule.flag_bits(group), numbers))

@@ -109,8 +109,9 @@ class Engine:
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
             numbers = self._rule.numbers(self._group, world.K)[:-1]
-            for form in forms:
+            for name, form in zip(self._names, forms, strict=True):
                 require_visible(form)
+                self._rule.check_filters(name, form.shape, form.strides, inner_lr)
             check_tile(tile)
             check_max_norm(max_grad_norm)
         except Exception as caught:

@@ -113,6 +113,23 @@ class Rule:
         """All groups' numbers in one array."""
         return np.array([number for group in groups for number in self.numbers(group, workers)])
 
+    def check_filters(
+        self, name: str, shape: Sequence[int], strides: Sequence[int], inner_lr: InnerRate
+    ) -> None:
+        """Complain if a parameter has no filters to measure random displacements by, and is to be displaced."""
+        if self.extrapolation.name != "filter" or inner_lr == 0:
+            return
+        if len(shape) < 2:
+            raise UsageError(
+                f"parameter {name!r} of shape {tuple(shape)} has no filters, which take two dimensions: put it into a "
+                "group with inner_lr=0, which is not displaced"
+            )
+        if shape[0] > 1 and strides[0] != math.prod(shape[1:]):
+            raise UsageError(
+                f"the filters of parameter {name!r} do not lie one after the other in memory: its strides are "
+                f"{tuple(strides)}"
+            )
+
     def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
         """Complain if something changed that is settled when the engine is built."""
         if self.flag_bits(group) != flags:

@@ -269,6 +269,83 @@ def inner_rate(inner_lr: Any, lr: float, K: int) -> float:
     return {"lr": lr, "lr/K": lr / K}[inner_lr] if isinstance(inner_lr, str) else inner_lr
 
 
+# --- random numbers: Philox4x32-10 (Salmon et al. 2011) and what is made of its words, in float32 throughout
+
+
+def philox(counter: Sequence[Any], key: Sequence[int]) -> list[Array]:
+    """Ten rounds on four words, each an array of uint32 values in uint64."""
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for turn in range(10):
+        k0, k1 = (
+            (k + turn * bump) & 0xFFFFFFFF for k, bump in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        )
+        left, right = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1 = (right >> shift) ^ c1 ^ np.uint64(k0), right & low
+        c2, c3 = (left >> shift) ^ c3 ^ np.uint64(k1), left & low
+    return [c0, c1, c2, c3]
+
+
+def polynomial(x: Array, *coefficients: float) -> Array:
+    value = np.float32(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        value = np.float32(c) + x * value
+    return value
+
+
+def log_of(x: Array) -> Array:
+    """The library's ln of positive normal float32 numbers: 2^e m, m from sqrt(1/2) to sqrt(2)."""
+    bits = x.view(np.int32).astype(np.int64)
+    exponent = (bits - 0x3F3504F3) >> 23
+    e, f = (
+        exponent.astype(np.float32),
+        (bits - (exponent << 23)).astype(np.int32).view(np.float32) - np.float32(1),
+    )
+    s = f / (np.float32(2) + f)
+    half_square = np.float32(0.5) * f * f
+    tail = s * s * polynomial(s * s, 0.666666865, 0.399887592, 0.295809865)
+    high, low = np.float32(0.693145751953125), np.float32(1.42860677e-06)
+    return e * high - ((half_square - (s * (half_square + tail) + e * low)) - f)
+
+
+def sine_cosine_of_turn(u: Array) -> tuple[Array, Array]:
+    """The library's sine and cosine of float32 numbers of turns."""
+    quarters = np.rint(np.float32(4) * u)
+    r = u - np.float32(0.25) * quarters
+    s = r * polynomial(r * r, 6.28318531, -41.3416977, 81.5995178, -75.7263031)
+    c = polynomial(r * r, 1.0, -19.7392082, 64.9393692, -85.448822, 59.4241066)
+    quadrant = quarters.astype(int) % 4
+    return np.choose(quadrant, [s, c, -s, -c]), np.choose(quadrant, [c, -s, -c, s])
+
+
+def uniform_of(words: Sequence[Array]) -> list[Array]:
+    """The middles of 2^24 equal parts of [-1, 1)."""
+    signed = [word.astype(np.uint32).view(np.int32) for word in words]
+    return [((word >> 8) * 2 + 1).astype(np.float32) * np.float32(2**-24) for word in signed]
+
+
+def gaussian_of(words: Sequence[Array]) -> list[Array]:
+    """Box & Muller: each pair of words is a radius and an angle, and gives a cosine and a sine."""
+    numbers = []
+    for word, turn in (words[:2], words[2:]):
+        u = ((word >> np.uint64(8)) + np.uint64(1)).astype(np.float32) * np.float32(2**-24)
+        radius = np.sqrt(np.float32(-2) * log_of(u))
+        s, c = sine_cosine_of_turn((turn >> np.uint64(8)).astype(np.float32) * np.float32(2**-24))
+        numbers += [radius * c, radius * s]
+    return numbers
+
+
+NOISES = {"gaussian": gaussian_of, "uniform": uniform_of}
+
+
+def noise(kind: str, seed: int, step: int, worker: int, first: int, count: int) -> Array:
+    """The random numbers of the flat elements from `first` on: four to a block of words."""
+    blocks = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
+    counter = [blocks & np.uint64(0xFFFFFFFF), blocks >> np.uint64(32), worker, step]
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return np.stack(NOISES[kind](words), axis=1).ravel()[first % 4 :][:count]
+
+
 class ReferenceEngine:
     """K workers' steps on a list of layers: mean, rule, publish.
 

@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 
 #include "bind/register.hpp"
+#include "core/error.hpp"
+#include "core/float_environment.hpp"
 #include "rules/extrapolation.hpp"
 #include "stages/tables.hpp"
 
@@ -41,6 +43,22 @@ py::array_t<std::uint16_t> narrowed(
   return out;
 }
 
+Noise noise_named(const std::string& kind) {
+  if (kind == "gaussian") return Noise::gaussian;
+  if (kind == "uniform") return Noise::uniform;
+  throw UsageError("noise: there is no kind '" + kind + "'; choose 'gaussian' or 'uniform'");
+}
+
+py::array_t<float> noise(const std::string& kind, std::uint64_t seed, std::uint32_t step,
+                         std::uint32_t worker, std::int64_t first, std::int64_t count) {
+  const Noise chosen = noise_named(kind);
+  if (first < 0 || count < 0) throw UsageError("noise: first and count must not be negative");
+  py::array_t<float> numbers(count);
+  const FloatEnvironment environment;
+  make_noise(chosen, {seed, step, worker}, first, count, numbers.mutable_data());
+  return numbers;
+}
+
 }  // namespace
 
 void register_stages(py::module_& module) {
@@ -56,6 +74,8 @@ void register_stages(py::module_& module) {
     for (const Extrapolation& extrapolation : kExtrapolations) names.emplace_back(extrapolation.name);
     return names;
   });
+  module.def("noise", &noise, py::arg("kind"), py::arg("seed"), py::arg("step"), py::arg("worker"),
+             py::arg("first"), py::arg("count"), "The random numbers of the elements from `first` on.");
   module.def("f16_to_f32", &widened<F16>);
   module.def("f32_to_f16", &narrowed<F16>);
   module.def("bf16_to_f32", &widened<Bf16>);

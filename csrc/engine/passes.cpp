@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/streaming.hpp"
+#include "engine/filters.hpp"
 
 namespace xc {
 namespace {
@@ -82,10 +83,23 @@ void factor_stage(const Workers&, const Tile<T>& tile) {
   if (kernel.factor) kernel.factor(tile.run->scalars, tile.elements(), tile.factor, tile.count);
 }
 
+// What a worker is displaced along beside its own gradient.
+template <class T>
+const T* shared_direction(const Tile<T>& tile, std::size_t worker) {
+  const Extrapolation& extrapolation = *tile.run->extrapolation;
+  if (!extrapolation.random) return tile.mean;
+  NoiseKey key = tile.run->noise;
+  key.worker = static_cast<std::uint32_t>(worker);
+  make_noise(*extrapolation.random, key, tile.first, tile.count, tile.noise);
+  if (extrapolation.per_filter)
+    tile.kept->filters->scale(*tile.run, key, tile.first, tile.count, tile.noise);
+  return tile.noise;
+}
+
 template <class T>
 Displacement<T> displacement_of(const Workers& workers, const Tile<T>& tile, std::size_t worker) {
-  return {workers.own[worker] + tile.first_byte, tile.mean, tile.factor, tile.run->own_rate,
-          tile.run->shared_rate};
+  return {workers.own[worker] + tile.first_byte, shared_direction(tile, worker), tile.factor,
+          tile.run->own_rate, tile.run->shared_rate};
 }
 
 template <class T>
@@ -149,6 +163,7 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.mean = kept.mean ? kept.mean + place : buffers.mean();
   tile.extra = buffers.extra();
   tile.factor = buffers.factor();
+  tile.noise = buffers.noise();
   tile.kept = &kept;
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
@@ -184,12 +199,23 @@ Pass<T> summing_pass(Gradient gradient, Sums sums) {
 }
 
 template <class T>
-Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
+Pass<T> apply_pass(Gradient gradient, Sums sums) {
   Pass<T> pass = summing_pass<T>(gradient, sums);
   pass.push_back(&apply_stage<T>);
+  return pass;
+}
+
+template <class T>
+Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
+  Pass<T> pass = apply_pass<T>(gradient, sums);
   if (publication.factor) pass.push_back(&factor_stage<T>);
   pass.push_back(publication.streaming ? &stream_stage<T> : &publish_stage<T>);
   return pass;
+}
+
+template <class T>
+Pass<T> publication_pass(bool streaming) {
+  return {streaming ? &stream_stage<T> : &publish_stage<T>};
 }
 
 template <class T>
@@ -228,6 +254,8 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
 #define XC_INSTANTIATE(T)                                                                         \
   template Pass<T> summing_pass<T>(Gradient, Sums);                                               \
   template Pass<T> step_pass<T>(Gradient, Sums, Publication);                                     \
+  template Pass<T> apply_pass<T>(Gradient, Sums);                                                 \
+  template Pass<T> publication_pass<T>(bool);                                                     \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \
   template Pass<T> load_pass<T>();                                                                \
   template Pass<T> sum_pass<T>(bool);                                                             \

@@ -44,6 +44,9 @@ struct Run {
   const Extrapolation* extrapolation;
   T own_rate;
   T shared_rate;
+  NoiseKey noise;              // of worker 0
+  std::int64_t filter_length;  // of its layer
+  std::int64_t filters_end;    // where its layer's last filter ends
   const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
   SpreadFn<T> spread;
@@ -63,13 +66,17 @@ struct Shard {
   T* slots[kMaxSlots] = {};
 };
 
-// What passes may leave behind.
+template <class T>
+class Filters;
+
+// What passes may leave behind, and read beside the workers' arrays.
 template <class T>
 struct Kept {
   T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
   CellSums* statistics = nullptr;   // squares of the mean gradient, then of each worker's
   CellSums* measured = nullptr;     // what the rule measures
   CellSums* own_squares = nullptr;  // of each worker's gradient, when the rule wants them one by one
+  Filters<T>* filters = nullptr;    // which random displacements may be measured by
 };
 
 template <class T>
@@ -83,6 +90,7 @@ struct Tile {
   T* mean;
   T* extra;
   T* factor;
+  T* noise;
   T* scratch;
   const Kept<T>* kept;
   Elements<T> elements() const { return {mean, extra, w, slots}; }
@@ -107,6 +115,7 @@ struct Sums {
   bool workers = false;      // squares of all workers' gradients
   int measure = -1;          // a measure of the rule
   bool own_squares = false;  // squares of each worker's gradient
+  bool any() const { return mean || workers || measure >= 0 || own_squares; }
 };
 
 // What the last pass of a step does with the weights.
@@ -121,6 +130,11 @@ Pass<T> summing_pass(Gradient gradient, Sums sums);
 // A whole step, or its last pass.
 template <class T>
 Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication);
+// The two halves of a last pass whose publication must know all new weights.
+template <class T>
+Pass<T> apply_pass(Gradient gradient, Sums sums);
+template <class T>
+Pass<T> publication_pass(bool streaming);
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
 std::vector<Pass<T>> unfused_passes();
@@ -136,12 +150,13 @@ template <class T>
 class TileBuffers {
  public:
   TileBuffers(std::int64_t tile, int source_count)
-      : tile_(tile), memory_(allocate(tile * (3 + reduce_scratch_tiles(source_count)))) {}
+      : tile_(tile), memory_(allocate(tile * (4 + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
   T* mean() { return memory_.get(); }
   T* extra() { return memory_.get() + tile_; }
   T* factor() { return memory_.get() + 2 * tile_; }
-  T* scratch() { return memory_.get() + 3 * tile_; }
+  T* noise() { return memory_.get() + 3 * tile_; }
+  T* scratch() { return memory_.get() + 4 * tile_; }
 
  private:
   struct Free {

@@ -41,6 +41,11 @@ std::int64_t element_count(std::span<const std::int64_t> shape) {
   return count;
 }
 
+std::int64_t filter_length(const LayerSpec& spec) {
+  if (spec.shape.size() < 2 || spec.shape[0] == 0) return 0;
+  return element_count(spec.shape) / spec.shape[0];
+}
+
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid) {
   const std::int64_t cells = (length + grid - 1) / grid;
   std::vector<Segment> segments;

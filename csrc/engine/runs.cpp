@@ -15,6 +15,8 @@ Run<T> plain_run(const Layer& layer) {
   run.end = layer.end;
   run.byte_begin = layer.byte_begin;
   run.element_size = size_of(layer.spec.dtype);
+  run.filter_length = filter_length(layer.spec);
+  run.filters_end = layer.begin + layer.count;
   run.scale = T(1);
   run.extrapolation = &kExtrapolations[0];
   run.reduce = reduce_kernel<T>(layer.spec.dtype);
@@ -79,6 +81,7 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   run.decay = kernel.own_decay ? kernel.own_decay(run.scalars) : T(0);
   run.spread = spread_kernel<T>(spec.dtype);
   run.own_squares = own_squares_kernel<T>(spec.dtype, run.decay != T(0));
+  run.noise = {options_.seed, static_cast<std::uint32_t>(updates + 1), 0};
   set_displacement(run, spec, own.back(), step);
 }
 
@@ -104,7 +107,8 @@ std::vector<Run<T>> RunMaker<T>::for_step(const Engine::Step& step, std::span<co
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
     const Layer& layer = plan_.layers[i];
     if (!present[i]) continue;
-    const bool joins = !runs.empty() && runs.back().kernel->measures == 0 && runs.back().end == layer.begin;
+    const bool joins = !runs.empty() && runs.back().kernel->measures == 0 &&
+                       !runs.back().extrapolation->per_filter && runs.back().end == layer.begin;
     if (joins && updates[last] == updates[i] && alike(plan_.layers[last].spec, layer.spec)) {
       runs.back().end = layer.end;
     } else {

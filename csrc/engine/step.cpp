@@ -57,7 +57,8 @@ Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>
       arenas_(arenas),
       maker_(maker),
       streaming_(streaming),
-      buffers_(tile, static_cast<int>(arenas.shards().size())) {}
+      buffers_(tile, static_cast<int>(arenas.shards().size())),
+      filters_(arenas.shards(), tile) {}
 
 template <class T>
 Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet) {
@@ -83,7 +84,7 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
   if (step.max_norm > 0) clip(outcome.norm, step);
   for (int measure = 0; measure < maker_.measures(); ++measure)
     measure_layers(settled, marks, measure, outcome.norm, meet);
-  last_pass(step);
+  last_pass(step, meet);
   return outcome;
 }
 
@@ -147,7 +148,7 @@ void Stepper<T>::settle(int measure, const LayerSums& sums) {
 }
 
 template <class T>
-void Stepper<T>::last_pass(const Engine::Step& step) {
+void Stepper<T>::last_pass(const Engine::Step& step, const Meet& meet) {
   const bool along = step.observe == Observe::along;
   const bool lags = any([](const Run<T>& run) { return run.kernel->lags; });
   Gradient how = gradient(step);
@@ -156,7 +157,14 @@ void Stepper<T>::last_pass(const Engine::Step& step) {
                });
   how.spread &= how.needed;
   const Sums sums{.mean = along, .workers = along, .measure = lags ? 0 : -1};
-  walk_all(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
+  if (!any([](const Run<T>& run) { return run.extrapolation->per_filter; })) {
+    walk_all(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
+    return;
+  }
+  walk_all(apply_pass<T>(how, sums), sums);
+  meet(true);
+  filters_.forget();
+  walk_all(publication_pass<T>(streaming_), {});
 }
 
 // After the last pass, so that its sums are all ranks' and no rank can be in the next step's passes.
@@ -203,7 +211,7 @@ std::array<std::vector<double*>, 3> Stepper<T>::destinations(std::size_t k, Sums
 
 template <class T>
 void Stepper<T>::walk_all(const Pass<T>& pass, Sums sums) {
-  set_ = (set_ + 1) % kSumSets;
+  if (sums.any()) set_ = (set_ + 1) % kSumSets;
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) {
     auto [statistics, measured, own] = destinations(k, sums);
@@ -211,7 +219,10 @@ void Stepper<T>::walk_all(const Pass<T>& pass, Sums sums) {
     CellSums of_rule(plan_, plan_.segments[k], std::move(measured));
     CellSums of_workers(plan_, plan_.segments[k], std::move(own));
     walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
-            {.statistics = &of_gradients, .measured = &of_rule, .own_squares = &of_workers});
+            {.statistics = &of_gradients,
+             .measured = &of_rule,
+             .own_squares = &of_workers,
+             .filters = &filters_});
     of_gradients.finish();
     of_rule.finish();
     of_workers.finish();

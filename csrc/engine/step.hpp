@@ -10,6 +10,7 @@
 
 #include "engine/arenas.hpp"
 #include "engine/engine.hpp"
+#include "engine/filters.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
 #include "engine/runs.hpp"
@@ -60,7 +61,7 @@ class Stepper {
   void measure_layers(const Engine::Step& step, const LayerMarks& marks, int measure, double norm,
                       const Meet& meet);
   void settle(int measure, const LayerSums& sums);
-  void last_pass(const Engine::Step& step);
+  void last_pass(const Engine::Step& step, const Meet& meet);
   bool any(bool (*is)(const Run<T>&)) const;
   Gradient gradient(const Engine::Step& step) const;
   bool knows_all_layers(const LayerMarks& marks) const;
@@ -82,6 +83,7 @@ class Stepper {
   bool streaming_;
   int set_ = 0;  // of sums, that the last summing pass wrote
   TileBuffers<T> buffers_;
+  Filters<T> filters_;
   std::vector<Run<T>> runs_;  // of the step under way
   std::vector<double> revised_;
   LayerSums measured_along_;  // by the step before, if its rule lags

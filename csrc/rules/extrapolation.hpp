@@ -1,9 +1,11 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <string_view>
 
 #include "core/host_device.hpp"
+#include "rules/noise.hpp"
 
 namespace xc {
 
@@ -14,19 +16,17 @@ namespace xc {
 enum class Direction { none, own, shared, deviation };
 inline constexpr int kDirections = 4;
 
-enum class Random { none, gaussian, uniform };
-
 struct Extrapolation {
   std::string_view name;
   Direction direction;
-  Random random = Random::none;  // where the shared direction comes from, if not from the gradients
-  bool per_filter = false;       // random numbers as long as the filter they displace
+  std::optional<Noise> random = {};  // where the shared direction comes from, if not from the gradients
+  bool per_filter = false;           // random numbers as long as the filter they displace
 
   constexpr bool by_own() const { return direction == Direction::own || direction == Direction::deviation; }
   constexpr bool by_mean() const {
-    return (direction == Direction::shared || direction == Direction::deviation) && random == Random::none;
+    return (direction == Direction::shared || direction == Direction::deviation) && !random;
   }
-  constexpr bool by_gradient() const { return direction != Direction::none && random == Random::none; }
+  constexpr bool by_gradient() const { return direction != Direction::none && !random; }
 };
 
 // The one list of extrapolations; the first displaces nothing and stands in wherever the inner rate is zero.
@@ -35,9 +35,9 @@ inline constexpr std::array kExtrapolations = {
     Extrapolation{"local", Direction::own},
     Extrapolation{"global", Direction::shared},
     Extrapolation{"anisotropic", Direction::deviation},
-    Extrapolation{"gaussian", Direction::shared, Random::gaussian},
-    Extrapolation{"uniform", Direction::shared, Random::uniform},
-    Extrapolation{"filter", Direction::shared, Random::gaussian, true},
+    Extrapolation{"gaussian", Direction::shared, Noise::gaussian},
+    Extrapolation{"uniform", Direction::shared, Noise::uniform},
+    Extrapolation{"filter", Direction::shared, Noise::gaussian, true},
 };
 
 // -1 if there is none.

@@ -7,6 +7,7 @@
 
 #include "core/dtype.hpp"
 #include "rules/extrapolation.hpp"
+#include "rules/noise.hpp"
 #include "rules/rule.hpp"
 
 namespace xc {
@@ -89,6 +90,10 @@ void add_squares(const T* values, std::int64_t first, std::int64_t count, double
 template <class T>
 using OwnSquaresFn = void (*)(const std::byte* gradient, T own, T decay, const T* w, std::int64_t first,
                               std::int64_t count, double* lanes);
+
+// noise[i] is the random number of flat element first + i, whatever run it is part of.
+template <class T>
+void make_noise(Noise kind, const NoiseKey& key, std::int64_t first, std::int64_t count, T* noise);
 
 // Writes a rule's scalars for one step into kMaxScalarBytes of storage.
 using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);

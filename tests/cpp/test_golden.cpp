@@ -4,9 +4,10 @@
 #include "core/hash.hpp"
 #include "engine/engine.hpp"
 #include "ranks.hpp"
+#include "stages/tables.hpp"
 
-// A hundred steps from fixed numbers must give fixed bits: on every processor, and from a build with and
-// without the clones of the tile loops.
+// A hundred steps from fixed numbers, and the random numbers, must give fixed bits: on every processor, and
+// from a build with and without the clones of the tile loops.
 
 using namespace xc;
 
@@ -52,6 +53,12 @@ std::uint64_t hash_after_100_steps(const std::string& rule, const std::string& e
   return hash;
 }
 
+std::uint64_t hash_of_noise(Noise kind) {
+  std::vector<float> numbers(100'003);
+  make_noise(kind, {0x0123456789abcdefu, 7, 5}, (std::int64_t{1} << 34) - 50'001, 100'003, numbers.data());
+  return hash_of({reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(float)});
+}
+
 void check_golden(std::uint64_t hash, std::uint64_t golden) {
   if (hash != golden) std::fprintf(stderr, "hash is 0x%016lx\n", static_cast<unsigned long>(hash));
   CHECK(hash == golden);
@@ -64,4 +71,6 @@ int main() {
   check_golden(hash_after_100_steps("sgd", "global", DType::bf16, {0.1, 0.9, 0.0, 1e-4}), 0x93636c124f03e714);
   check_golden(hash_after_100_steps("adam", "none", DType::f16, {0.01, 0.9, 0.999, 1e-8, 1e-2}),
                0x0efb9dda5d1cd891);
+  check_golden(hash_of_noise(Noise::uniform), 0x2f6689ca95fc565a);
+  check_golden(hash_of_noise(Noise::gaussian), 0xa9ce6aa876e6b648);
 }
