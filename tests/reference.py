@@ -420,3 +420,32 @@ def assert_same_bits(got, wanted, what="array"):
 def bits(array):
     flat = np.ascontiguousarray(array).ravel()
     return flat.view(f"u{flat.dtype.itemsize}")
+
+
+# --- AdaScale: gradients are n flat arrays each, in float64
+
+
+def baseline_sample(grads: Sequence[Array], scale: float) -> tuple[float, float]:
+    """The variance of a batch of n / scale gradients and the squared norm of the true gradient, unbiased, clipped.
+
+    From the definition of the sample covariance, not from sums of squares.
+    """
+    n, mean = len(grads), sum(grads) / len(grads)
+    of_one = sum(float(np.sum((g - mean) ** 2)) for g in grads) / (n - 1)
+    var = of_one / (n / scale)
+    return max(var, 1e-6), max(float(mean @ mean) - of_one / n, 0.0)
+
+
+def averaged(samples: Sequence[float], smoothing: Sequence[float], averaging: str) -> float:
+    """The average after the last sample; each sample came with its own smoothing."""
+    if averaging == "debiased":
+        weights = [(1 - s) * math.prod(smoothing[i + 1 :]) for i, s in enumerate(smoothing)]
+        return sum(w * x for w, x in zip(weights, samples, strict=True)) / sum(weights)
+    average = samples[0]
+    for t, (x, s) in enumerate(zip(samples, smoothing, strict=True), 1):
+        average = sum(samples[:t]) / t if t < 1 / (1 - s) else s * average + (1 - s) * x
+    return average
+
+
+def gain_ratio(var: float, sqr: float, scale: float) -> float:
+    return (var + sqr) / (var / scale + sqr)
