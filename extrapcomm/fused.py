@@ -166,6 +166,10 @@ class FusedOptimizer(Checkpoints):
             self._binding.require_own_weights()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
+            if self._rule.extrapolation.name == "filter":
+                for param in group["params"]:
+                    shape, strides = param.shape, param.stride()
+                    self._rule.check_filters("of this group", shape, strides, group["inner_lr"])
         return self._rule.table(self.param_groups, self.world.K)
 
     def _divisor(self) -> float:

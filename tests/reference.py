@@ -89,20 +89,33 @@ def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
 def square_sum(x: Array, begin: int) -> float:
     """The sum of squares of a layer that begins at this flat element, in the engine's order.
 
-    In double, over cells that end at every 1,024th flat element; in a cell 16 lanes by flat index, added up by
-    halves; then cell after cell.
+    In double, over cells that end at every 1,024th flat element; then cell after cell.
     """
-    total, squares = 0.0, np.square(x.ravel().astype(np.float64))
-    while squares.size:
-        length = min(1024 - begin % 1024, squares.size)
-        rows = np.zeros((begin % 16 + length + 15) // 16 * 16)
-        rows[begin % 16 : begin % 16 + length] = squares[:length]
-        lanes = np.add.reduce(rows.reshape(-1, 16), axis=0)
-        while lanes.size > 1:
-            lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-        total += float(lanes[0])
-        squares, begin = squares[length:], begin + length
+    return cell_sum(np.square(x.ravel().astype(np.float64)), begin)
+
+
+def cell_sum(terms: Array, begin: int) -> float:
+    total = 0.0
+    while terms.size:
+        length = min(1024 - begin % 1024, terms.size)
+        total += lane_sum(terms[:length], begin)
+        terms, begin = terms[length:], begin + length
     return total
+
+
+def lane_sum(terms: Array, begin: int) -> float:
+    """In 16 lanes by flat index, added up by halves."""
+    rows = np.zeros((begin % 16 + terms.size + 15) // 16 * 16)
+    rows[begin % 16 : begin % 16 + terms.size] = terms
+    lanes = np.add.reduce(rows.reshape(-1, 16), axis=0)
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return float(lanes[0])
+
+
+def norm(x: Array, begin: int) -> float:
+    """Of what begins at this flat element, in one piece."""
+    return math.sqrt(lane_sum(np.square(x.ravel().astype(np.float64)), begin))
 
 
 def lars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
@@ -261,6 +274,7 @@ EXTRAPOLATIONS: dict[str, Callable[[float, float, Array, Array], Array] | None] 
     "global": lambda own_rate, rate, own, mean: rate * mean,
     "anisotropic": lambda own_rate, rate, own, mean: own_rate * own - rate * mean,
 }
+RANDOM = {"gaussian": "gaussian", "uniform": "uniform", "filter": "gaussian"}
 
 
 def inner_rate(inner_lr: Any, lr: float, K: int) -> float:
@@ -356,7 +370,8 @@ class ReferenceEngine:
     """
 
     def __init__(self, weights, K, rule="sgd", extrapolation="none", inner_lr="lr/K", dtype="float64",
-                 precision=None, groups=None, displacement="preconditioned", inner_clip=True, **hyper):  # fmt: skip
+                 precision=None, groups=None, displacement="preconditioned", inner_clip=True,
+                 noise=1.0, seed=0, **hyper):  # fmt: skip
         self.K, self.rule, self.extrapolation, self.inner_lr = K, RULES[rule], extrapolation, inner_lr
         self.dtypes = [dtype] * len(weights) if isinstance(dtype, str) else dtype
         self.T = np.dtype(precision or WORKING[self.dtypes[0]])
@@ -365,6 +380,7 @@ class ReferenceEngine:
         self.slots = [[np.zeros_like(w)] * self.rule.slots for w in self.w]
         self.t = [0] * len(self.w)
         self.displacement, self.inner_clip = displacement, inner_clip
+        self.noise, self.seed = noise, seed
         self.hyper = self.rule.defaults | hyper
         self.groups = groups or [{}] * len(self.w)
         padded = [(w.size + 31) // 32 * 32 for w in self.w]
@@ -391,8 +407,22 @@ class ReferenceEngine:
         self.w[layer], self.slots[layer] = w, slots
         factor = factor if self.displacement == "preconditioned" else 1
         for k in range(self.K):
-            x = self.displaced(w, local[k], mean, factor, h["lr"])
+            if self.extrapolation in RANDOM:
+                x = self.displaced_at_random(k, layer, w, h["lr"])
+            else:
+                x = self.displaced(w, local[k], mean, factor, h["lr"])
             self.x[k][layer] = rounded(x, self.dtypes[layer])
+
+    def displaced_at_random(self, k, layer, w, lr):
+        rate = self.T.type(inner_rate(self.inner_lr, lr, self.K) * self.noise)
+        key = (RANDOM[self.extrapolation], self.seed, self.t[layer], k)
+        n = noise(*key, self.begins[layer], w.size).astype(self.T).reshape(w.shape)
+        if self.extrapolation == "filter":
+            begin = self.begins[layer]
+            for f in range(len(w)):
+                at = begin + f * w[f].size
+                n[f] = n[f] * self.T.type(norm(w[f], at) / norm(n[f], at))
+        return w - rate * n
 
     def displaced(self, w, local, mean, factor, lr):
         rate = inner_rate(self.inner_lr, lr, self.K)

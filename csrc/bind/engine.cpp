@@ -48,7 +48,8 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
                                     std::optional<bool> streaming) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
-  const EngineOptions options{rule, {name, scaled, clipped, seed}, groups_from(groups), tile, streaming, version};
+  const EngineOptions options{rule,   {name, scaled, clipped, seed}, groups_from(groups), tile, streaming,
+                              version};
   const py::gil_scoped_release nogil;
   return Engine::create(std::move(team), specs, options);
 }
@@ -97,14 +98,15 @@ auto unlocked(const Revise& revise) {
 using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
-                  double max_norm, bool skip_nonfinite, Observe observe, const std::optional<Revise>& revise) {
+                  double max_norm, bool skip_nonfinite, Observe observe,
+                  const std::optional<Revise>& revise) {
   const auto layers = py::ssize_t(engine.plan().layers.size());
   if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
       present.size() != layers * engine.team().workers_per_rank())
     throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
-  Engine::Step arguments{span_of(hyper),  span_of(present), fused, divisor, max_norm,
-                         skip_nonfinite, observe,          {}};
+  Engine::Step arguments{span_of(hyper), span_of(present), fused,   divisor,
+                         max_norm,       skip_nonfinite,   observe, {}};
   if (revise) arguments.revise = unlocked(*revise);
   Engine::Outcome outcome;
   {

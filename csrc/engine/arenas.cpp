@@ -21,7 +21,8 @@ Arenas<T>::Arenas(Team& team, const Plan& plan, int slots, int sums, std::int64_
       views_(team.share(layout_.views_bytes())),
       state_(team.share(layout_.state_bytes())) {
   for (int r = 0; r < team.size(); ++r)
-    locate(layout_of(team, plan, r, slots, sums, tile, control_bytes), plan, static_cast<std::size_t>(r), slots);
+    locate(layout_of(team, plan, r, slots, sums, tile, control_bytes), plan, static_cast<std::size_t>(r),
+           slots);
   workers_.own = workers_.sources;
 }
 

@@ -16,7 +16,8 @@ template <class T>
 class Filters {
  public:
   // `shards` are all workers' in the order of offsets.
-  Filters(std::span<const Shard<T>> shards, std::int64_t tile) : shards_(shards), buffer_(std::size_t(tile)) {}
+  Filters(std::span<const Shard<T>> shards, std::int64_t tile)
+      : shards_(shards), buffer_(std::size_t(tile)) {}
 
   // Multiplies the random numbers of `count` elements from `first`, of one run. Those of padding become zero.
   void scale(const Run<T>& run, const NoiseKey& key, std::int64_t first, std::int64_t count, T* noise);

@@ -27,11 +27,10 @@ void clip_stage(const Workers&, const Tile<T>& tile) {
 
 template <class T>
 void mean_squares_stage(const Workers&, const Tile<T>& tile) {
-  tile.kept->statistics->add(
-      tile.first, tile.count,
-      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-        add_squares(tile.mean + offset, first, count, lanes);
-      });
+  tile.kept->statistics->add(tile.first, tile.count,
+                             [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+                               add_squares(tile.mean + offset, first, count, lanes);
+                             });
 }
 
 // Of every worker's gradient, into lanes of its own from number `lane` on.
@@ -62,14 +61,15 @@ template <class T, int kMeasure>
 void measure_stage(const Workers&, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
   if (kernel.measures <= kMeasure) return;
-  tile.kept->measured->add(
-      tile.first, tile.count,
-      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-        T* slots[kMaxSlots];
-        for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
-        const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset, slots};
-        kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes);
-      });
+  tile.kept->measured->add(tile.first, tile.count,
+                           [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+                             T* slots[kMaxSlots];
+                             for (int s = 0; s < kMaxSlots; ++s)
+                               slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
+                             const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset,
+                                                  slots};
+                             kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes);
+                           });
 }
 
 template <class T>
@@ -91,8 +91,7 @@ const T* shared_direction(const Tile<T>& tile, std::size_t worker) {
   NoiseKey key = tile.run->noise;
   key.worker = static_cast<std::uint32_t>(worker);
   make_noise(*extrapolation.random, key, tile.first, tile.count, tile.noise);
-  if (extrapolation.per_filter)
-    tile.kept->filters->scale(*tile.run, key, tile.first, tile.count, tile.noise);
+  if (extrapolation.per_filter) tile.kept->filters->scale(*tile.run, key, tile.first, tile.count, tile.noise);
   return tile.noise;
 }
 

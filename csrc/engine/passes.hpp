@@ -44,9 +44,9 @@ struct Run {
   const Extrapolation* extrapolation;
   T own_rate;
   T shared_rate;
-  NoiseKey noise;              // of worker 0
-  std::int64_t filter_length;  // of its layer
-  std::int64_t filters_end;    // where its layer's last filter ends
+  NoiseKey noise;               // of worker 0
+  std::int64_t filter_length;   // of its layer
+  std::int64_t filters_end;     // where its layer's last filter ends
   const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
   SpreadFn<T> spread;
@@ -72,7 +72,7 @@ class Filters;
 // What passes may leave behind, and read beside the workers' arrays.
 template <class T>
 struct Kept {
-  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  T* mean = nullptr;                // the shard's reduced gradient, instead of in a buffer of the tile's size
   CellSums* statistics = nullptr;   // squares of the mean gradient, then of each worker's
   CellSums* measured = nullptr;     // what the rule measures
   CellSums* own_squares = nullptr;  // of each worker's gradient, when the rule wants them one by one

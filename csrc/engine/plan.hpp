@@ -42,8 +42,8 @@ struct Segment {
   std::int64_t count() const { return end - begin; }
 };
 
-// Elements of one FILTER, the weights of one output: what lies under one index of the first dimension. 0 where
-// there is but one dimension.
+// Elements of one FILTER, the weights of one output: what lies under one index of the first dimension. 0
+// where there is but one dimension.
 std::int64_t filter_length(const LayerSpec& spec);
 
 std::int64_t element_count(std::span<const std::int64_t> shape);

@@ -11,8 +11,9 @@ namespace xc {
 
 // How worker k's next weights x_k are displaced from the new master weights w. A displacement goes against a
 // DIRECTION: the worker's own last gradient, one that is given for it (the mean gradient, or random numbers),
-// or its own less the mean. Extrapolation for Large-batch Training in Deep Learning (ICML 2020): its framework
-// takes any direction that does not depend on the next gradient's sample; the local kind is EXTRAP-SGD.
+// or its own less the mean. Extrapolation for Large-batch Training in Deep Learning (ICML 2020): its
+// framework takes any direction that does not depend on the next gradient's sample; the local kind is
+// EXTRAP-SGD.
 enum class Direction { none, own, shared, deviation };
 inline constexpr int kDirections = 4;
 

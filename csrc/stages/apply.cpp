@@ -66,10 +66,10 @@ XC_CLONES void factor(const void* scalars, const Elements<T>& at, T* __restrict 
 }
 
 template <class R, class T>
-inline constexpr bool kHasFactor = requires(const R rule, T t) { rule.factor(t); } ||
-                                   requires(const R rule, T t) { rule.factor(t, t); } ||
-                                   requires(const R rule, T t) { rule.factor(t, t, t); } ||
-                                   requires(const R rule, T t) { rule.factor(t, t, t, t); };
+inline constexpr bool kHasFactor =
+    requires(const R rule, T t) { rule.factor(t); } || requires(const R rule, T t) { rule.factor(t, t); } ||
+    requires(const R rule, T t) { rule.factor(t, t, t); } ||
+    requires(const R rule, T t) { rule.factor(t, t, t, t); };
 
 template <class R>
 void prepare(Hyper hyper, std::int64_t updates, void* scalars) {

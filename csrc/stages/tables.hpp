@@ -137,7 +137,7 @@ struct FamilyInfo {
 };
 
 const std::vector<FamilyInfo>& families();
-int family_index(std::string_view name);         // -1 if there is none
+int family_index(std::string_view name);  // -1 if there is none
 
 std::string_view instruction_set();  // the one that this machine's tile loops use
 
