@@ -5,6 +5,7 @@ publication happen in a single pass over shared memory. Importing this package i
 the first `World`, and torch is loaded when an optimizer is asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -15,9 +16,11 @@ from .world import World
 
 if TYPE_CHECKING:
     from .amp import GradScaler
-    from .optim import LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
+    from .optim import CLARS, LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
+    from .variance_reduced import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
+    "CLARS",
     "LAMB",
     "LANS",
     "LARS",
@@ -35,6 +38,10 @@ __all__ = [
     "MismatchError",
     "PeerError",
     "UsageError",
+    "VRAdam",
+    "VRLAMB",
+    "VRLARS",
+    "VRSGD",
     "World",
     "__version__",
     "all_gather",
@@ -44,19 +51,18 @@ __all__ = [
     "reduce_scatter",
 ]
 
-_OPTIMIZERS = ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "LAMB", "LANS")
+# Where the names are that need torch, which is loaded only for those who use them.
+_LAZY = {
+    "amp": ("GradScaler",),
+    "optim": ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "CLARS", "LAMB", "LANS"),
+    "variance_reduced": ("VRSGD", "VRAdam", "VRLARS", "VRLAMB"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load torch only for those who use its optimizers."""
-    if name == "GradScaler":
-        from . import amp
-
-        return amp.GradScaler
-    if name in _OPTIMIZERS:
-        from . import optim
-
-        return getattr(optim, name)
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module 'extrapcomm' has no attribute {name!r}")
 
 

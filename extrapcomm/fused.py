@@ -78,9 +78,7 @@ class FusedOptimizer(Checkpoints):
         self.skipped = False
         error: Exception | None = None
         try:
-            self._rule = Rule(
-                self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
-            )
+            self._rule = Rule(self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed))
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)

@@ -167,7 +167,7 @@ def _value(group: Mapping[str, Any], name: str) -> Any:
     try:
         return tuple(group["betas"])[int(name.removeprefix("beta")) - 1]
     except (KeyError, IndexError, TypeError):
-        raise UsageError("betas must be a pair of numbers") from None
+        raise UsageError(f"betas must be numbers, {name[4:]} of them at least") from None
 
 
 def _number(name: str, value: Any) -> float:
@@ -181,4 +181,10 @@ def _number(name: str, value: Any) -> float:
         raise UsageError(f"{name} must not be negative, but is {number:g}")
     if name.startswith("beta") and number >= 1:
         raise UsageError(f"betas must be below 1, but one is {number:g}")
+    if name == "smoothing" and number >= 1:
+        raise UsageError(f"smoothing must be below 1, but is {number:g}")
+    if name == "gsnr_floor" and number > 1:
+        raise UsageError(f"gsnr_floor must not be above 1, but is {number:g}")
+    if name == "gsnr_eps" and number == 0:
+        raise UsageError("gsnr_eps must be positive: where gradients do not vary it is all that is left")
     return number

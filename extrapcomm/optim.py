@@ -9,7 +9,7 @@ from .world import World
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LAMB", "LANS", "LARS", "SGD", "Adam", "AdamW", "ExtrapAdam", "ExtrapSGD"]
+__all__ = ["CLARS", "LAMB", "LANS", "LARS", "SGD", "Adam", "AdamW", "ExtrapAdam", "ExtrapSGD"]
 
 
 class Options(TypedDict, total=False):
@@ -134,7 +134,7 @@ class Adam(FusedOptimizer):
         self,
         params: Params,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -158,7 +158,7 @@ class AdamW(Adam):
         self,
         params: Params,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         **kwargs: Any,
@@ -232,6 +232,22 @@ class LARS(FusedOptimizer):
         super().__init__(params, defaults, choices=choices, **options)
 
 
+class CLARS(LARS):
+    """CLARS: `LARS` whose ratio is trust_coefficient |w| over the mean of the norms of the workers' own gradients.
+
+    That mean is never below the norm of the mean gradient, so early rates are smaller and warm-up is not needed. Each
+    worker's gradient takes its decay before its norm. The step takes a second pass over memory.
+
+    Source: Large Batch Training Does Not Need Warmup (arXiv:2002.01576), with one gradient per worker as the samples;
+    `trust="outside"`, the default, is where the authors' code has the ratio.
+    """
+
+    RULE = "clars"
+
+    def __init__(self, params: Params, *args: Any, trust: str = "outside", **kwargs: Any) -> None:
+        super().__init__(params, *args, trust=trust, **kwargs)
+
+
 class LAMB(FusedOptimizer):
     """LAMB: Adam whose direction u is scaled by |w| / |u| in every layer.
 
@@ -261,7 +277,7 @@ class LAMB(FusedOptimizer):
         self,
         params: Params,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
@@ -308,7 +324,7 @@ class LANS(FusedOptimizer):
         self,
         params: Params,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,

@@ -32,6 +32,16 @@ def tree_mean(terms: Sequence[Array], divisor: float = 1.0) -> Array:
     return tree_sum(terms) * (1.0 / (len(terms) * divisor))
 
 
+def relative_spread(terms: Sequence[Array], mean: Array) -> Array:
+    """The mean of ((g_k - g) / g)^2; infinite where the mean g is zero."""
+    total = np.zeros_like(mean)
+    with np.errstate(all="ignore"):
+        for g in terms:
+            away = (g - mean) / mean
+            total = total + away * away
+    return np.where(mean == 0, mean.dtype.type(np.inf), total * mean.dtype.type(1 / len(terms)))
+
+
 def grad_norm(grads: Sequence[Sequence[Array | None]], divisor: float = 1.0) -> float:
     """The norm of the mean over the workers of all layers together; None counts as zeros."""
     means = [sum(np.float64(g) for g in of_all if g is not None) for of_all in zip(*grads, strict=True)]
@@ -124,7 +134,24 @@ def lars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     decay, trust = h["weight_decay"], 1.0
     if h["adapt"] and w_norm and g_norm:
         trust = h["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + h["eps"])
-    d = g + decay * w
+    return trusted_momentum(w, g, slots, trust, h)
+
+
+def clars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array], Any]:
+    """CLARS (2002.01576): the denominator is the mean of the norms of the workers' own decayed gradients."""
+    decay, trust = h["weight_decay"], 1.0
+    owns = [own + decay * w if decay else own for own in h["own"]]
+    mean_norm = 0.0
+    for own in owns:
+        mean_norm += math.sqrt(h["square_sum"](own)) / len(owns)
+    w_norm = math.sqrt(h["square_sum"](w))
+    if h["adapt"] and w_norm and mean_norm:
+        trust = h["trust_coefficient"] * w_norm / (mean_norm + h["eps"])
+    return trusted_momentum(w, g, slots, trust, h)
+
+
+def trusted_momentum(w, g, slots, trust, h):
+    d = g + h["weight_decay"] * w
     if h["trust_outside"]:
         buf = h["momentum"] * slots[0] + d
         return w - (h["lr"] * trust) * buf, [buf], trust
@@ -173,26 +200,122 @@ def lans(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     return w - step, [m, v], w.dtype.type(float(unit) * ratio(q_square)) / d
 
 
+def variance_reduced(base, smooth: bool):
+    """VRGD (2309.13681): a rule on the gradient times its signal-to-noise ratio; r = 1 / (relative spread)."""
+
+    def update(w, g, slots, t, h):
+        r = 1 / (h["spread"] + h["gsnr_eps"])
+        last = h["memory"].get("ratio_sum") if h["lagged_mean"] else None
+        h["memory"]["ratio_sum"] = cell_sum(r.astype(np.float64).ravel(), h["begin"])
+        total = h["memory"]["ratio_sum"] if last is None else last
+        per_mean = w.dtype.type(r.size / total if total > 0 else 1.0)
+        ratio = np.clip(r * per_mean, w.dtype.type(h["gsnr_floor"]), 1)
+        if not smooth:
+            return base(w, ratio * g, slots, t, h)
+        *betas, beta3 = h["betas"]
+        average = beta3 * slots[0] + (1 - beta3) * ratio
+        ratio = average * (1 / (1 - beta3**t))
+        w, slots, factor = base(w, ratio * g, slots[1:], t, h | {"betas": betas})
+        return w, [average, *slots], factor
+
+    return update
+
+
+EXP_TAILS = {
+    "float32": (0.5, 0.166665763, 0.0416665524, 0.00836323295, 0.00139262504),
+    "float64": (
+        0.5, 0.16666666666666669, 0.041666666666623824, 0.008333333333330039, 0.0013888888917367081,
+        0.00019841269863171557, 2.4801521057868204e-05, 2.7557268276905696e-06, 2.7620201591031547e-07,
+        2.5100472505694996e-08,
+    ),
+}  # fmt: skip
+LN2 = {
+    "float32": (float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")),
+    "float64": (float.fromhex("0x1.62e42fefa3p-1"), float.fromhex("0x1.3de6af278ece6p-42")),
+}
+
+
+def exp_of(x: Array) -> Array:
+    """The library's e^x of moderate numbers."""
+    T = x.dtype.type
+    k = np.rint(x * T(1.4426950408889634))
+    high, low = LN2[x.dtype.name]
+    r = (x - k * T(high)) - k * T(low)
+    tail = polynomial(r, *EXP_TAILS[x.dtype.name])
+    return np.ldexp(1 + (r + r * r * tail), k.astype(int))
+
+
+def eg(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array], Any]:
+    """Exponentiated gradient (2202.00145) on momentum SGD, with the logarithm of each element's gain."""
+    log_gain, mean, step = slots
+    g = g + h["weight_decay"] * w
+    log_gain = log_gain + np.clip(h["lr_gain"] * (mean * g), -1, 1)
+    mean = h["smoothing"] * mean + (1 - h["smoothing"]) * g
+    step = h["momentum"] * step + h["lr"] * (exp_of(log_gain) * g)
+    scale = w.dtype.type(h["scale"])
+    return w - scale * step, [log_gain, mean, step], scale * exp_of(log_gain)
+
+
+def revised_scale(engine, means) -> float:
+    """The scale after this step's agreement of momentum and gradient, over all layers."""
+    h, agreement = engine.hyper, 0.0
+    for layer, g in enumerate(means):
+        if g is not None:
+            products = engine.slots[layer][2].astype(np.float64) * (g + h["weight_decay"] * engine.w[layer])
+            agreement += cell_sum(products.ravel(), engine.begins[layer])
+    return h["scale"] * math.exp(min(max(h["lr_scale"] * agreement, -1.0), 1.0))
+
+
 @dataclass(frozen=True)
 class Rule:
     update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array], Any]]
     slots: int
     defaults: Hyper
     cases: dict[str, Hyper]  # the hyper-parameters under which the tests compare it
+    revise: Callable[..., float] | None = None  # a new `scale` from the mean gradients of all layers
 
+
+SGD_DEFAULTS = {
+    "lr": 0.1,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "weight_decay": 0.0,
+    "nesterov": False,
+    "decoupled_weight_decay": False,
+}
+ADAM_DEFAULTS = {
+    "lr": 0.1,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+}
+LARS_DEFAULTS = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "trust_coefficient": 1e-3,
+    "eps": 1e-8,
+    "adapt": True,
+    "trust_in_buffer": False,
+    "trust_outside": False,
+}
+LAMB_DEFAULTS = {
+    "lr": 0.1,
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.01,
+    "adapt": True,
+    "coupled_weight_decay": False,
+    "always_adapt": False,
+}
+RATIO = {"gsnr_floor": 0.1, "gsnr_eps": 1e-8, "lagged_mean": False}
 
 RULES = {
     "sgd": Rule(
         sgd,
         1,
-        {
-            "lr": 0.1,
-            "momentum": 0.0,
-            "dampening": 0.0,
-            "weight_decay": 0.0,
-            "nesterov": False,
-            "decoupled_weight_decay": False,
-        },
+        SGD_DEFAULTS,
         {
             "plain": {},
             "decayed": {"weight_decay": 0.01},
@@ -210,7 +333,7 @@ RULES = {
     "adam": Rule(
         adam,
         2,
-        {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False},
+        ADAM_DEFAULTS,
         {
             "plain": {},
             "decayed": {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01},
@@ -220,16 +343,7 @@ RULES = {
     "lars": Rule(
         lars,
         1,
-        {
-            "lr": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 0.0,
-            "trust_coefficient": 1e-3,
-            "eps": 1e-8,
-            "adapt": True,
-            "trust_in_buffer": False,
-            "trust_outside": False,
-        },
+        LARS_DEFAULTS,
         {
             "paper": {"weight_decay": 0.01, "trust_coefficient": 0.1},
             "inside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_in_buffer": True},
@@ -237,18 +351,66 @@ RULES = {
             "excluded": {"adapt": False},
         },
     ),
+    "clars": Rule(
+        clars,
+        1,
+        LARS_DEFAULTS,
+        {
+            "outside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_outside": True},
+            "undecayed": {"trust_coefficient": 0.1},
+            "excluded": {"adapt": False},
+        },
+    ),
+    "vrsgd": Rule(
+        variance_reduced(sgd, smooth=False),
+        1,
+        SGD_DEFAULTS | RATIO,
+        {
+            "plain": {},
+            "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "gsnr_floor": 0.3},
+            "lagged": {"momentum": 0.9, "lagged_mean": True},
+        },
+    ),
+    "vradam": Rule(
+        variance_reduced(adam, smooth=True),
+        3,
+        ADAM_DEFAULTS | RATIO | {"betas": (0.9, 0.999, 0.9)},
+        {"plain": {}, "lagged": {"lagged_mean": True, "weight_decay": 0.01, "betas": (0.8, 0.9, 0.5)}},
+    ),
+    "vrlars": Rule(
+        variance_reduced(lars, smooth=False),
+        1,
+        LARS_DEFAULTS | RATIO,
+        {
+            "paper": {"weight_decay": 0.01, "trust_coefficient": 0.1},
+            "lagged": {"trust_coefficient": 0.1, "lagged_mean": True},
+        },
+    ),
+    "vrlamb": Rule(
+        variance_reduced(lamb, smooth=True),
+        3,
+        LAMB_DEFAULTS | RATIO | {"betas": (0.9, 0.999, 0.9)},
+        {"plain": {}, "lagged": {"lagged_mean": True}},
+    ),
+    "eg": Rule(
+        eg,
+        3,
+        {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "smoothing": 0.9,
+            "lr_gain": 1e-3,
+            "lr_scale": 1e-3,
+            "weight_decay": 0.0,
+            "scale": 1.0,
+        },
+        {"plain": {}, "decayed": {"weight_decay": 0.01, "lr_gain": 0.5, "lr_scale": 0.1}},
+        revised_scale,
+    ),
     "lamb": Rule(
         lamb,
         2,
-        {
-            "lr": 0.1,
-            "betas": (0.9, 0.999),
-            "eps": 1e-6,
-            "weight_decay": 0.01,
-            "adapt": True,
-            "coupled_weight_decay": False,
-            "always_adapt": False,
-        },
+        LAMB_DEFAULTS,
         {
             "plain": {},
             "coupled": {"coupled_weight_decay": True},
@@ -301,9 +463,9 @@ def philox(counter: Sequence[Any], key: Sequence[int]) -> list[Array]:
 
 
 def polynomial(x: Array, *coefficients: float) -> Array:
-    value = np.float32(coefficients[-1])
+    value = x.dtype.type(coefficients[-1])
     for c in coefficients[-2::-1]:
-        value = np.float32(c) + x * value
+        value = x.dtype.type(c) + x * value
     return value
 
 
@@ -379,6 +541,7 @@ class ReferenceEngine:
         self.x = [list(self.w) for _ in range(K)]
         self.slots = [[np.zeros_like(w)] * self.rule.slots for w in self.w]
         self.t = [0] * len(self.w)
+        self.memory = [{} for _ in self.w]  # what a rule keeps of a layer beside its slots
         self.displacement, self.inner_clip = displacement, inner_clip
         self.noise, self.seed = noise, seed
         self.hyper = self.rule.defaults | hyper
@@ -390,18 +553,34 @@ class ReferenceEngine:
         """grads[k][l]: worker k's gradient of layer l, None where absent."""
         self.hyper |= hyper
         self.divisor, self.clip = divisor, clip
-        for layer in range(len(self.w)):
-            local = [of_worker[layer] for of_worker in grads]
-            if any(g is not None for g in local):
-                h = self.hyper | self.groups[layer]
-                begin = self.begins[layer]
-                self.step_layer(layer, local, h | {"square_sum": lambda x, begin=begin: square_sum(x, begin)})
+        of_layers = [self.filled(layer, [own[layer] for own in grads]) for layer in range(len(self.w))]
+        if self.rule.revise:
+            means = [own and self.clipped(tree_mean(own, divisor)) for own in of_layers]
+            self.hyper["scale"] = self.rule.revise(self, means)
+        for layer, local in enumerate(of_layers):
+            if local:
+                self.step_layer(layer, local, self.hyper | self.groups[layer])
+
+    def filled(self, layer, local):
+        """The gradients of all workers, zeros where one has none; None if nobody has one."""
+        if all(g is None for g in local):
+            return None
+        return [np.zeros_like(self.w[layer]) if g is None else np.asarray(g).astype(self.T) for g in local]
+
+    def clipped(self, gradient):
+        return gradient * self.T.type(self.clip) if self.clip != 1 else gradient
 
     def step_layer(self, layer, local, h):
-        zero = np.zeros_like(self.w[layer])
-        local = [zero if g is None else np.asarray(g).astype(self.T) for g in local]
+        begin, own_scale = self.begins[layer], self.T.type(1 / self.divisor)
         mean = tree_mean(local, self.divisor)
-        mean = mean * self.clip if self.clip != 1 else mean
+        h = h | {
+            "begin": begin,
+            "square_sum": lambda x: square_sum(x, begin),
+            "own": [g * (own_scale * self.T.type(self.clip)) for g in local],
+            "spread": relative_spread([g * own_scale for g in local], mean),
+            "memory": self.memory[layer],
+        }
+        mean = self.clipped(mean)
         self.t[layer] += 1
         w, slots, factor = self.rule.update(self.w[layer], mean, self.slots[layer], self.t[layer], h)
         self.w[layer], self.slots[layer] = w, slots

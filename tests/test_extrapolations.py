@@ -121,7 +121,9 @@ def test_noise_goes_on_after_a_checkpoint(world):
 @pytest.mark.parametrize("kind", ["local", "global", "anisotropic"])
 def test_inner_clip_says_whether_displacements_are_clipped(team, kind, inner_clip):
     """Gradients of norm 50 and 100; clipped to 1 and displaced by either."""
-    engine = xc.Engine(team, np.zeros(100), extrapolation=kind, inner_lr=1.0, inner_clip=inner_clip, max_grad_norm=1.0)
+    engine = xc.Engine(
+        team, np.zeros(100), extrapolation=kind, inner_lr=1.0, inner_clip=inner_clip, max_grad_norm=1.0
+    )
     sizes = [5.0 * (1 + (team.rank * team.workers + v) % 2) for v in range(team.workers)]
     for worker, size in zip(engine.workers, sizes, strict=True):
         worker.grads[:] = size
@@ -134,8 +136,9 @@ def test_inner_clip_says_whether_displacements_are_clipped(team, kind, inner_cli
     engine.close()
 
 
-LR = {"lars": 0.5, "lamb": 0.02, "lans": 0.02, "adam": 0.05, "sgd": 0.1}
-OPTIONS = {"lars": {"trust_coefficient": 0.1}}
+LR = {"sgd": 0.1, "vrsgd": 0.3, "eg": 0.02, "adam": 0.05, "vradam": 0.05}
+LR |= dict.fromkeys(["lars", "clars", "vrlars"], 0.5) | dict.fromkeys(["lamb", "vrlamb", "lans"], 0.02)
+OPTIONS = dict.fromkeys(["lars", "clars", "vrlars"], {"trust_coefficient": 0.1})
 
 
 @pytest.mark.parametrize("displacement", ["preconditioned", "raw"])

@@ -279,7 +279,8 @@ class OursInArrays:
             stored(w, dtype).reshape(shape)
             for w, (shape, dtype, _) in zip(training.initial(), training.layers, strict=True)
         ]
-        how = {"extrapolation": training.extrapolation, "displacement": "raw", "inner_lr": training.inner_lr, **training.groups[0]}
+        kind = {"extrapolation": training.extrapolation, "displacement": "raw"}
+        how = {**kind, "inner_lr": training.inner_lr, **training.groups[0]}
         self.engine = xc.Engine(world, arrays, CLASSES[training.kind], **how, **options)
 
     def run(self, fused):

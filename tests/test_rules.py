@@ -67,7 +67,9 @@ def test_step_equals_the_reference(pair, team, rule, case, extrapolation, dtype)
 @pytest.mark.parametrize("extrapolation", BY_GRADIENT)
 @pytest.mark.parametrize("rule", [rule for rule in LISTED if LISTED[rule]["factor"]])
 def test_raw_displacement_leaves_the_gradient_as_it_is(pair, team, rule, extrapolation):
-    p = pair(team, LENGTHS, "float32", rule=rule, extrapolation=extrapolation, displacement="raw", inner_lr=0.5)
+    p = pair(
+        team, LENGTHS, "float32", rule=rule, extrapolation=extrapolation, displacement="raw", inner_lr=0.5
+    )
     for _ in range(2):
         p.step(lr=0.1)
     p.compare(TOLERANCE["float32"])

@@ -6,7 +6,7 @@ from reference import assert_same_bits
 
 import extrapcomm as xc
 
-RULES = ["lars", "lamb", "lans"]
+RULES = ["lars", "clars", "lamb", "lans"]
 
 
 def train(world, rule, steps, w=(3.0, 4.0), dtype="float64", **hyper):
@@ -48,6 +48,27 @@ def test_lans_example(team):
     one, two = ((0.6, -0.8), 0.01), ((0.1, 0.2), 0.01)
     np.testing.assert_allclose(train(team, "lans", [one]), (2.963423633, 4.034090605), rtol=1e-6)
     np.testing.assert_allclose(train(team, "lans", [one, two]), (2.915725832, 4.023636595), rtol=1e-7)
+
+
+def test_clars_example(virtual):
+    """By hand: worker gradients (1, 0), (0, 1), (-1, 1); the ratio is .005 / ((1 + 1 + sqrt 2) / 3)."""
+    engine = xc.Engine(virtual(3), np.array([3.0, 4.0]), "clars", lr=1.0, trust_outside=True, eps=0.0)
+    for worker, gradient in zip(engine.workers, [(1, 0), (0, 1), (-1, 1)], strict=True):
+        worker.grads[:] = gradient
+    engine.step()
+    np.testing.assert_allclose(3 - engine.master()[0], 0.0, atol=1e-12)
+    np.testing.assert_allclose(4 - engine.master()[1], 2 / 3 * 0.004393398, rtol=1e-6)
+    engine.close()
+
+
+def test_lars_ratio_of_the_same_gradients_is_larger(virtual):
+    """0.0075, as the norm of the mean is 2/3: the mean of the norms is never below it."""
+    engine = xc.Engine(virtual(3), np.array([3.0, 4.0]), "lars", lr=1.0, momentum=0.0, eps=0.0)
+    for worker, gradient in zip(engine.workers, [(1, 0), (0, 1), (-1, 1)], strict=True):
+        worker.grads[:] = gradient
+    engine.step()
+    np.testing.assert_allclose(4 - engine.master()[1], 2 / 3 * 0.0075, rtol=1e-9)
+    engine.close()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -145,7 +145,8 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
 template <class T>
 void Stepper<T>::settle(int measure, const LayerSums& sums) {
   for (Run<T>& run : runs_)
-    if (measure < run.kernel->measures) run.kernel->settle(run.scalars, measure, sums[run.layer].data());
+    if (measure < run.kernel->measures)
+      run.kernel->settle(run.scalars, measure, sums[run.layer].data(), plan_.layers[run.layer].count);
 }
 
 template <class T>

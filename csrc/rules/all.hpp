@@ -1,11 +1,13 @@
 #pragma once
 
 #include "rules/adam.hpp"
+#include "rules/eg.hpp"
 #include "rules/lamb.hpp"
 #include "rules/lans.hpp"
 #include "rules/lars.hpp"
 #include "rules/rule.hpp"
 #include "rules/sgd.hpp"
+#include "rules/variance_reduced.hpp"
 
 namespace xc {
 
@@ -13,6 +15,7 @@ namespace xc {
 template <Family... F>
 struct Families {};
 
-using AllFamilies = Families<SgdFamily, AdamFamily, LarsFamily, LambFamily, LansFamily>;
+using AllFamilies = Families<SgdFamily, AdamFamily, LarsFamily, ClarsFamily, LambFamily, LansFamily,
+                             VrSgdFamily, VrAdamFamily, VrLarsFamily, VrLambFamily, EgFamily>;
 
 }  // namespace xc

@@ -40,7 +40,7 @@ struct LambRule {
   }
 
   template <int>
-  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, double* term) const {
+  XC_HOST_DEVICE void measure(T g, double* term, T& w, T& mean, T& square) const {
     if constexpr (kCoupled) g = g + decay * w;
     mean = beta1 * mean + fresh1 * g;
     square = beta2 * square + (fresh2 * g) * g;
@@ -49,7 +49,7 @@ struct LambRule {
     term[1] = product(u, u);
   }
 
-  void settle(int, const double* sums) {
+  void settle(int, const double* sums, std::int64_t) {
     const double w = std::sqrt(sums[0]), u = std::sqrt(sums[1]);
     const double ratio = adapts && w > 0 && u > 0 ? w / u : 1.0;
     trust = T(ratio);

@@ -38,7 +38,7 @@ struct LansRule {
   XC_HOST_DEVICE T q(T g, T w, T square) const { return (g * unit) / scale(square) + decay * w; }
 
   template <int kMeasure>
-  XC_HOST_DEVICE void measure(T g, T& w, T& mean, T& square, double* term) const {
+  XC_HOST_DEVICE void measure(T g, double* term, T& w, T& mean, T& square) const {
     if constexpr (kMeasure == 0) {
       term[0] = product(g, g);
     } else {
@@ -52,7 +52,7 @@ struct LansRule {
     }
   }
 
-  void settle(int measure, const double* sums) {
+  void settle(int measure, const double* sums, std::int64_t) {
     if (measure == 0) {
       const double g = std::sqrt(sums[0]);
       unit = T(g > 0 ? 1.0 / (g + given.epsilon) : 1.0);

@@ -26,12 +26,12 @@ struct LarsRule {
       : lr(T(h[0])), momentum(T(h[1])), decay(T(h[2])), given{h[0], h[2], h[3], h[4]}, adapts(h[5] != 0) {}
 
   template <int>
-  XC_HOST_DEVICE void measure(T g, T& w, T&, double* term) const {
+  XC_HOST_DEVICE void measure(T g, double* term, T& w, T&) const {
     term[0] = product(w, w);
     term[1] = product(g, g);
   }
 
-  void settle(int, const double* sums) {
+  void settle(int, const double* sums, std::int64_t) {
     const double w = std::sqrt(sums[0]), g = std::sqrt(sums[1]);
     const double ratio =
         adapts && w > 0 && g > 0 ? given.coefficient * w / (g + given.decay * w + given.epsilon) : 1.0;
@@ -63,6 +63,31 @@ struct LarsRule {
   bool adapts;
 };
 
+// CLARS (Huo, Gu & Huang 2020, arXiv:2002.01576): the ratio's denominator is the mean of the norms of the
+// workers' own gradients, each with its decay, which is never below the norm of their mean.
+template <class T, LarsTrust kTrust>
+struct ClarsRule : LarsRule<T, kTrust> {
+  static constexpr std::array<int, 1> kSums = {1};
+
+  using LarsRule<T, kTrust>::LarsRule;
+
+  T own_decay() const { return this->decay; }
+
+  template <int>
+  XC_HOST_DEVICE void measure(T, double* term, T& w, T&) const {
+    term[0] = product(w, w);
+  }
+
+  void settle(int, const double* sums, std::int64_t) {
+    const double w = std::sqrt(sums[0]), mean_norm = sums[kMaxSums - 1];
+    const double ratio = this->adapts && w > 0 && mean_norm > 0
+                             ? this->given.coefficient * w / (mean_norm + this->given.epsilon)
+                             : 1.0;
+    this->trust = T(ratio);
+    this->rate = T(this->given.lr * ratio);
+  }
+};
+
 struct LarsFamily {
   static constexpr std::string_view kName = "lars";
   static constexpr std::array kParameters = {
@@ -77,6 +102,13 @@ struct LarsFamily {
 
   template <class T, unsigned kMember>
   using Member = LarsRule<T, static_cast<LarsTrust>(kMember)>;
+};
+
+struct ClarsFamily : LarsFamily {
+  static constexpr std::string_view kName = "clars";
+
+  template <class T, unsigned kMember>
+  using Member = ClarsRule<T, static_cast<LarsTrust>(kMember)>;
 };
 
 }  // namespace xc

@@ -20,7 +20,8 @@ namespace xc {
 
 // A rule that needs norms of whole layers also MEASURES: passes before the one that applies it, which may
 // bring the slots up to date and name for each element up to kMaxSums terms, in double. They are summed over
-// the layer, all ranks learn the sums, and settle() turns them into scalars of that layer.
+// the layer, all ranks learn the sums, and settle() turns them, and the layer's number of elements, into
+// scalars of that layer.
 //
 // A rule may ask for an EXTRA number per element beside the mean gradient: the relative spread of the
 // workers' gradients, mean_k (g_k - g)^2 / g^2. It comes right after the gradient among the arguments.
@@ -62,12 +63,12 @@ concept Rule = std::constructible_from<R, Hyper, std::int64_t> && sizeof(R) <= k
                R::kSlots <= kMaxSlots && std::is_trivially_copyable_v<R> && std::floating_point<T>;
 
 template <class R>
-concept Measuring = requires(R rule, const double* squares) {
+concept Measuring = requires(R rule, const double* sums, std::int64_t elements) {
   R::kMeasures;
   R::kSums;                // how many, for each measure
   R::kMeasuresTouchState;  // whether a measure changes slots
   R::kNeedsGradient;       // whether the last pass looks at the gradient
-  rule.settle(0, squares);
+  rule.settle(0, sums, elements);
 };
 
 // Whether a rule's first measure is beside the norms of each worker's own gradient, decayed by own_decay();

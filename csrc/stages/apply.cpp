@@ -27,9 +27,9 @@ template <int kMeasure, class R, class T, class... S>
 XC_HOST_DEVICE void measured(const R& rule, const T* mean, const T* extra, std::int64_t i, double* term, T& w,
                              S&... s) {
   if constexpr (extra_of<R>() == Extra::none)
-    rule.template measure<kMeasure>(mean[i], w, s..., term);
+    rule.template measure<kMeasure>(mean[i], term, w, s...);
   else
-    rule.template measure<kMeasure>(mean[i], extra[i], w, s..., term);
+    rule.template measure<kMeasure>(mean[i], extra[i], term, w, s...);
 }
 
 template <class R, class T>
@@ -95,8 +95,8 @@ XC_CLONES void measure(const void* scalars, const Elements<T>& at, std::int64_t 
 }
 
 template <class R>
-void settle(void* scalars, int measure, const double* sums) {
-  static_cast<R*>(scalars)->settle(measure, sums);
+void settle(void* scalars, int measure, const double* sums, std::int64_t elements) {
+  static_cast<R*>(scalars)->settle(measure, sums, elements);
 }
 
 template <class R, class T>

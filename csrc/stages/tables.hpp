@@ -104,7 +104,7 @@ using MeasureFn = void (*)(const void* scalars, const Elements<T>& at, std::int6
                            double* lanes);
 
 // Turns a layer's sums into scalars of the rule.
-using SettleFn = void (*)(void* scalars, int measure, const double* sums);
+using SettleFn = void (*)(void* scalars, int measure, const double* sums, std::int64_t elements);
 
 template <class T>
 struct RuleKernel {
