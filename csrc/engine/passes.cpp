@@ -25,11 +25,27 @@ void clip_stage(const Workers&, const Tile<T>& tile) {
   for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] *= tile.run->clip;
 }
 
+// What a pass that only sums will read of the next tile, seen from `offset` elements into this one.
 template <class T>
-void mean_squares_stage(const Workers&, const Tile<T>& tile) {
+Upcoming upcoming(const Workers& workers, const Tile<T>& tile, bool state, std::int64_t offset) {
+  Upcoming next;
+  const auto add = [&](const void* at, std::int64_t size) {
+    if (at == nullptr || next.count == Upcoming::kMost) return;
+    next.at[next.count] = static_cast<const std::byte*>(at) + (tile.count + offset) * size;
+    next.element_size[next.count++] = size;
+  };
+  for (const std::byte* source : workers.sources) add(source + tile.first_byte, tile.run->element_size);
+  if (state) add(tile.w, sizeof(T));
+  for (int s = 0; s < kMaxSlots && state; ++s) add(tile.slots[s], sizeof(T));
+  return next;
+}
+
+template <class T>
+void mean_squares_stage(const Workers& workers, const Tile<T>& tile) {
   tile.kept->statistics->add(tile.first, tile.count,
                              [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-                               add_squares(tile.mean + offset, first, count, lanes);
+                               add_squares(tile.mean + offset, first, count, lanes,
+                                           upcoming(workers, tile, false, offset));
                              });
 }
 
@@ -58,18 +74,18 @@ void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
 }
 
 template <class T, int kMeasure>
-void measure_stage(const Workers&, const Tile<T>& tile) {
+void measure_stage(const Workers& workers, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
   if (kernel.measures <= kMeasure) return;
-  tile.kept->measured->add(tile.first, tile.count,
-                           [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-                             T* slots[kMaxSlots];
-                             for (int s = 0; s < kMaxSlots; ++s)
-                               slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
-                             const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset,
-                                                  slots};
-                             kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes);
-                           });
+  tile.kept->measured->add(
+      tile.first, tile.count,
+      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+        T* slots[kMaxSlots];
+        for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
+        const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset, slots};
+        kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes,
+                                 upcoming(workers, tile, kernel.sums[kMeasure] > 1, offset));
+      });
 }
 
 template <class T>

@@ -42,6 +42,7 @@ XC_CLONES void apply(const void* scalars, const Elements<T>& at, std::int64_t co
   T* __restrict b = at.slots[1];
   T* __restrict c = at.slots[2];
   static_assert(kMaxSlots == 3);
+#pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     if constexpr (R::kSlots == 0) update(rule, mean, extra, i, w[i]);
     if constexpr (R::kSlots == 1) update(rule, mean, extra, i, w[i], a[i]);
@@ -57,6 +58,7 @@ XC_CLONES void factor(const void* scalars, const Elements<T>& at, T* __restrict 
   const T* __restrict a = at.slots[0];
   const T* __restrict b = at.slots[1];
   const T* __restrict c = at.slots[2];
+#pragma GCC ivdep
   for (std::int64_t i = 0; i < count; ++i) {
     if constexpr (R::kSlots == 0) factor[i] = rule.factor(w[i]);
     if constexpr (R::kSlots == 1) factor[i] = rule.factor(w[i], a[i]);
@@ -78,7 +80,7 @@ void prepare(Hyper hyper, std::int64_t updates, void* scalars) {
 
 template <class R, class T, int kMeasure>
 XC_CLONES void measure(const void* scalars, const Elements<T>& at, std::int64_t first, std::int64_t count,
-                       double* lanes) {
+                       double* lanes, const Upcoming& next) {
   const R rule = *static_cast<const R*>(scalars);
   const T* __restrict mean = at.mean;
   const T* __restrict extra = at.extra;
@@ -86,7 +88,7 @@ XC_CLONES void measure(const void* scalars, const Elements<T>& at, std::int64_t 
   T* __restrict a = at.slots[0];
   T* __restrict b = at.slots[1];
   T* __restrict c = at.slots[2];
-  add_terms<R::kSums[kMeasure]>(first, count, lanes, [&](std::int64_t i, double* term) XC_INLINE {
+  add_terms<R::kSums[kMeasure]>(first, count, lanes, next, [&](std::int64_t i, double* term) XC_INLINE {
     if constexpr (R::kSlots == 0) measured<kMeasure>(rule, mean, extra, i, term, w[i]);
     if constexpr (R::kSlots == 1) measured<kMeasure>(rule, mean, extra, i, term, w[i], a[i]);
     if constexpr (R::kSlots == 2) measured<kMeasure>(rule, mean, extra, i, term, w[i], a[i], b[i]);

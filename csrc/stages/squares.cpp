@@ -10,7 +10,7 @@ XC_CLONES void own_squares(const std::byte* gradient, Master<E> own, Master<E> d
                            const Master<E>* __restrict w, std::int64_t first, std::int64_t count,
                            double* lanes) {
   const E* __restrict g = reinterpret_cast<const E*>(gradient);
-  add_terms<1>(first, count, lanes, [&](std::int64_t i, double* term) XC_INLINE {
+  add_terms<1>(first, count, lanes, {}, [&](std::int64_t i, double* term) XC_INLINE {
     Master<E> value = widen(g[i]) * own;
     if constexpr (kDecayed) value = value + decay * w[i];
     term[0] = product(value, value);
@@ -23,16 +23,18 @@ OwnSquaresFn<Master<E>> own_squares_of(bool decayed) {
 }
 
 template <class T>
-XC_CLONES void squares(const T* __restrict values, std::int64_t first, std::int64_t count, double* lanes) {
-  add_terms<1>(first, count, lanes,
+XC_CLONES void squares(const T* __restrict values, std::int64_t first, std::int64_t count, double* lanes,
+                       const Upcoming& next) {
+  add_terms<1>(first, count, lanes, next,
                [&](std::int64_t i, double* term) XC_INLINE { term[0] = product(values[i], values[i]); });
 }
 
 }  // namespace
 
 template <class T>
-void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes) {
-  squares(values, first, count, lanes);
+void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes,
+                 const Upcoming& next) {
+  squares(values, first, count, lanes, next);
 }
 
 template <>
@@ -52,7 +54,7 @@ double sum_of_lanes(double* lanes) {
   return lanes[0];
 }
 
-template void add_squares<float>(const float*, std::int64_t, std::int64_t, double*);
-template void add_squares<double>(const double*, std::int64_t, std::int64_t, double*);
+template void add_squares<float>(const float*, std::int64_t, std::int64_t, double*, const Upcoming&);
+template void add_squares<double>(const double*, std::int64_t, std::int64_t, double*, const Upcoming&);
 
 }  // namespace xc

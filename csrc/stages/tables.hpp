@@ -82,9 +82,18 @@ using DisplaceFn = void (*)(const Displacement<T>& by, std::byte* x, std::int64_
 inline constexpr int kLanes = 16;
 double sum_of_lanes(double* lanes);  // uses them up
 
+// Arrays that the next tile will read; `at` is where they go on after the elements in hand.
+struct Upcoming {
+  static constexpr int kMost = 12;
+  const std::byte* at[kMost] = {};
+  std::int64_t element_size[kMost] = {};
+  int count = 0;
+};
+
 // Adds the squares of `count` values to a sum's lanes.
 template <class T>
-void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes);
+void add_squares(const T* values, std::int64_t first, std::int64_t count, double* lanes,
+                 const Upcoming& next = {});
 
 // Adds the squares of own * gradient + decay * w, or without a decay of own * gradient.
 template <class T>
@@ -101,7 +110,7 @@ using PrepareFn = void (*)(Hyper hyper, std::int64_t updates, void* scalars);
 // Brings the slots up to date and adds a rule's terms to the lanes of its sums, one sum after the other.
 template <class T>
 using MeasureFn = void (*)(const void* scalars, const Elements<T>& at, std::int64_t first, std::int64_t count,
-                           double* lanes);
+                           double* lanes, const Upcoming& next);
 
 // Turns a layer's sums into scalars of the rule.
 using SettleFn = void (*)(void* scalars, int measure, const double* sums, std::int64_t elements);
