@@ -8,7 +8,8 @@ namespace {
 
 constexpr const char* kWholeStep[] = {
     "max_grad_norm (0: none)", "skip_nonfinite", "the divisor of the gradients (micro-batches x loss scale)",
-    "statistics of the gradients (0: none, 1: of this step, 2: of the last)"};
+    "statistics of the gradients (0: none, 1: of this step, 2: of the last)",
+    "the number of local steps since the last averaging"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
 // As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so. An infinite bound
@@ -36,7 +37,7 @@ std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::si
 std::vector<double> numbers_of(const Engine::Step& step) {
   std::vector<double> numbers(step.hyper.begin(), step.hyper.end());
   numbers.insert(numbers.end(),
-                 {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe)});
+                 {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe), double(step.local_steps)});
   return numbers;
 }
 
@@ -48,6 +49,7 @@ Engine::Step step_of(std::span<const double> numbers) {
   step.skip_nonfinite = whole[1] != 0;
   step.divisor = whole[2];
   step.observe = static_cast<Observe>(whole[3]);
+  step.local_steps = static_cast<std::int64_t>(whole[4]);
   return step;
 }
 
