@@ -49,7 +49,6 @@ Engine::Step step_of(std::span<const double> numbers) {
   step.skip_nonfinite = whole[1] != 0;
   step.divisor = whole[2];
   step.observe = static_cast<Observe>(whole[3]);
-  step.local_steps = static_cast<std::int64_t>(whole[4]);
   return step;
 }
 
