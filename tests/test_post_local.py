@@ -1,12 +1,14 @@
 """Post-local SGD: fused steps, then every worker alone, with averages between; against a reference, bit for bit."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
 from reference import RULES, LocalReference, ReferenceEngine, assert_same_bits
 
 import extrapcomm as xc
+from extrapcomm import _core
 
 torch = pytest.importorskip("torch")
 
@@ -111,6 +113,15 @@ def test_workers_step_alone_and_the_average_is_the_tree_mean(team, pair, case, l
     for step in range(2 * local_steps + 3):
         assert p.opt.local == (step >= 2)
         p.step()
+        p.compare()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_averages_published_past_the_cache_are_the_same(team, pair, dtype, monkeypatch):
+    monkeypatch.setattr("extrapcomm.bound.Core", partial(_core.Engine, streaming=True))
+    p = pair(team, 2, start=1, dtype=dtype, momentum=0.9)
+    for step in range(5):
+        p.step({(k, 1) for k in range(team.K)} if step > 2 else ())
         p.compare()
 
 

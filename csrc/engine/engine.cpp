@@ -41,12 +41,12 @@ class EngineOf final : public Engine {
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
                                      options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
+        streaming_(options.streaming.value_or(
+            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
         arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
                 Exchange::control_bytes(names_.size(), plan_.layers.size())),
         exchange_(team, arenas_.control(), names_, plan_.layers.size()),
-        stepper_(plan_, arenas_, runs_, tile_,
-                 options.streaming.value_or(
-                     exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
+        stepper_(plan_, arenas_, runs_, tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -99,6 +99,7 @@ class EngineOf final : public Engine {
   RunMaker<T> own_runs_;  // of one worker alone
   std::vector<std::string> names_;
   std::int64_t tile_;
+  bool streaming_;
   Arenas<T> arenas_;
   Exchange exchange_;
   Stepper<T> stepper_;
@@ -234,7 +235,7 @@ void EngineOf<T>::complain(const std::string& complaint) {
 template <class T>
 void EngineOf<T>::begin_local() {
   exchange_.collective({Operation::begin_local, steps_ + 1}, [](std::span<const Post>) {});
-  local_.emplace(team(), plan_, arenas_, own_runs_, tile_);
+  local_.emplace(team(), plan_, arenas_, own_runs_, tile_, streaming_);
   local_->begin(updates_);
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
 }

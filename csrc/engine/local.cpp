@@ -36,11 +36,12 @@ Shared checked_copies(Team& team, const Plan& plan, const RunMaker<T>& runs) {
 
 template <class T>
 LocalPhase<T>::LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
-                          std::int64_t tile)
+                          std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       runs_(runs),
       worker_count_(static_cast<std::size_t>(team.worker_count())),
+      streaming_(streaming),
       memory_(checked_copies(team, plan, runs)),
       copies_(static_cast<std::size_t>(runs.slots())),
       buffers_(tile, team.worker_count()) {
@@ -74,7 +75,7 @@ void LocalPhase<T>::begin_round() {
   steps_ = 0;
 }
 
-// With one source, the worker's own gradient, and nobody to publish to, a whole step is a local one.
+// A step of one source, the worker's own gradient, on the weights that X is.
 template <class T>
 void LocalPhase<T>::step(const Engine::Step& step) {
   const std::size_t layers = plan_.layers.size();
@@ -109,7 +110,7 @@ void LocalPhase<T>::average(std::span<const std::uint8_t> touched) {
   const Workers weights{{targets.begin(), targets.end()}, {targets.begin(), targets.end()}, targets};
   for (const Shard<T>& shard : arenas_.own_shards()) {
     const Shard<T> part{shard.begin, shard.end, nullptr, {}};
-    walk<T>(sum_pass<T>(false), weights, runs, part, buffers_, {.mean = shard.w});
+    walk<T>(sum_pass<T>(streaming_), weights, runs, part, buffers_, {.mean = shard.w});
     for (std::size_t s = 0; s < copies_.size(); ++s)
       walk<T>(load_pass<T>(), copies_[s], runs, part, buffers_, {.mean = shard.slots[s]});
   }

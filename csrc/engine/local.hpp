@@ -21,10 +21,10 @@ namespace xc {
 template <class T>
 class LocalPhase {
  public:
-  // Collective. `runs` makes those of one worker alone. Throws UsageError for parameters that are shorter
-  // than their master weights and for rules that measure.
+  // Collective. `runs` makes those of one worker alone; averages are published past the cache if `streaming`.
+  // Throws UsageError for parameters that are shorter than their master weights and for rules that measure.
   LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
-             std::int64_t tile);
+             std::int64_t tile, bool streaming);
 
   // Gives every copy the values of the state; `updates` are those of its layers so far.
   void begin(std::span<const std::int64_t> updates);
@@ -45,6 +45,7 @@ class LocalPhase {
   const Arenas<T>& arenas_;
   const RunMaker<T>& runs_;
   std::size_t worker_count_;
+  bool streaming_;
   Shared memory_;
   std::vector<Workers> copies_;  // for each slot, as sources
   std::vector<Shard<T>> own_;    // every own worker's weights and slots: a shard as long as the plan

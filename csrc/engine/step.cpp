@@ -36,8 +36,8 @@ std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::si
 
 std::vector<double> numbers_of(const Engine::Step& step) {
   std::vector<double> numbers(step.hyper.begin(), step.hyper.end());
-  numbers.insert(numbers.end(),
-                 {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe), double(step.local_steps)});
+  numbers.insert(numbers.end(), {step.max_norm, double(step.skip_nonfinite), step.divisor,
+                                 double(step.observe), double(step.local_steps)});
   return numbers;
 }
 

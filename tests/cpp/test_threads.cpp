@@ -71,8 +71,9 @@ void train(const std::shared_ptr<Team>& team) {
 // Ranks that train alone meet every third step and then have the same weights; one complains on the way.
 void train_alone(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
-  const auto engine = Engine::create(
-      team, std::span(&layer, 1), {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, "threads"});
+  const auto engine =
+      Engine::create(team, std::span(&layer, 1),
+                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   std::fill_n(x, kLength, 1.0f);
