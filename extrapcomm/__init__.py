@@ -17,6 +17,7 @@ from .world import World
 if TYPE_CHECKING:
     from .amp import GradScaler
     from .optim import CLARS, LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
+    from .post_local import PostLocalSGD
     from .variance_reduced import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "GradScaler",
     "MismatchError",
     "PeerError",
+    "PostLocalSGD",
     "UsageError",
     "VRAdam",
     "VRLAMB",
@@ -55,6 +57,7 @@ __all__ = [
 _LAZY = {
     "amp": ("GradScaler",),
     "optim": ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "CLARS", "LAMB", "LANS"),
+    "post_local": ("PostLocalSGD",),
     "variance_reduced": ("VRSGD", "VRAdam", "VRLARS", "VRLAMB"),
 }
 

@@ -88,8 +88,12 @@ class FusedOptimizer(Checkpoints):
                 check_choice(name, value, allowed)
         except Exception as caught:
             error = caught
-        self.world.agree(error, type(self).__name__)
+        self.world.agree(error, self._title())
         self._bind(self._make_core(layers, groups), layers, groups)
+
+    def _title(self) -> str:
+        """What the ranks must agree on before they construct."""
+        return type(self).__name__
 
     # -- The step ------------------------------------------------------------------------------------------------
 
@@ -131,14 +135,18 @@ class FusedOptimizer(Checkpoints):
             self._core.complain(describe(error))
             raise
         self._warn_of_mistakes()
-        max_norm = self.max_grad_norm or 0.0
-        self.grad_norm, self.skipped, _ = self._core.step(
-            table, self._binding.present, True, divisor, max_norm, skip
-        )
+        self._advance(table, divisor, skip)
         self._micro_batches.reset()
         if not self.skipped:
             self._binding.mark_written()
         return loss
+
+    def _advance(self, table: Any, divisor: float, skip: bool) -> None:
+        """Collective: the engine's step."""
+        max_norm = self.max_grad_norm or 0.0
+        self.grad_norm, self.skipped, _ = self._core.step(
+            table, self._binding.present, True, divisor, max_norm, skip
+        )
 
     def scaled_step(self, scale: float, *args: Any, **kwargs: Any) -> Any:
         """Collective: `step` on gradients of a loss that was multiplied by `scale`; skipped if they overflowed."""

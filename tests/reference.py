@@ -616,6 +616,52 @@ class ReferenceEngine:
         return w - d * factor
 
 
+class LocalReference:
+    """Local SGD (Lin et al. 2018, arXiv:1808.07217) of the workers of a ReferenceEngine, from where it stands.
+
+    Every worker has weights, slots and counts of its own; average() brings their means into the engine, and the
+    weights back to the workers.
+    """
+
+    def __init__(self, shared):
+        self.shared = shared
+        self.w = [list(shared.w) for _ in range(shared.K)]
+        self.slots = [list(shared.slots) for _ in range(shared.K)]
+        self.t = [list(shared.t) for _ in range(shared.K)]
+        self.begin_round()
+
+    def begin_round(self):
+        self.touched, self.steps = set(), 0
+
+    def step(self, grads, divisor=1.0):
+        """grads[k][l]: worker k's gradient of layer l, None where absent: that worker keeps the layer as it is."""
+        self.steps += 1
+        for k, of_worker in enumerate(grads):
+            for layer, g in enumerate(of_worker):
+                if g is not None:
+                    self.step_layer(k, layer, tree_mean([g.astype(self.shared.T)], divisor))
+
+    def step_layer(self, k, layer, g):
+        h = self.shared.hyper | self.shared.groups[layer]
+        self.t[k][layer] += 1
+        self.w[k][layer], self.slots[k][layer], _ = self.shared.rule.update(
+            self.w[k][layer], g, self.slots[k][layer], self.t[k][layer], h
+        )
+        self.touched.add(layer)
+
+    def average(self):
+        for layer in self.touched:
+            mean = tree_mean([w[layer] for w in self.w])
+            self.shared.t[layer] += self.steps
+            self.shared.w[layer] = mean
+            self.shared.slots[layer] = [
+                tree_mean(of_all) for of_all in zip(*(slots[layer] for slots in self.slots), strict=True)
+            ]
+            for w in self.w:
+                w[layer] = mean
+        self.begin_round()
+
+
 def assert_same_bits(got, wanted, what="array"):
     got, wanted = np.asarray(got), np.asarray(wanted)
     assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), what

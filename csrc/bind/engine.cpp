@@ -94,16 +94,20 @@ auto unlocked(const Revise& revise) {
   };
 }
 
+void require_complete(const Engine& engine, const Doubles& hyper, const Bytes& present) {
+  const auto layers = py::ssize_t(engine.plan().layers.size());
+  if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
+      present.size() != layers * engine.team().workers_per_rank())
+    throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
+}
+
 // (the norm of the mean gradient if the step was to know it, whether it was skipped, its statistics)
 using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
                   double max_norm, bool skip_nonfinite, Observe observe,
                   const std::optional<Revise>& revise) {
-  const auto layers = py::ssize_t(engine.plan().layers.size());
-  if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
-      present.size() != layers * engine.team().workers_per_rank())
-    throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
+  require_complete(engine, hyper, present);
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
   Engine::Step arguments{span_of(hyper), span_of(present), fused,   divisor,
                          max_norm,       skip_nonfinite,   observe, {}};
@@ -115,6 +119,15 @@ OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bo
   }
   return {arguments.wants_norm() ? std::optional(outcome.norm) : std::nullopt, outcome.skipped,
           outcome.statistics};
+}
+
+// The kind of local step that `kStep` is.
+template <void (Engine::*kStep)(const Engine::Step&)>
+void local_step(Engine& engine, const Doubles& hyper, const Bytes& present, double divisor) {
+  require_complete(engine, hyper, present);
+  const Engine::Step arguments{.hyper = span_of(hyper), .present = span_of(present), .divisor = divisor};
+  const py::gil_scoped_release nogil;
+  (engine.*kStep)(arguments);
 }
 
 void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
@@ -190,11 +203,19 @@ void register_engine_class(py::module_& module) {
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
            py::arg("observe") = Observe::nothing, py::arg("revise") = py::none())
       .def("complain", &Engine::complain, Free())
+      .def("begin_local", &Engine::begin_local, Free())
+      .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),
+           py::arg("divisor"))
+      .def("averaging_step", &local_step<&Engine::averaging_step>, py::arg("hyper"), py::arg("present"),
+           py::arg("divisor"))
+      .def("average", &Engine::average, Free())
+      .def_property_readonly("local_steps", &Engine::local_steps)
       .def(
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
       .def("hide_master", &Engine::hide_master, Free())
       .def("keep_master", &Engine::keep_master)
       .def("updates", &Engine::updates, py::arg("layer"))
+      .def_property_readonly("most_updates", &Engine::most_updates)
       .def_property_readonly("slots", &Engine::slots)
       .def("read", &read, py::arg("layer"), py::arg("slot"))
       .def("close", &Engine::close, Free())

@@ -6,9 +6,11 @@
 #include <map>
 
 #include "core/error.hpp"
+#include "core/float_environment.hpp"
 #include "core/streaming.hpp"
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
+#include "engine/local.hpp"
 #include "engine/runs.hpp"
 #include "engine/signature.hpp"
 #include "engine/step.hpp"
@@ -35,15 +37,16 @@ class EngineOf final : public Engine {
   EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options)
       : plan_(std::move(plan)),
         runs_(plan_, options, team->worker_count()),
+        own_runs_(plan_, options, 1),
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
                                      options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
+        streaming_(options.streaming.value_or(
+            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
         arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
                 Exchange::control_bytes(names_.size(), plan_.layers.size())),
         exchange_(team, arenas_.control(), names_, plan_.layers.size()),
-        stepper_(plan_, arenas_, runs_, tile_,
-                 options.streaming.value_or(
-                     exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
+        stepper_(plan_, arenas_, runs_, tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -54,6 +57,9 @@ class EngineOf final : public Engine {
   std::size_t hyper_count() const override { return names_.size() - numbers_of({}).size(); }
   int slots() const override { return runs_.slots(); }
   std::int64_t updates(std::size_t layer) const override { return updates_[layer]; }
+  std::int64_t most_updates() const override {
+    return updates_.empty() ? 0 : *std::max_element(updates_.begin(), updates_.end());
+  }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
@@ -65,6 +71,13 @@ class EngineOf final : public Engine {
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
   Outcome step(const Step& step) override;
   void complain(const std::string& complaint) override;
+  void begin_local() override;
+  void local_step(const Step& step) override;
+  void averaging_step(const Step& step) override;
+  void average() override;
+  std::optional<std::int64_t> local_steps() const override {
+    return local_ ? std::optional(local_->steps()) : std::nullopt;
+  }
   void show_master(int v) override;
   void hide_master(int v) override;
   void keep_master(int v) override { hidden_.erase(v); }
@@ -75,16 +88,22 @@ class EngineOf final : public Engine {
  private:
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
+  std::vector<std::uint8_t> present_anywhere(std::span<const Post> posts) const;
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
+  LocalPhase<T>& local();
+  void finish_round(std::span<const Post> posts);
 
   Plan plan_;
   RunMaker<T> runs_;
+  RunMaker<T> own_runs_;  // of one worker alone
   std::vector<std::string> names_;
   std::int64_t tile_;
+  bool streaming_;
   Arenas<T> arenas_;
   Exchange exchange_;
   Stepper<T> stepper_;
+  std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
@@ -115,6 +134,7 @@ void EngineOf<T>::adopt(int root_worker) {
     stepper_.load(root, runs);
     stepper_.publish(runs);
   });
+  if (local_) local_->begin_round();
 }
 
 // Copies the part of a layer's array that lies in the shard; `to` is the shard's array.
@@ -142,6 +162,7 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
     stepper_.publish(runs_.plain());
   });
   stepper_.forget();
+  local_.reset();
   for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
 }
 
@@ -167,16 +188,23 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 }
 
 template <class T>
+std::vector<std::uint8_t> EngineOf<T>::present_anywhere(std::span<const Post> posts) const {
+  std::vector<std::uint8_t> any(plan_.layers.size(), 0);
+  for (const Post& post : posts)
+    for (std::size_t i = 0; i < any.size(); ++i) any[i] |= post.present()[i];
+  return any;
+}
+
+template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
   const auto here = present_here(step.present);
-  std::vector<std::uint8_t> present(here.size(), 0);
+  std::vector<std::uint8_t> present;
   Outcome outcome;
   exchange_.collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
                        [&](std::span<const Post> posts) {
-                         for (const Post& post : posts)
-                           for (std::size_t i = 0; i < present.size(); ++i) present[i] |= post.present()[i];
+                         present = present_anywhere(posts);
                          Step agreed = step_of(posts[0].doubles());
                          agreed.fused = step.fused;
                          agreed.revise = step.revise;
@@ -201,6 +229,67 @@ Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
 template <class T>
 void EngineOf<T>::complain(const std::string& complaint) {
   exchange_.complain({Operation::step, steps_ + 1}, complaint);
+}
+
+// All agree before memory is made, so that a rank that complains about its own step is heard.
+template <class T>
+void EngineOf<T>::begin_local() {
+  exchange_.collective({Operation::begin_local, steps_ + 1}, [](std::span<const Post>) {});
+  local_.emplace(team(), plan_, arenas_, own_runs_, tile_, streaming_);
+  local_->begin(updates_);
+  for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
+}
+
+template <class T>
+LocalPhase<T>& EngineOf<T>::local() {
+  if (!local_) throw UsageError("local steps begin with begin_local()");
+  return *local_;
+}
+
+template <class T>
+void EngineOf<T>::local_step(const Step& step) {
+  const auto start = std::chrono::steady_clock::now();
+  team().require_own_process();
+  const FloatEnvironment environment;
+  local().step(step);
+  ++steps_;
+  last_step_ = std::chrono::steady_clock::now() - start;
+}
+
+// The posts come before the step, so that an error of one rank leaves all as they were.
+template <class T>
+void EngineOf<T>::averaging_step(const Step& step) {
+  const auto start = std::chrono::steady_clock::now();
+  Step counted = step;
+  counted.local_steps = local().steps() + 1;
+  auto touched = present_here(step.present);
+  for (std::size_t i = 0; i < touched.size(); ++i) touched[i] |= local_->touched()[i];
+  exchange_.collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched},
+                       [&](std::span<const Post> posts) {
+                         local_->step(step);
+                         exchange_.meet_between_passes(steps_ + 1, false);
+                         finish_round(posts);
+                       });
+  ++steps_;
+  last_step_ = std::chrono::steady_clock::now() - start;
+}
+
+template <class T>
+void EngineOf<T>::average() {
+  const std::vector<double> no_hyper(hyper_count(), 0.0);
+  Step none;
+  none.hyper = no_hyper;
+  none.local_steps = local().steps();
+  exchange_.collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
+                       [&](std::span<const Post> posts) { finish_round(posts); });
+}
+
+template <class T>
+void EngineOf<T>::finish_round(std::span<const Post> posts) {
+  const auto touched = present_anywhere(posts);
+  local_->average(touched);
+  for (std::size_t i = 0; i < touched.size(); ++i) updates_[i] += touched[i] * local_->steps();
+  local_->begin_round();
 }
 
 template <class T>

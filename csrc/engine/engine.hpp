@@ -110,6 +110,8 @@ class Engine {
     // gradient's and that of all workers' gradients together; returns those the step shall take. Called with
     // Observe::before, and by rules that revise, with the sum that they measured and zero.
     std::function<std::vector<double>(std::span<const double>, std::span<const double>)> revise = {};
+    // Of an averaging: how many local steps it ends.
+    std::int64_t local_steps = 0;
     bool wants_norm() const { return max_norm > 0 || skip_nonfinite; }
   };
   struct Outcome {
@@ -121,6 +123,19 @@ class Engine {
   virtual Outcome step(const Step& step) = 0;
   // Collective: this rank's part of a step whose arguments are wrong; all ranks throw `complaint`.
   virtual void complain(const std::string& complaint) = 0;
+
+  // Collective. From here on every worker takes local steps, from the master weights and the state as they
+  // are, until load() ends that. Between averagings X is a worker's own weights; the master weights and the
+  // state are those of the last averaging.
+  virtual void begin_local() = 0;
+  // Not collective: every worker of this rank applies the rule to its own gradient, weights and state.
+  virtual void local_step(const Step& step) = 0;
+  // Collective: a local step, then the mean of all workers' weights goes to all.
+  virtual void averaging_step(const Step& step) = 0;
+  // Collective: the same without a step.
+  virtual void average() = 0;
+  // Since the last averaging; none outside the local phase.
+  virtual std::optional<std::int64_t> local_steps() const = 0;
 
   // Between show_master and hide_master worker v's X holds w itself; hide_master restores it bit for bit.
   virtual void show_master(int v) = 0;
@@ -134,6 +149,7 @@ class Engine {
   // The part of a layer that this rank updates, in elements from the layer's first.
   virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;
   virtual std::int64_t updates(std::size_t layer) const = 0;
+  virtual std::int64_t most_updates() const = 0;  // of any layer
 
   virtual std::int64_t steps() const = 0;
   virtual double last_step_seconds() const = 0;

@@ -49,8 +49,17 @@ void require_same_doubles(const Post& first, const Post& other, std::size_t rank
 }  // namespace
 
 const char* name_of(Operation operation) {
-  static constexpr const char* kNames[] = {"?",          "step",           "adopt",      "load_state_dict",
-                                           "all_reduce", "reduce_scatter", "all_gather", "broadcast"};
+  static constexpr const char* kNames[] = {"?",
+                                           "step",
+                                           "adopt",
+                                           "load_state_dict",
+                                           "all_reduce",
+                                           "reduce_scatter",
+                                           "all_gather",
+                                           "broadcast",
+                                           "the switch to local steps",
+                                           "a local step that averages",
+                                           "average"};
   return kNames[static_cast<std::uint32_t>(operation)];
 }
 

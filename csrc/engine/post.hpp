@@ -19,7 +19,10 @@ enum class Operation : std::uint32_t {
   all_reduce,
   reduce_scatter,
   all_gather,
-  broadcast
+  broadcast,
+  begin_local,
+  local_step,
+  average
 };
 
 const char* name_of(Operation operation);

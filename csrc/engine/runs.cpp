@@ -21,6 +21,7 @@ Run<T> plain_run(const Layer& layer) {
   run.extrapolation = &kExtrapolations[0];
   run.reduce = reduce_kernel<T>(layer.spec.dtype);
   run.publish = publish_kernel<T>(layer.spec.dtype, Direction::none, false);
+  run.stream = stream_kernel<T>(layer.spec.dtype, Direction::none, false);
   return run;
 }
 

@@ -8,7 +8,8 @@ namespace {
 
 constexpr const char* kWholeStep[] = {
     "max_grad_norm (0: none)", "skip_nonfinite", "the divisor of the gradients (micro-batches x loss scale)",
-    "statistics of the gradients (0: none, 1: of this step, 2: of the last)"};
+    "statistics of the gradients (0: none, 1: of this step, 2: of the last)",
+    "the number of local steps since the last averaging"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
 // As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so. An infinite bound
@@ -35,8 +36,8 @@ std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::si
 
 std::vector<double> numbers_of(const Engine::Step& step) {
   std::vector<double> numbers(step.hyper.begin(), step.hyper.end());
-  numbers.insert(numbers.end(),
-                 {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe)});
+  numbers.insert(numbers.end(), {step.max_norm, double(step.skip_nonfinite), step.divisor,
+                                 double(step.observe), double(step.local_steps)});
   return numbers;
 }
 

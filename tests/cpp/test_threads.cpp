@@ -68,6 +68,35 @@ void train(const std::shared_ptr<Team>& team) {
   for (const float value : w) CHECK(value == w[0] && std::abs(value) < 1);
 }
 
+// Ranks that train alone meet every third step and then have the same weights; one complains on the way.
+void train_alone(const std::shared_ptr<Team>& team) {
+  const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
+  const auto engine =
+      Engine::create(team, std::span(&layer, 1),
+                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, "threads"});
+  auto* x = reinterpret_cast<float*>(engine->weights(0).get());
+  auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
+  std::fill_n(x, kLength, 1.0f);
+  engine->adopt(0);
+  engine->begin_local();
+  const std::uint8_t present[] = {1};
+  const double hyper[] = {0.01, 0.9, 0.0, 0.0, 0.0};
+  std::vector<float> w(kLength);
+  for (int round = 0; round < 60; ++round) {
+    for (int step = 0; step < 2; ++step) {
+      for (std::int64_t i = 0; i < kLength; ++i) gradient[i] = x[i] * static_cast<float>(team->rank());
+      if (round == 30 && step == 1 && team->rank() == 2)
+        thrown<UsageError>([&] { engine->complain("not now"); });
+      engine->local_step({.hyper = hyper, .present = present});
+    }
+    if (round == 30 && team->rank() != 2) thrown<UsageError>([&] { engine->average(); });
+    engine->averaging_step({.hyper = hyper, .present = present});
+    engine->read(0, 0, w.data());
+    for (std::int64_t i = 0; i < kLength; ++i) CHECK(x[i] == w[0] && w[i] == w[0]);
+  }
+  CHECK(engine->updates(0) == 180);
+}
+
 void sum(const std::shared_ptr<Team>& team) {
   SharedArray array(team, DType::f32, 1000);
   auto* mine = reinterpret_cast<float*>(array.view(0).get());
@@ -87,6 +116,7 @@ int main() {
     ranks.emplace_back([&board, rank] {
       const auto team = make_team(board, rank);
       train(team);
+      train_alone(team);
       sum(team);
     });
   for (std::thread& rank : ranks) rank.join();

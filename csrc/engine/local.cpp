@@ -1,0 +1,122 @@
+#include "engine/local.hpp"
+
+#include <algorithm>
+
+#include "core/error.hpp"
+
+namespace xc {
+namespace {
+
+constexpr std::size_t kPage = 4096;
+
+// Bytes from one copy to the next; the odd lines keep their streams out of the same sets of the cache.
+std::size_t stride_of(const Plan& plan) {
+  return (static_cast<std::size_t>(plan.bytes) + kPage - 1) / kPage * kPage + 3 * kLine;
+}
+
+std::size_t copy_bytes(const Plan& plan, const Team& team, int slots) {
+  return static_cast<std::size_t>(slots * team.workers_per_rank()) * stride_of(plan);
+}
+
+template <class T>
+void require_local(const Plan& plan, const RunMaker<T>& runs) {
+  if (runs.measures() > 0) throw UsageError("a rule with trust ratios takes no local steps");
+  for (const Layer& layer : plan.layers)
+    if (layer.spec.dtype != plan.master)
+      throw UsageError("'" + layer.spec.name + "' is shorter than its master weights: no local steps");
+}
+
+template <class T>
+Shared checked_copies(Team& team, const Plan& plan, const RunMaker<T>& runs) {
+  require_local(plan, runs);
+  return runs.slots() == 0 ? Shared{} : team.share(copy_bytes(plan, team, runs.slots()));
+}
+
+}  // namespace
+
+template <class T>
+LocalPhase<T>::LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
+                          std::int64_t tile, bool streaming)
+    : plan_(plan),
+      arenas_(arenas),
+      runs_(runs),
+      worker_count_(static_cast<std::size_t>(team.worker_count())),
+      streaming_(streaming),
+      memory_(checked_copies(team, plan, runs)),
+      copies_(static_cast<std::size_t>(runs.slots())),
+      buffers_(tile, team.worker_count()) {
+  const auto own = static_cast<std::size_t>(team.workers_per_rank());
+  for (std::size_t s = 0; s < copies_.size(); ++s)
+    for (std::size_t k = 0; k < worker_count_; ++k)
+      copies_[s].sources.push_back(memory_[k / own]->data() +
+                                   (k % own * copies_.size() + s) * stride_of(plan));
+  const auto first = static_cast<std::size_t>(team.first_worker());
+  for (std::size_t k = first; k < first + own; ++k) {
+    Shard<T> whole{0, plan.length, reinterpret_cast<T*>(arenas.workers().targets[k]), {}};
+    for (std::size_t s = 0; s < copies_.size(); ++s)
+      whole.slots[s] = const_cast<T*>(reinterpret_cast<const T*>(copies_[s].sources[k]));
+    own_.push_back(whole);
+  }
+}
+
+template <class T>
+void LocalPhase<T>::begin(std::span<const std::int64_t> updates) {
+  for (const Shard<T>& copy : own_)
+    for (const Shard<T>& shard : arenas_.shards())
+      for (std::size_t s = 0; s < copies_.size(); ++s)
+        std::copy_n(shard.slots[s], shard.end - shard.begin, copy.slots[s] + shard.begin);
+  updates_.assign(own_.size(), {updates.begin(), updates.end()});
+  begin_round();
+}
+
+template <class T>
+void LocalPhase<T>::begin_round() {
+  touched_.assign(plan_.layers.size(), 0);
+  steps_ = 0;
+}
+
+// A step of one source, the worker's own gradient, on the weights that X is.
+template <class T>
+void LocalPhase<T>::step(const Engine::Step& step) {
+  const std::size_t layers = plan_.layers.size();
+  for (std::size_t v = 0; v < own_.size(); ++v) {
+    const auto present = step.present.subspan(v * layers, layers);
+    const auto runs = runs_.for_step(step, present, updates_[v]);
+    const Workers alone{{arenas_.workers().sources[arenas_.first_worker() + v]}, {}, {}};
+    walk<T>(apply_pass<T>({}, {}), alone, runs, own_[v], buffers_);
+    for (std::size_t i = 0; i < layers; ++i) {
+      updates_[v][i] += present[i];
+      touched_[i] |= present[i];
+    }
+  }
+  ++steps_;
+}
+
+// A layer that nobody touched is the same everywhere, and a mean over it could only round.
+template <class T>
+std::vector<Run<T>> LocalPhase<T>::mean_runs(std::span<const std::uint8_t> touched) const {
+  std::vector<Run<T>> runs, all = runs_.plain();
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    all[i].scale = T(1.0 / static_cast<double>(worker_count_));
+    if (touched[i]) runs.push_back(all[i]);
+  }
+  return runs;
+}
+
+template <class T>
+void LocalPhase<T>::average(std::span<const std::uint8_t> touched) {
+  const auto runs = mean_runs(touched);
+  const auto& targets = arenas_.workers().targets;
+  const Workers weights{{targets.begin(), targets.end()}, {targets.begin(), targets.end()}, targets};
+  for (const Shard<T>& shard : arenas_.own_shards()) {
+    const Shard<T> part{shard.begin, shard.end, nullptr, {}};
+    walk<T>(sum_pass<T>(streaming_), weights, runs, part, buffers_, {.mean = shard.w});
+    for (std::size_t s = 0; s < copies_.size(); ++s)
+      walk<T>(load_pass<T>(), copies_[s], runs, part, buffers_, {.mean = shard.slots[s]});
+  }
+}
+
+template class LocalPhase<float>;
+template class LocalPhase<double>;
+
+}  // namespace xc

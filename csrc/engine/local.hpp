@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "comm/team.hpp"
+#include "engine/arenas.hpp"
+#include "engine/engine.hpp"
+#include "engine/passes.hpp"
+#include "engine/plan.hpp"
+#include "engine/runs.hpp"
+
+namespace xc {
+
+// The local phase of post-local SGD (Lin et al. 2018, arXiv:1808.07217). A LOCAL STEP applies the rule to
+// each worker's own gradient, weights and slots, without a word to other ranks: a worker's X is its weights,
+// and its slots are a full COPY in shared memory, made here. AVERAGING puts the mean over the workers of
+// weights and slots into the master weights and the state, and the weights back into every X; the copies of
+// the slots stay what they are. A ROUND is what lies between two averagings.
+template <class T>
+class LocalPhase {
+ public:
+  // Collective. `runs` makes those of one worker alone; averages are published past the cache if `streaming`.
+  // Throws UsageError for parameters that are shorter than their master weights and for rules that measure.
+  LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
+             std::int64_t tile, bool streaming);
+
+  // Gives every copy the values of the state; `updates` are those of its layers so far.
+  void begin(std::span<const std::int64_t> updates);
+  // Of this rank's workers.
+  void step(const Engine::Step& step);
+  // This rank's shards, of the layers that any rank has touched in this round.
+  void average(std::span<const std::uint8_t> touched);
+  // Every worker has the master weights.
+  void begin_round();
+
+  std::int64_t steps() const { return steps_; }                          // in this round
+  const std::vector<std::uint8_t>& touched() const { return touched_; }  // layers, by a worker of this rank
+
+ private:
+  std::vector<Run<T>> mean_runs(std::span<const std::uint8_t> touched) const;
+
+  const Plan& plan_;
+  const Arenas<T>& arenas_;
+  const RunMaker<T>& runs_;
+  std::size_t worker_count_;
+  bool streaming_;
+  Shared memory_;
+  std::vector<Workers> copies_;  // for each slot, as sources
+  std::vector<Shard<T>> own_;    // every own worker's weights and slots: a shard as long as the plan
+  std::vector<std::vector<std::int64_t>> updates_;  // for each own worker, per layer
+  std::vector<std::uint8_t> touched_;
+  std::int64_t steps_ = 0;
+  TileBuffers<T> buffers_;
+};
+
+}  // namespace xc
