@@ -1,11 +1,12 @@
-"""What every rule costs: the fused step of all of them in one run, beside its words per parameter.
+"""What every rule costs: the fused step of all of them in one run, beside the same step by mpi4py and torch.
 
     mpirun -n 2 python benchmarks/rules.py
 
-The rules take turns, in a new random order each round, so a disturbance of the machine hits all alike. Times are the
-slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the whole node, K workers
-together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio` is the time over
-that of the plain rule with the same state, SGD with momentum or Adam.
+The rules and their rivals take turns, in a new random order each round, so a disturbance of the machine hits all
+alike. Times are the slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the
+whole node, K workers together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio`
+is the time over that of the plain rule with the same state, SGD with momentum or Adam. `x torch` is the time of the
+rival in torch_rules.py, all-reduce and update, over that of the fused step.
 """
 
 import argparse
@@ -14,9 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from race import race
+from race import race, share_cores
+from rivals import Contestant
+from torch_rules import make_rival
 
 import extrapcomm as xc
+
+LR = 1e-4
+GRADIENT = 0.25
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Case:
     words: tuple[tuple[int, int], ...]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        momentum = {"momentum": 0.9} if self.like == "sgd" else {}
+        return {"lr": LR, **momentum, **self.options}
+
     def words_for(self, workers: int) -> int:
         return sum(each * workers + shared for each, shared in self.words)
 
@@ -36,7 +47,7 @@ class Case:
 CLIP = {"max_grad_norm": 1.0}
 CASES = [
     Case("sgd", "sgd", "sgd", ((2, 4),)),
-    Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local"}),
+    Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local", "inner_lr": LR}),
     Case("sgd, clipped", "sgd", "sgd", ((1, 0), (2, 4)), CLIP),
     Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
     Case("adam", "adam", "adam", ((2, 6),)),
@@ -47,21 +58,20 @@ CASES = [
 ]
 
 
-class Contestant:
+class Fused(Contestant):
     """One engine on its own memory."""
 
-    def __init__(self, world: xc.World, case: Case, layers: list[int]) -> None:
-        self.name = case.name
-        momentum = {"momentum": 0.9} if case.like == "sgd" else {}
-        weights = [torch.ones(count) for count in layers]
-        self._engine = xc.Engine(world, weights, case.rule, lr=1e-4, **momentum, **case.options)
-        for worker in self._engine.workers:
+    def __init__(self, world: xc.World, case: Case, weights: list[torch.Tensor]) -> None:
+        self.engine = xc.Engine(world, weights, case.rule, **case.all_options)
+        for worker in self.engine.workers:
             for gradient in worker.grads:
-                gradient.fill_(0.25)
+                gradient.fill_(GRADIENT)
 
     def step(self) -> None:
-        """Collective."""
-        self._engine.step()
+        self.engine.step()
+
+    def close(self) -> None:
+        self.engine.close()
 
 
 def options() -> argparse.Namespace:
@@ -73,20 +83,36 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def contestants(world: xc.World, args: argparse.Namespace) -> list[Contestant]:
+    """The fused rules, then their rivals, whose gradients lie in the same memory."""
+    weights = [torch.ones(args.count // args.layers)] * args.layers
+    gradient = torch.full((len(weights[0]) * args.layers,), GRADIENT / world.K)
+    fused = [Fused(world, case, weights) for case in CASES]
+    grads = [gradient.clone() for _ in range(world.workers)]
+    return fused + [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in CASES]
+
+
+def show(args: argparse.Namespace, world: xc.World, fused: np.ndarray, rivals: np.ndarray) -> None:
+    count = args.count // args.layers * args.layers
+    plain = {case.name: time for case, time in zip(CASES, fused, strict=True)}
+    print(f"# {count} parameters in {args.layers} layers, {world.K} workers, float32")
+    print("#          rule   time(ms)  words   GB/s  ratio  x torch")
+    for case, time, rival in zip(CASES, fused, rivals, strict=True):
+        words = case.words_for(world.K)
+        speed, ratio = 4 * words * count / time / 1e9, time / plain[case.like]
+        print(f"{case.name:>15} {1e3 * time:10.2f} {words:6} {speed:6.1f} {ratio:6.2f} {rival / time:8.2f}")
+
+
 def main() -> None:
     args = options()
     world = xc.World(workers=args.workers)
-    layers = [args.count // args.layers] * args.layers
-    contestants = [Contestant(world, case, layers) for case in CASES]
-    seconds = np.median(race(world.comm, contestants, args.rounds, 3), axis=0)
+    share_cores(world.comm)
+    everyone = contestants(world, args)
+    seconds = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
     if world.rank == 0:
-        print(f"# {sum(layers)} parameters in {args.layers} layers, {world.K} workers, float32")
-        print("#          rule   time(ms)  words   GB/s  ratio")
-        plain = {case.name: time for case, time in zip(CASES, seconds, strict=True)}
-        for case, time in zip(CASES, seconds, strict=True):
-            words = case.words_for(world.K)
-            speed = 4 * words * sum(layers) / time / 1e9
-            print(f"{case.name:>15} {1e3 * time:10.2f} {words:6} {speed:6.1f} {time / plain[case.like]:6.2f}")
+        show(args, world, seconds[: len(CASES)], seconds[len(CASES) :])
+    for contestant in everyone:
+        contestant.close()
 
 
 if __name__ == "__main__":
