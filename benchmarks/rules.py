@@ -1,12 +1,12 @@
-"""What every rule costs: the fused step of all of them in one run, beside its words per parameter.
+"""What every rule costs: the fused step of all of them in one run, beside the same step by mpi4py and torch.
 
     mpirun -n 2 python benchmarks/rules.py
 
-The rules take turns, in a new random order each round, so a disturbance of the machine hits all alike. Times are the
-slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the whole node, K workers
-together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio` is the time over
-that of the plain rule with the same state, SGD with momentum or Adam. The last rows are of post-local SGD: a step of
-every worker alone, one that averages, and a round of 16 steps, of which time and words are those of one.
+The rules and their rivals take turns, in a new random order each round, so a disturbance of the machine hits all
+alike. Times are the slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the
+whole node, K workers together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio`
+is the time over that of the plain rule with the same state, SGD with momentum or Adam. `x torch` is the time of the
+rival in torch_rules.py, all-reduce and update, over that of the fused step.
 """
 
 import argparse
@@ -15,36 +15,39 @@ from typing import Any
 
 import numpy as np
 import torch
-from race import race
+from race import race, share_cores
+from rivals import Contestant
+from torch_rules import make_rival
 
 import extrapcomm as xc
+
+LR = 1e-4
+GRADIENT = 0.25
 
 
 @dataclass(frozen=True)
 class Case:
-    """A rule with its options, and how many steps a turn takes.
-
-    The words of a turn are passes, each as (times a worker's array is touched, other accesses).
-    """
+    """A rule with its options; words are passes, each as (times a worker's array is touched, other accesses)."""
 
     name: str
     rule: str
     like: str
     words: tuple[tuple[int, int], ...]
     options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 1
 
-    def words_for(self, workers: int) -> float:
-        """Of one step."""
-        return sum(each * workers + shared for each, shared in self.words) / self.steps
+    @property
+    def all_options(self) -> dict[str, Any]:
+        momentum = {"momentum": 0.9} if self.like == "sgd" else {}
+        return {"lr": LR, **momentum, **self.options}
+
+    def words_for(self, workers: int) -> int:
+        return sum(each * workers + shared for each, shared in self.words)
 
 
 CLIP = {"max_grad_norm": 1.0}
-ALONE = ((5, 0),)
-AVERAGING = (*ALONE, (2, 1), (1, 1))  # the means of weights and of momenta
 CASES = [
     Case("sgd", "sgd", "sgd", ((2, 4),)),
-    Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local"}),
+    Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local", "inner_lr": LR}),
     Case("sgd, clipped", "sgd", "sgd", ((1, 0), (2, 4)), CLIP),
     Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
     Case("adam", "adam", "adam", ((2, 6),)),
@@ -52,52 +55,23 @@ CASES = [
     Case("lamb", "lamb", "adam", ((1, 5), (1, 4))),
     Case("lamb, clipped", "lamb", "adam", ((1, 0), (1, 5), (1, 4)), CLIP),
     Case("lans", "lans", "adam", ((1, 0), (1, 5), (2, 4))),
-    Case("sgd, alone", "sgd", "sgd", ALONE, {"local_steps": 2**62}),
-    Case("sgd, averaging", "sgd", "sgd", AVERAGING, {"local_steps": 1}),
-    Case("sgd, H = 16", "sgd", "sgd", 15 * ALONE + AVERAGING, {"local_steps": 16}, 16),
 ]
 
 
-class Contestant:
+class Fused(Contestant):
     """One engine on its own memory."""
 
-    def __init__(self, world: xc.World, case: Case, layers: list[int]) -> None:
-        self.name = case.name
-        momentum = {"momentum": 0.9} if case.like == "sgd" else {}
-        weights = [torch.ones(count) for count in layers]
-        self._engine = xc.Engine(world, weights, case.rule, lr=1e-4, **momentum, **case.options)
-        for worker in self._engine.workers:
+    def __init__(self, world: xc.World, case: Case, weights: list[torch.Tensor]) -> None:
+        self.engine = xc.Engine(world, weights, case.rule, **case.all_options)
+        for worker in self.engine.workers:
             for gradient in worker.grads:
-                gradient.fill_(0.25)
+                gradient.fill_(GRADIENT)
 
     def step(self) -> None:
-        """Collective."""
-        self._engine.step()
+        self.engine.step()
 
-
-class LocalContestant:
-    """Post-local SGD after its switch, with gradients of zeros that lie in shared memory."""
-
-    def __init__(self, world: xc.World, case: Case, layers: list[int]) -> None:
-        self.name = case.name
-        self._steps = case.steps
-        params = [torch.nn.Parameter(torch.ones(count)) for count in layers]
-        how = {"lr": 1e-4, "momentum": 0.9, "start": 0, "gradients": "view", **case.options}
-        self._opt = xc.PostLocalSGD(params, **how, world=world)
-        for v in range(world.workers):
-            with self._opt.worker(v):
-                for param in params:
-                    param.grad = torch.zeros_like(param)
-                self._opt.zero_grad()
-
-    def step(self) -> None:
-        """Collective if the case averages."""
-        for _ in range(self._steps):
-            self._opt.step()
-
-
-def contestant(world: xc.World, case: Case, layers: list[int]) -> Contestant | LocalContestant:
-    return (LocalContestant if "local_steps" in case.options else Contestant)(world, case, layers)
+    def close(self) -> None:
+        self.engine.close()
 
 
 def options() -> argparse.Namespace:
@@ -109,21 +83,36 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def contestants(world: xc.World, args: argparse.Namespace) -> list[Contestant]:
+    """The fused rules, then their rivals, whose gradients lie in the same memory."""
+    weights = [torch.ones(args.count // args.layers)] * args.layers
+    gradient = torch.full((len(weights[0]) * args.layers,), GRADIENT / world.K)
+    fused = [Fused(world, case, weights) for case in CASES]
+    grads = [gradient.clone() for _ in range(world.workers)]
+    return fused + [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in CASES]
+
+
+def show(args: argparse.Namespace, world: xc.World, fused: np.ndarray, rivals: np.ndarray) -> None:
+    count = args.count // args.layers * args.layers
+    plain = {case.name: time for case, time in zip(CASES, fused, strict=True)}
+    print(f"# {count} parameters in {args.layers} layers, {world.K} workers, float32")
+    print("#          rule   time(ms)  words   GB/s  ratio  x torch")
+    for case, time, rival in zip(CASES, fused, rivals, strict=True):
+        words = case.words_for(world.K)
+        speed, ratio = 4 * words * count / time / 1e9, time / plain[case.like]
+        print(f"{case.name:>15} {1e3 * time:10.2f} {words:6} {speed:6.1f} {ratio:6.2f} {rival / time:8.2f}")
+
+
 def main() -> None:
     args = options()
     world = xc.World(workers=args.workers)
-    layers = [args.count // args.layers] * args.layers
-    contestants = [contestant(world, case, layers) for case in CASES]
-    turns = np.median(race(world.comm, contestants, args.rounds, 3), axis=0)
-    seconds = turns / [case.steps for case in CASES]
+    share_cores(world.comm)
+    everyone = contestants(world, args)
+    seconds = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
     if world.rank == 0:
-        print(f"# {sum(layers)} parameters in {args.layers} layers, {world.K} workers, float32")
-        print("#          rule   time(ms)  words   GB/s  ratio")
-        plain = {case.name: time for case, time in zip(CASES, seconds, strict=True)}
-        for case, time in zip(CASES, seconds, strict=True):
-            words = case.words_for(world.K)
-            speed = 4 * words * sum(layers) / time / 1e9
-            print(f"{case.name:>15} {1e3 * time:10.2f} {words:6.4g} {speed:6.1f} {time / plain[case.like]:6.2f}")
+        show(args, world, seconds[: len(CASES)], seconds[len(CASES) :])
+    for contestant in everyone:
+        contestant.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 from race import race
+from rivals import Contestant
 from table import Column, number, print_row, print_titles
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace, world: xc.World) -> tuple[str, list[dict[str, 
 
 
 @dataclass
-class Trainee:
+class Trainee(Contestant):
     """A model, the batch of its rank, and the optimizer that ends its iteration; without one, none does."""
 
     name: str
