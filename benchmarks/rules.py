@@ -38,6 +38,8 @@ CASES = [
     Case("sgd", "sgd", "sgd", ((2, 4),)),
     Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local"}),
     Case("sgd, clipped", "sgd", "sgd", ((1, 0), (2, 4)), CLIP),
+    Case("sgd, gain", "sgd", "sgd", ((1, 0), (2, 4)), {"gain": xc.AdaScale()}),
+    Case("sgd, lagging gain", "sgd", "sgd", ((2, 4),), {"gain": xc.AdaScale(lag=1)}),
     Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
     Case("adam", "adam", "adam", ((2, 6),)),
     Case("adam, clipped", "adam", "adam", ((1, 0), (2, 6)), CLIP),
@@ -77,16 +79,17 @@ def main() -> None:
     args = options()
     world = xc.World(workers=args.workers)
     layers = [args.count // args.layers] * args.layers
-    contestants = [Contestant(world, case, layers) for case in CASES]
+    cases = [case for case in CASES if world.K > 1 or "gain" not in case.options]
+    contestants = [Contestant(world, case, layers) for case in cases]
     seconds = np.median(race(world.comm, contestants, args.rounds, 3), axis=0)
     if world.rank == 0:
         print(f"# {sum(layers)} parameters in {args.layers} layers, {world.K} workers, float32")
-        print("#          rule   time(ms)  words   GB/s  ratio")
-        plain = {case.name: time for case, time in zip(CASES, seconds, strict=True)}
-        for case, time in zip(CASES, seconds, strict=True):
+        print("#             rule   time(ms)  words   GB/s  ratio")
+        plain = {case.name: time for case, time in zip(cases, seconds, strict=True)}
+        for case, time in zip(cases, seconds, strict=True):
             words = case.words_for(world.K)
             speed = 4 * words * sum(layers) / time / 1e9
-            print(f"{case.name:>15} {1e3 * time:10.2f} {words:6} {speed:6.1f} {time / plain[case.like]:6.2f}")
+            print(f"{case.name:>18} {1e3 * time:10.2f} {words:6} {speed:6.1f} {time / plain[case.like]:6.2f}")
 
 
 if __name__ == "__main__":

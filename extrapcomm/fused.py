@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, overload
 
 import torch
 
+from .adascale import AdaScale
 from .binding import MANNERS
 from .checkpoint import Checkpoints
 from .errors import UsageError, describe
+from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .world import World, log
@@ -19,7 +22,7 @@ __all__ = ["FusedOptimizer", "Params"]
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class FusedOptimizer(Checkpoints):
+class FusedOptimizer(Checkpoints, Gained):
     """A torch optimizer on an engine.
 
     At construction the parameters get rank 0's values and move into shared memory, one piece of it for each worker;
@@ -60,6 +63,7 @@ class FusedOptimizer(Checkpoints):
         skip_nonfinite: bool = False,
         accumulation: str = "mean",
         gradients: str = "copy",
+        gain: AdaScale | None = None,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
     ) -> None:
         if not (world is None or isinstance(world, World)):
@@ -79,6 +83,7 @@ class FusedOptimizer(Checkpoints):
         error: Exception | None = None
         try:
             self._rule = Rule(self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed))
+            self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)
@@ -88,7 +93,7 @@ class FusedOptimizer(Checkpoints):
                 check_choice(name, value, allowed)
         except Exception as caught:
             error = caught
-        self.world.agree(error, type(self).__name__)
+        self.world.agree(error, f"{type(self).__name__}{'' if gain is None else f' with {gain}'}")
         self._bind(self._make_core(layers, groups), layers, groups)
 
     # -- The step ------------------------------------------------------------------------------------------------
@@ -123,18 +128,12 @@ class FusedOptimizer(Checkpoints):
         if self._to_adopt:
             self.adopt()
         try:
-            table = self._checked_table()
-            self._binding.collect()
-            divisor = self._divisor()
-            skip = bool(self.skip_nonfinite)
+            take = self._prepared_step()
         except Exception as error:
             self._core.complain(describe(error))
             raise
         self._warn_of_mistakes()
-        max_norm = self.max_grad_norm or 0.0
-        self.grad_norm, self.skipped, _ = self._core.step(
-            table, self._binding.present, True, divisor, max_norm, skip
-        )
+        self.grad_norm, self.skipped, *_ = take()
         self._micro_batches.reset()
         if not self.skipped:
             self._binding.mark_written()
@@ -148,6 +147,12 @@ class FusedOptimizer(Checkpoints):
             return self.step(*args, **kwargs)
         finally:
             self._loss_scale, self.skip_nonfinite = 1.0, before
+
+    def unscaled(self, scale: float) -> None:
+        """The present gradients were divided by a loss scale."""
+        self._binding.watch_again()
+        if self._micro_batches.squares is not None:
+            self._micro_batches.squares.unscale(scale)
 
     def _checked_table(self) -> Any:
         if self._showing:
@@ -170,6 +175,26 @@ class FusedOptimizer(Checkpoints):
                     self._rule.check_filters("of this group", shape, strides, group["inner_lr"])
         return self._rule.table(self.param_groups, self.world.K)
 
+    def _prepared_step(self) -> Callable[[], tuple[Any, ...]]:
+        """The engine's step, its arguments checked."""
+        table = self._checked_table()
+        self._binding.collect()
+        divisor, max_norm = self._divisor(), self.max_grad_norm or 0.0
+        options = (self._binding.present, True, divisor, max_norm, bool(self.skip_nonfinite))
+        if self._gain is None:
+            return partial(self._core.step, table, *options)
+        gathered = self._gathered()
+        self._gain.require(gathered, self.param_groups)
+        return partial(self._gain.step, self._core, table, self.param_groups, gathered, options)
+
+    def _gathered(self) -> Gathered:
+        """What the gain is measured from."""
+        count, squares = self._micro_batches.count(), self._micro_batches.squares
+        factor = self._micro_batches.divisor() / count
+        if squares is None:
+            return Gathered(self.world.K, count, factor)
+        return Gathered(count, 1, factor, squares.spread(self._loss_scale) if count > 1 else None)
+
     def _divisor(self) -> float:
         """What every gradient is divided by, beside the number of workers."""
         divisor = self._micro_batches.divisor() * self._loss_scale
@@ -179,10 +204,11 @@ class FusedOptimizer(Checkpoints):
 
     def _warn_of_mistakes(self) -> None:
         """What is probably not meant, each once."""
-        if self.world.K > 1 and self._binding.was_rescaled():
+        misled = "uses another norm on each rank" if self.world.K > 1 else "is taken for noise by the gain"
+        if (self.world.K > 1 or self._gain is not None) and self._binding.was_rescaled():
             self._warn_once(
                 "this rank's gradients were changed between backward() and step(). Clipping them there "
-                "(clip_grad_norm_) uses another norm on each rank: set max_grad_norm instead, which clips the mean"
+                f"(clip_grad_norm_) {misled}: set max_grad_norm instead, which clips the mean"
             )
         self._binding.forget_rescaling()
         if self.world.workers == 1:

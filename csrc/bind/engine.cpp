@@ -98,15 +98,15 @@ auto unlocked(const Revise& revise) {
 using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
-                  double max_norm, bool skip_nonfinite, Observe observe,
-                  const std::optional<Revise>& revise) {
+                  double max_norm, bool skip_nonfinite, Observe observe, const std::optional<Revise>& revise,
+                  const std::array<double, 3>& gain) {
   const auto layers = py::ssize_t(engine.plan().layers.size());
   if (hyper.size() != py::ssize_t(engine.hyper_count()) ||
       present.size() != layers * engine.team().workers_per_rank())
     throw UsageError("step takes every group's numbers, and a mark for each worker and layer");
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
-  Engine::Step arguments{span_of(hyper), span_of(present), fused,   divisor,
-                         max_norm,       skip_nonfinite,   observe, {}};
+  Engine::Step arguments{span_of(hyper), span_of(present), fused, divisor, max_norm,
+                         skip_nonfinite, observe,          {},    gain};
   if (revise) arguments.revise = unlocked(*revise);
   Engine::Outcome outcome;
   {
@@ -188,7 +188,8 @@ void register_engine_class(py::module_& module) {
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
-           py::arg("observe") = Observe::nothing, py::arg("revise") = py::none())
+           py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
+           py::arg("gain") = std::array<double, 3>{})
       .def("complain", &Engine::complain, Free())
       .def(
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
