@@ -37,6 +37,7 @@ class Case:
 
     @property
     def all_options(self) -> dict[str, Any]:
+        """Hyper-parameters; `gain` is the lag of an AdaScale."""
         momentum = {"momentum": 0.9} if self.like == "sgd" else {}
         return {"lr": LR, **momentum, **self.options}
 
@@ -49,11 +50,19 @@ CASES = [
     Case("sgd", "sgd", "sgd", ((2, 4),)),
     Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local", "inner_lr": LR}),
     Case("sgd, clipped", "sgd", "sgd", ((1, 0), (2, 4)), CLIP),
+    Case("sgd, gain", "sgd", "sgd", ((1, 0), (2, 4)), {"gain": 0}),
+    Case("sgd, lagging gain", "sgd", "sgd", ((2, 4),), {"gain": 1}),
+    Case("vrsgd", "vrsgd", "sgd", ((1, 0), (2, 4))),
+    Case("vrsgd, last mean", "vrsgd", "sgd", ((2, 4),), {"lagged_mean": True}),
     Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
     Case("adam", "adam", "adam", ((2, 6),)),
     Case("adam, clipped", "adam", "adam", ((1, 0), (2, 6)), CLIP),
+    Case("clars", "clars", "sgd", ((1, 1), (2, 4))),
+    Case("eg", "eg", "sgd", ((1, 2), (2, 8))),
+    Case("vradam", "vradam", "adam", ((1, 0), (2, 8))),
     Case("lamb", "lamb", "adam", ((1, 5), (1, 4))),
     Case("lamb, clipped", "lamb", "adam", ((1, 0), (1, 5), (1, 4)), CLIP),
+    Case("vrlamb", "vrlamb", "adam", ((1, 0), (1, 7), (1, 4))),
     Case("lans", "lans", "adam", ((1, 0), (1, 5), (2, 4))),
 ]
 
@@ -62,7 +71,10 @@ class Fused(Contestant):
     """One engine on its own memory."""
 
     def __init__(self, world: xc.World, case: Case, weights: list[torch.Tensor]) -> None:
-        self.engine = xc.Engine(world, weights, case.rule, **case.all_options)
+        options = case.all_options
+        if "gain" in options:
+            options["gain"] = xc.AdaScale(lag=options["gain"])
+        self.engine = xc.Engine(world, weights, case.rule, **options)
         for worker in self.engine.workers:
             for gradient in worker.grads:
                 gradient.fill_(GRADIENT)
@@ -89,7 +101,8 @@ def contestants(world: xc.World, args: argparse.Namespace) -> list[Contestant]:
     gradient = torch.full((len(weights[0]) * args.layers,), GRADIENT / world.K)
     fused = [Fused(world, case, weights) for case in CASES]
     grads = [gradient.clone() for _ in range(world.workers)]
-    return fused + [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in CASES]
+    rivals = [case for case in CASES if has_rival(case.rule, case.all_options)]
+    return fused + [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in rivals]
 
 
 def show(args: argparse.Namespace, world: xc.World, fused: np.ndarray, rivals: np.ndarray) -> None:

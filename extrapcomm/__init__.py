@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .adascale import AdaScale
 from .collectives import ArenaArray, all_gather, all_reduce, arena_array, broadcast, reduce_scatter
 from .engine import Engine
 from .errors import CommError, DeviceError, Error, MismatchError, PeerError, UsageError
@@ -26,6 +27,7 @@ __all__ = [
     "LANS",
     "LARS",
     "SGD",
+    "AdaScale",
     "Adam",
     "AdamW",
     "ArenaArray",

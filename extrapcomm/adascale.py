@@ -90,8 +90,10 @@ class AdaScale:
     1 / (1 - (inner_lr h)^2) times sigma^2 on a quadratic of curvature h, and the gain is a little too large.
 
     Args:
-        scale: batch size in baseline batches, at least 1; None for the number of gradients of each step, so that the
-            baseline batch is that of one gradient.
+        scale: batch size in baseline batches, at least 1; None for the number of micro-batches of each step, those of
+            all workers, so that the baseline batch is one micro-batch.
+        lag: 0 takes each step's own gain, which costs a pass over the gradients before the one that applies them; 1
+            takes the gain that the steps before it have measured, and costs none. The first step's is 1 then.
         averaging: "mean" of all samples until the exponential average takes over (the paper), or "debiased", the
             exponential average divided by the weight of its samples (fairscale).
         smoothing: of the exponential average, in [0, 1), where 0 is none; None for max(1 - S / 1000, 0) (the paper),
@@ -126,15 +128,19 @@ class AdaScale:
         self,
         scale: float | None = None,
         *,
+        lag: int = 0,
         averaging: str = "mean",
         smoothing: float | None = None,
         per_group: bool = False,
     ) -> None:
+        if lag not in (0, 1):
+            raise UsageError(f"lag must be 0 or 1, not {lag!r}")
         if averaging not in AVERAGINGS:
             raise UsageError(f"averaging must be one of {', '.join(AVERAGINGS)}, not {averaging!r}")
         if smoothing is not None and not 0 <= _number("smoothing", smoothing) < 1:
             raise UsageError(f"smoothing must be in [0, 1), but is {smoothing}")
         self.set_scale(scale)
+        self.lag = int(lag)
         self._averaging = averaging
         self._smoothing = smoothing
         self._per_group = bool(per_group)
@@ -144,7 +150,7 @@ class AdaScale:
 
     @property
     def scale(self) -> float | None:
-        """The batch size in baseline batches; None if it is the number of gradients."""
+        """The batch size in baseline batches; None if it is the number of micro-batches."""
         return self._scale
 
     def set_scale(self, scale: float | None) -> None:
@@ -170,7 +176,27 @@ class AdaScale:
         total = _together(self._averages)
         return total.var / total.sqr if total.sqr else math.inf
 
-    def measure(self, gradients: int, spread: Sequence[float], mean: Sequence[float]) -> Proposal:
+    def require(self, gradients: int, groups: int) -> None:
+        """Complain if a step with so many gradients and groups of parameters tells nothing.
+
+        Raises:
+            UsageError: for fewer than two gradients, or fewer groups than before.
+        """
+        if gradients < 2:
+            raise UsageError(
+                "AdaScale needs at least two gradients per step: more workers, or more than one micro-batch (no_sync())"
+            )
+        if (count := groups if self._per_group else 1) < len(self._averages):
+            raise UsageError(f"there were {len(self._averages)} groups at the last step, now {count}")
+
+    def gains(self, gradients: int, groups: int, micro_batches: int = 1) -> tuple[float, ...]:
+        """What multiplies each group's learning rate by the averages as they are: a step's with `lag=1`."""
+        of_groups, _ = self._gains_of(self._averages, self._scale_of(gradients * micro_batches), groups)
+        return of_groups
+
+    def measure(
+        self, gradients: int, spread: Sequence[float], mean: Sequence[float], micro_batches: int = 1
+    ) -> Proposal:
         """The gains for a step with these gradients; the estimator remains as it is until `commit`.
 
         Args:
@@ -179,13 +205,13 @@ class AdaScale:
             spread: for each group, the sum over the n gradients of their squared norms, loss scale and divisor
                 taken out.
             mean: for each group, the squared norm of the mean of the n gradients, before it is clipped or decayed.
+            micro_batches: how many each of the n gradients is the mean of.
 
         Raises:
-            UsageError: for fewer than two gradients, or fewer groups than before.
+            UsageError: see `require`.
         """
-        if gradients < 2:
-            raise UsageError("AdaScale needs at least two gradients per step: more workers or accumulation")
-        scale = float(gradients) if self._scale is None else self._scale
+        self.require(gradients, len(spread))
+        scale = self._scale_of(gradients * micro_batches)
         sums = list(zip(self._pooled(spread), self._pooled(mean), strict=True))
         samples = [_sample(s, m, gradients, scale) for s, m in sums]
         smoothing = self._smoothing_for(gradients, scale)
@@ -193,11 +219,8 @@ class AdaScale:
             average if sample is None else average.after(sample, smoothing, self._averaging)
             for average, sample in zip(self._extended(len(sums)), samples, strict=True)
         )
-        gains = tuple(average.gain(scale) for average in averages)
-        shared = _together(averages).gain(scale)
-        return Proposal(
-            gains if self._per_group else (shared,) * len(spread), shared, averages, self._averages
-        )
+        gains, gain = self._gains_of(self._averages if self.lag else averages, scale, len(spread))
+        return Proposal(gains, gain, averages, self._averages)
 
     def commit(self, proposal: Proposal) -> None:
         """The step of this proposal has happened.
@@ -210,6 +233,12 @@ class AdaScale:
         self._averages = proposal.averages
         self.gain = proposal.gain
         self.progress += proposal.gain
+
+    def __repr__(self) -> str:
+        return (
+            f"AdaScale({self._scale}, lag={self.lag}, averaging={self._averaging!r}, smoothing={self._smoothing}, "
+            f"per_group={self._per_group})"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured, in plain numbers; the arguments, the scale among them, belong to the run and not to it."""
@@ -250,9 +279,20 @@ class AdaScale:
 
     def _extended(self, count: int) -> tuple[Average, ...]:
         """The averages, and empty ones for groups that are new."""
-        if count < len(self._averages):
-            raise UsageError(f"there were {len(self._averages)} groups at the last step, now {count}")
         return self._averages + (Average(),) * (count - len(self._averages))
+
+    def _scale_of(self, micro_batches: int) -> float:
+        return float(micro_batches) if self._scale is None else self._scale
+
+    def _gains_of(
+        self, averages: tuple[Average, ...], scale: float, groups: int
+    ) -> tuple[tuple[float, ...], float]:
+        """Each group's gain, and that of all together."""
+        shared = _together(averages).gain(scale)
+        if not self._per_group:
+            return (shared,) * groups, shared
+        empty = (Average(),) * (groups - len(averages))
+        return tuple(average.gain(scale) for average in averages + empty), shared
 
     def _smoothing_for(self, gradients: int, scale: float) -> float:
         if self._smoothing is not None:

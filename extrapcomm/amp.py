@@ -41,6 +41,8 @@ class GradScaler(torch.amp.GradScaler):
                 "max_grad_norm clips"
             )
         super().unscale_(optimizer)
+        if self._enabled and isinstance(optimizer, FusedOptimizer):
+            optimizer.unscaled(self.get_scale())
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Collective: a step that divides by the scale, and is skipped on all ranks if the mean is not finite.

@@ -181,6 +181,11 @@ class Binding:
     def _watch(self, grad: torch.Tensor | None) -> None:
         self._finished = None if grad is None else (grad, grad._version)
 
+    def watch_again(self) -> None:
+        """What was written into the gradients until now was meant."""
+        if self._watched >= 0:
+            self._watch(self.params[self._watched].grad)
+
     def forget_rescaling(self) -> None:
         """Later writes into the gradients are nobody's mistake."""
         self._finished = None

@@ -11,6 +11,7 @@ from ._version import __version__
 from .arrays import form_of
 from .binding import Binding, bump_versions, strided
 from .errors import UsageError, describe
+from .gain import Gain
 from .hyper import Rule
 from .micro_batches import MicroBatches
 from .world import World
@@ -34,6 +35,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _core: Core
     _binding: Binding
     _micro_batches: MicroBatches
+    _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _owns_world: bool
     _built: bool
@@ -58,6 +60,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         names = [name for name, *_ in layers]
         self._binding = Binding(core, params, names, self.world.workers, self._manner)
         self._micro_batches.reset()
+        if self._gain is not None and self.world.K == 1:
+            self._micro_batches.watch([group["params"] for group in self.param_groups])
         self._binding.copy_initial()
         self._core.adopt(0)
         self._binding.show(0)
@@ -242,6 +246,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         if self._binding.bound != 0:
             self._binding.show(0)
         self._binding.remove_hooks()
+        self._micro_batches.unwatch()
         self._closed = True
         with self._binding.kept() if self._to_adopt else nullcontext():
             self._core.close()

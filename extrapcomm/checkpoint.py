@@ -153,10 +153,11 @@ class Checkpoints(BoundOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
 
-        torch.optim's optimizer of the same name loads it. Not collective. The displacements are not in it: after
-        loading, every worker starts from the master weights. An `inner_lr` that is a function is left out.
+        torch.optim's optimizer of the same name loads it. What a gain has measured is `["adascale"]`. Not collective.
+        The displacements are not in it: after loading, every worker starts from the master weights. An `inner_lr` that
+        is a function is left out.
         """
-        return fill(self._packed_groups(), self._core, self._rule, self._binding.params)
+        return fill(self._packed_groups(), self._core, self._rule, self._binding.params) | self._saved_gain()
 
     def _packed_groups(self) -> dict[str, Any]:
         packed = super().state_dict()
@@ -174,7 +175,11 @@ class Checkpoints(BoundOptimizer):
         """
         packed = self._packed_groups()
         state = {i: local_state_of(self._core, self._rule, i) for i in range(len(self._binding.params))}
-        return {"state": state, "param_groups": packed["param_groups"], "place": self._place()}
+        whole = {"state": state, "param_groups": packed["param_groups"], "place": self._place()}
+        return whole | self._saved_gain()
+
+    def _saved_gain(self) -> dict[str, Any]:
+        return {} if self._gain is None else self._gain.save()
 
     def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Collective: take this rank's part from its `local_state_dict`; every rank brings its own.
@@ -212,6 +217,8 @@ class Checkpoints(BoundOptimizer):
                 self._rule.check_fixed(group, flags, slots)
             read = local_layers_of if local else layers_of
             layers, digest = read(state_dict, self._core, self._rule, self._binding.params)
+            if self._gain is not None:
+                digest ^= self._gain.check(state_dict, len(groups))
             lacking = [i for i, (weights, *_) in enumerate(layers) if weights is None]
             if lacking and not self._to_adopt:
                 self._binding.require_own_weights()
@@ -221,6 +228,8 @@ class Checkpoints(BoundOptimizer):
         with self._binding.kept(lacking) if self._to_adopt else nullcontext():
             self._core.load(layers, digest)
         super().load_state_dict({"state": {}, "param_groups": groups})
+        if self._gain is not None:
+            self._gain.load(state_dict)
         self._binding.mark_written()
         self._to_adopt = self._to_adopt and bool(lacking)
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from . import _core
 from ._version import __version__
+from .adascale import AdaScale
 from .arrays import copy_into, form_of, look_at, require_visible
 from .errors import UsageError, describe
+from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_max_norm, check_tile
 from .world import World
 
@@ -33,7 +35,7 @@ class Worker:
     grads: Any
 
 
-class Engine:
+class Engine(Gained):
     """Data-parallel training of arrays: reduce, update, extrapolate and publish in one call.
 
     Collective: every rank of the world constructs it with arrays of the same names, shapes and types. The values of
@@ -52,6 +54,9 @@ class Engine:
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
             the same factor; the step then takes a second pass over memory.
         skip_nonfinite: let a step whose mean gradient is not finite change nothing on any rank; likewise.
+        gain: an `AdaScale` of this engine's own: each step's learning rate is multiplied by its gain, before the
+            inner rate follows from it. It takes two workers or more; how many micro-batches `divisor` stands for is
+            not known here, so by default the scale is K.
         streaming: publish the weights past the cache; by default when a step moves more than the cache holds.
         hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...).
 
@@ -91,6 +96,7 @@ class Engine:
         tile: int = 512,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        gain: AdaScale | None = None,
         streaming: bool | None = None,
         **hyper: Any,
     ) -> None:
@@ -114,9 +120,13 @@ class Engine:
                 self._rule.check_filters(name, form.shape, form.strides, inner_lr)
             check_tile(tile)
             check_max_norm(max_grad_norm)
+            self._gain = None if gain is None else Gain(gain, self._rule, world.K)
+            self._gathered = Gathered(world.K)
+            if self._gain is not None:
+                self._gain.require(self._gathered, [self._group])
         except Exception as caught:
             error = caught
-        world.agree(error, "Engine")
+        world.agree(error, "Engine" if gain is None else f"Engine with {gain}")
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = bool(self._group.get("momentum"))
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
@@ -187,20 +197,29 @@ class Engine:
             check_max_norm(self.max_grad_norm)
             if not (isinstance(divisor, (int, float)) and 0 < divisor < float("inf")):
                 raise UsageError(f"divisor must be a positive number, not {divisor!r}")
-            if not fused and (self.max_grad_norm or self.skip_nonfinite or self._rule.measures):
-                raise UsageError(
-                    "step_unfused() has no max_grad_norm, no skip_nonfinite and no rule with trust ratios"
-                )
-            if not (fused or self._rule.has_stages_of_its_own):
-                raise UsageError("step_unfused() has no preconditioned and no random displacement")
+            if not fused:
+                self._require_unfusable()
             table = self._rule.table([group], self.world.K)
         except Exception as error:
             self._core.complain(describe(error))
             raise
-        self.grad_norm, self.skipped, _ = self._core.step(
-            table, self._present, fused, divisor, self.max_grad_norm or 0.0, self.skip_nonfinite
-        )
+        skip = bool(self.skip_nonfinite)
+        options = (self._present, fused, float(divisor), self.max_grad_norm or 0.0, skip)
+        if self._gain is None:
+            self.grad_norm, self.skipped, _ = self._core.step(table, *options)
+        else:
+            self.grad_norm, self.skipped = self._gain.step(
+                self._core, table, [group], self._gathered, options
+            )
         self._group = group
+
+    def _require_unfusable(self) -> None:
+        if self.max_grad_norm or self.skip_nonfinite or self._rule.measures or self._gain:
+            raise UsageError(
+                "step_unfused() has no max_grad_norm, no skip_nonfinite, no gain and no rule with trust ratios"
+            )
+        if not self._rule.has_stages_of_its_own:
+            raise UsageError("step_unfused() has no preconditioned and no random displacement")
 
     def master(self) -> Any:
         """Copies of the master weights, float32 (float64 for float64), in the structure given. Not collective."""

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, overload
 
 import torch
 
+from .adascale import AdaScale
 from .binding import MANNERS
 from .checkpoint import Checkpoints
 from .errors import UsageError, describe
+from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .world import World, log
@@ -19,7 +22,7 @@ __all__ = ["FusedOptimizer", "Params"]
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class FusedOptimizer(Checkpoints):
+class FusedOptimizer(Checkpoints, Gained):
     """A torch optimizer on an engine.
 
     At construction the parameters get rank 0's values and move into shared memory, one piece of it for each worker;
@@ -60,6 +63,7 @@ class FusedOptimizer(Checkpoints):
         skip_nonfinite: bool = False,
         accumulation: str = "mean",
         gradients: str = "copy",
+        gain: AdaScale | None = None,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
     ) -> None:
         if not (world is None or isinstance(world, World)):
@@ -72,6 +76,7 @@ class FusedOptimizer(Checkpoints):
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
         self._loss_scale = 1.0
+        self._gain = None
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: float | None = None
@@ -79,6 +84,7 @@ class FusedOptimizer(Checkpoints):
         error: Exception | None = None
         try:
             self._rule = Rule(self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed))
+            self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)
@@ -93,7 +99,7 @@ class FusedOptimizer(Checkpoints):
 
     def _title(self) -> str:
         """What the ranks must agree on before they construct."""
-        return type(self).__name__
+        return type(self).__name__ + ("" if self._gain is None else f" with {self._gain.estimator}")
 
     # -- The step ------------------------------------------------------------------------------------------------
 
@@ -127,26 +133,20 @@ class FusedOptimizer(Checkpoints):
         if self._to_adopt:
             self.adopt()
         try:
-            table = self._checked_table()
-            self._binding.collect()
-            divisor = self._divisor()
-            skip = bool(self.skip_nonfinite)
+            take = self._prepared_step()
         except Exception as error:
             self._core.complain(describe(error))
             raise
         self._warn_of_mistakes()
-        self._advance(table, divisor, skip)
+        self.grad_norm, self.skipped, *_ = take()
         self._micro_batches.reset()
         if not self.skipped:
             self._binding.mark_written()
         return loss
 
-    def _advance(self, table: Any, divisor: float, skip: bool) -> None:
-        """Collective: the engine's step."""
-        max_norm = self.max_grad_norm or 0.0
-        self.grad_norm, self.skipped, _ = self._core.step(
-            table, self._binding.present, True, divisor, max_norm, skip
-        )
+    def _advance(self, table: Any, *options: Any) -> tuple[float | None, bool, Any]:
+        """Collective: the engine's step, without a gain."""
+        return self._core.step(table, *options)
 
     def scaled_step(self, scale: float, *args: Any, **kwargs: Any) -> Any:
         """Collective: `step` on gradients of a loss that was multiplied by `scale`; skipped if they overflowed."""
@@ -156,6 +156,12 @@ class FusedOptimizer(Checkpoints):
             return self.step(*args, **kwargs)
         finally:
             self._loss_scale, self.skip_nonfinite = 1.0, before
+
+    def unscaled(self, scale: float) -> None:
+        """The present gradients were divided by a loss scale."""
+        self._binding.watch_again()
+        if self._micro_batches.squares is not None:
+            self._micro_batches.squares.unscale(scale)
 
     def _checked_table(self) -> Any:
         if self._showing:
@@ -178,6 +184,26 @@ class FusedOptimizer(Checkpoints):
                     self._rule.check_filters("of this group", shape, strides, group["inner_lr"])
         return self._rule.table(self.param_groups, self.world.K)
 
+    def _prepared_step(self) -> Callable[[], tuple[Any, ...]]:
+        """The engine's step, its arguments checked."""
+        table = self._checked_table()
+        self._binding.collect()
+        divisor, max_norm = self._divisor(), self.max_grad_norm or 0.0
+        options = (self._binding.present, True, divisor, max_norm, bool(self.skip_nonfinite))
+        if self._gain is None:
+            return partial(self._advance, table, *options)
+        gathered = self._gathered()
+        self._gain.require(gathered, self.param_groups)
+        return partial(self._gain.step, self._core, table, self.param_groups, gathered, options)
+
+    def _gathered(self) -> Gathered:
+        """What the gain is measured from."""
+        count, squares = self._micro_batches.count(), self._micro_batches.squares
+        factor = self._micro_batches.divisor() / count
+        if squares is None:
+            return Gathered(self.world.K, count, factor)
+        return Gathered(count, 1, factor, squares.spread(self._loss_scale) if count > 1 else None)
+
     def _divisor(self) -> float:
         """What every gradient is divided by, beside the number of workers."""
         divisor = self._micro_batches.divisor() * self._loss_scale
@@ -187,10 +213,11 @@ class FusedOptimizer(Checkpoints):
 
     def _warn_of_mistakes(self) -> None:
         """What is probably not meant, each once."""
-        if self.world.K > 1 and self._binding.was_rescaled():
+        misled = "uses another norm on each rank" if self.world.K > 1 else "is taken for noise by the gain"
+        if (self.world.K > 1 or self._gain is not None) and self._binding.was_rescaled():
             self._warn_once(
                 "this rank's gradients were changed between backward() and step(). Clipping them there "
-                "(clip_grad_norm_) uses another norm on each rank: set max_grad_norm instead, which clips the mean"
+                f"(clip_grad_norm_) {misled}: set max_grad_norm instead, which clips the mean"
             )
         self._binding.forget_rescaling()
         if self.world.workers == 1:

@@ -113,6 +113,21 @@ class Rule:
         """All groups' numbers in one array."""
         return np.array([number for group in groups for number in self.numbers(group, workers)])
 
+    def with_gains(
+        self,
+        table: NDArray[np.float64],
+        groups: Sequence[Mapping[str, Any]],
+        gains: Sequence[float],
+        workers: int,
+    ) -> NDArray[np.float64]:
+        """The table with multiplied learning rates, and with the inner rates that follow from them."""
+        rows = np.array(table).reshape(len(groups), -1)
+        for row, group, gain in zip(rows, groups, gains, strict=True):
+            row[0] *= gain
+            if isinstance(inner := group["inner_lr"], str) or callable(inner):
+                row[-1] = self._inner_rate(inner, float(row[0]), workers)
+        return rows.ravel()
+
     def check_filters(
         self, name: str, shape: Sequence[int], strides: Sequence[int], inner_lr: InnerRate
     ) -> None:

@@ -1,11 +1,14 @@
-"""Gradient accumulation: how many micro-batches each worker's gradient is the sum of."""
+"""Gradient accumulation: how many micro-batches each worker's gradient is the sum of, and how they differ."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+import torch
 
 from .errors import UsageError
 
-__all__ = ["MicroBatches"]
+__all__ = ["MicroBatches", "MicroSquares"]
 
 
 class MicroBatches:
@@ -20,11 +23,14 @@ class MicroBatches:
         self._how = how
         self._before_last = [0] * workers
         self._seen: set[int] = set()
+        self._squares: MicroSquares | None = None
         self.open = False
 
     def reset(self) -> None:
         """All counts start again."""
         self._before_last = [0] * len(self._before_last)
+        if self._squares is not None:
+            self._squares.reset()
 
     def saw(self, worker: int) -> None:
         """The user bound this worker."""
@@ -43,9 +49,11 @@ class MicroBatches:
             self.open = False
         for worker in self._seen or {bound}:
             self._before_last[worker] += 1
+        if self._squares is not None:
+            self._squares.next()
 
-    def divisor(self) -> int:
-        """What the sum of the micro-batches is divided by.
+    def count(self) -> int:
+        """How many micro-batches each worker has.
 
         Raises:
             UsageError: if the workers have different numbers.
@@ -55,4 +63,105 @@ class MicroBatches:
                 f"this rank's workers have accumulated {[n + 1 for n in self._before_last]} micro-batches; "
                 "all need the same number"
             )
-        return 1 + self._before_last[0] if self._how == "mean" else 1
+        return 1 + self._before_last[0]
+
+    def divisor(self) -> int:
+        """What the sum of the micro-batches is divided by; UsageError as `count`."""
+        count = self.count()
+        return count if self._how == "mean" else 1
+
+    def watch(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Take the squared norms of the micro-batches' own gradients from now on."""
+        self.unwatch()
+        self._squares = MicroSquares(groups)
+
+    def unwatch(self) -> None:
+        """Leave the parameters alone."""
+        if self._squares is not None:
+            self._squares.remove()
+            self._squares = None
+
+    @property
+    def squares(self) -> "MicroSquares | None":
+        """What is watched."""
+        return self._squares
+
+
+class MicroSquares:
+    """Squared norms of one worker's micro-batches, each by itself.
+
+    Autograd tells a leaf's hooks the gradient of the backward pass that is under way, before it adds it to what has
+    been accumulated. So one such pass must bring the whole of a micro-batch.
+
+    Args:
+        groups: the parameters, by group.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._params = [param for group in groups for param in group]
+        self._group_of = [g for g, group in enumerate(groups) for _ in group]
+        self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._sums = [0.0] * len(groups)
+        self.reset()
+
+    def reset(self) -> None:
+        """No micro-batch has come; parameters that have begun to train are watched, too."""
+        self._sums = [0.0] * len(self._sums)
+        self._number = 0
+        self._last_seen = [-1] * len(self._params)
+        self._in_parts = False
+        for i in self._unwatched():
+            self._hooks[i] = self._params[i].register_hook(_watcher(weakref.ref(self), i))  # type: ignore[no-untyped-call]
+
+    def next(self) -> None:
+        """What comes belongs to the next micro-batch."""
+        self._number += 1
+
+    def see(self, i: int, grad: torch.Tensor) -> None:
+        """A backward pass has brought this gradient of parameter i."""
+        if grad.layout is not torch.strided:
+            return  # the step refuses it
+        self._in_parts |= self._last_seen[i] == self._number
+        self._last_seen[i] = self._number
+        self._sums[self._group_of[i]] += float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2
+
+    def unscale(self, scale: float) -> None:
+        """The gradients were divided by a loss scale after backward()."""
+        self._sums = [number / scale**2 for number in self._sums]
+
+    def spread(self, scale: float) -> list[float]:
+        """For each group, the sum over the micro-batches of their squared norms, a loss scale taken out.
+
+        Raises:
+            UsageError: if they were not seen one by one.
+        """
+        if self._in_parts:
+            raise UsageError(
+                "AdaScale on one worker compares its micro-batches, and one came in several backward passes: run "
+                "backward() once in each"
+            )
+        if self._unwatched() or not any(number >= 0 for number in self._last_seen):
+            raise UsageError(
+                "AdaScale on one worker sees its micro-batches during backward(), and this gradient came otherwise or "
+                "belongs to a parameter that was frozen: call zero_grad() before the first backward()"
+            )
+        return [number / scale**2 for number in self._sums]
+
+    def remove(self) -> None:
+        """Leave the parameters without traces."""
+        for hook in self._hooks.values():
+            hook.remove()
+
+    def _unwatched(self) -> list[int]:
+        return [i for i, p in enumerate(self._params) if p.requires_grad and i not in self._hooks]
+
+
+def _watcher(squares: "weakref.ref[MicroSquares]", i: int) -> Callable[[torch.Tensor], None]:
+    """The hook of one parameter; it does not keep the sums alive."""
+
+    def watch(grad: torch.Tensor) -> None:
+        mine = squares()
+        if mine is not None:
+            mine.see(i, grad)
+
+    return watch

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from .adascale import AdaScale
 from .fused import FusedOptimizer, Params
 from .hyper import InnerRate
 from .world import World
@@ -27,6 +28,7 @@ class Options(TypedDict, total=False):
     skip_nonfinite: bool
     accumulation: str
     gradients: str
+    gain: AdaScale | None
 
 
 class SGD(FusedOptimizer):
@@ -62,6 +64,8 @@ class SGD(FusedOptimizer):
         accumulation: "mean" or "sum" of the micro-batches that `no_sync()` counts.
         gradients: how they reach shared memory: "copy" (in one batch, when the step begins), "hook" (each as soon as
             autograd has it) or "view" (autograd adds to zeros there: zero_grad() leaves such).
+        gain: an `AdaScale` of this optimizer's own: each step's learning rates are multiplied by its gain, before
+            inner rates follow from them, and nothing else is.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.

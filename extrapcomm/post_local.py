@@ -92,17 +92,18 @@ class PostLocalSGD(SGD):
             self.average()
         super().add_param_group(param_group)
 
-    def _advance(self, table: Any, divisor: float, skip: bool) -> None:
+    def _advance(self, table: Any, *options: Any) -> tuple[float | None, bool, Any]:
         if not self.local:
-            super()._advance(table, divisor, skip)
-            return
+            return super()._advance(table, *options)
         taken = self._core.local_steps
         if taken is None:
             self._core.begin_local()
             self._binding.mark_written()
             taken = 0
         advance = self._core.local_step if taken + 1 < self.local_steps else self._core.averaging_step
-        advance(table, self._binding.present, divisor)
+        present, _, divisor, *_ = options
+        advance(table, present, divisor)
+        return None, False, None
 
     def _warn_of_mistakes(self) -> None:
         self._binding.forget_rescaling()  # each worker may clip its own gradient
@@ -131,6 +132,8 @@ class PostLocalSGD(SGD):
         for name, value, least in (("local_steps", self.local_steps, 1), ("start", self.start, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self._gain is not None:
+            raise UsageError("local steps have no mean gradient that a gain could be measured from")
         if self.max_grad_norm is not None:
             raise UsageError(
                 "local steps have no mean gradient for max_grad_norm to clip: clip each worker's own with "

@@ -514,7 +514,7 @@ def test_averaging_must_be_one_that_exists(options):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_one_gradient_is_too_few(n):
-    with pytest.raises(xc.UsageError, match="at least two gradients per step: more workers or accumulation"):
+    with pytest.raises(xc.UsageError, match="at least two gradients per step: more workers, or"):
         AdaScale().measure(n, [1.0], [1.0])
 
 

@@ -105,12 +105,12 @@ void require_complete(const Engine& engine, const Doubles& hyper, const Bytes& p
 using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
-                  double max_norm, bool skip_nonfinite, Observe observe,
-                  const std::optional<Revise>& revise) {
+                  double max_norm, bool skip_nonfinite, Observe observe, const std::optional<Revise>& revise,
+                  const std::array<double, 3>& gain) {
   require_complete(engine, hyper, present);
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
-  Engine::Step arguments{span_of(hyper), span_of(present), fused,   divisor,
-                         max_norm,       skip_nonfinite,   observe, {}};
+  Engine::Step arguments{span_of(hyper), span_of(present), fused, divisor, max_norm,
+                         skip_nonfinite, observe,          {},    gain};
   if (revise) arguments.revise = unlocked(*revise);
   Engine::Outcome outcome;
   {
@@ -201,7 +201,8 @@ void register_engine_class(py::module_& module) {
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
-           py::arg("observe") = Observe::nothing, py::arg("revise") = py::none())
+           py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
+           py::arg("gain") = std::array<double, 3>{})
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),

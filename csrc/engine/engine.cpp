@@ -134,6 +134,7 @@ void EngineOf<T>::adopt(int root_worker) {
     stepper_.load(root, runs);
     stepper_.publish(runs);
   });
+  stepper_.forget();
   if (local_) local_->begin_round();
 }
 

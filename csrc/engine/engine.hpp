@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -110,6 +111,9 @@ class Engine {
     // gradient's and that of all workers' gradients together; returns those the step shall take. Called with
     // Observe::before, and by rules that revise, with the sum that they measured and zero.
     std::function<std::vector<double>(std::span<const double>, std::span<const double>)> revise = {};
+    // What `revise` goes by beside them, which must be alike on all ranks: how many micro-batches each
+    // gradient is of, the scale (0: not set) and the progress of AdaScale.
+    std::array<double, 3> gain = {};
     // Of an averaging: how many local steps it ends.
     std::int64_t local_steps = 0;
     bool wants_norm() const { return max_norm > 0 || skip_nonfinite; }

@@ -7,8 +7,13 @@ namespace xc {
 namespace {
 
 constexpr const char* kWholeStep[] = {
-    "max_grad_norm (0: none)", "skip_nonfinite", "the divisor of the gradients (micro-batches x loss scale)",
+    "max_grad_norm (0: none)",
+    "skip_nonfinite",
+    "the divisor of the gradients (micro-batches x loss scale)",
     "statistics of the gradients (0: none, 1: of this step, 2: of the last)",
+    "the number of micro-batches",
+    "AdaScale's scale (0: all micro-batches)",
+    "AdaScale's progress",
     "the number of local steps since the last averaging"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
@@ -36,8 +41,10 @@ std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::si
 
 std::vector<double> numbers_of(const Engine::Step& step) {
   std::vector<double> numbers(step.hyper.begin(), step.hyper.end());
-  numbers.insert(numbers.end(), {step.max_norm, double(step.skip_nonfinite), step.divisor,
-                                 double(step.observe), double(step.local_steps)});
+  numbers.insert(numbers.end(),
+                 {step.max_norm, double(step.skip_nonfinite), step.divisor, double(step.observe)});
+  numbers.insert(numbers.end(), step.gain.begin(), step.gain.end());
+  numbers.push_back(double(step.local_steps));
   return numbers;
 }
 
