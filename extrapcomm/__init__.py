@@ -17,12 +17,14 @@ from .world import World
 
 if TYPE_CHECKING:
     from .amp import GradScaler
+    from .eg import EG
     from .optim import CLARS, LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
     from .post_local import PostLocalSGD
     from .variance_reduced import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
     "CLARS",
+    "EG",
     "LAMB",
     "LANS",
     "LARS",
@@ -58,6 +60,7 @@ __all__ = [
 # Where the names are that need torch, which is loaded only for those who use them.
 _LAZY = {
     "amp": ("GradScaler",),
+    "eg": ("EG",),
     "optim": ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "CLARS", "LAMB", "LANS"),
     "post_local": ("PostLocalSGD",),
     "variance_reduced": ("VRSGD", "VRAdam", "VRLARS", "VRLAMB"),

@@ -153,7 +153,8 @@ class Checkpoints(BoundOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
 
-        torch.optim's optimizer of the same name loads it. What a gain has measured is `["adascale"]`. Not collective.
+        torch.optim's optimizer of the same name loads it. What a gain has measured is `["adascale"]`, what
+        `inner_lr="noise"` has, `["local_noise"]`. Not collective.
         The displacements are not in it: after loading, every worker starts from the master weights. An `inner_lr` that
         is a function is left out.
         """
@@ -179,7 +180,8 @@ class Checkpoints(BoundOptimizer):
         return whole | self._saved_gain()
 
     def _saved_gain(self) -> dict[str, Any]:
-        return {} if self._gain is None else self._gain.save()
+        noise = self._rule.local_noise.state_dict()
+        return ({"local_noise": noise} if noise else {}) | ({} if self._gain is None else self._gain.save())
 
     def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Collective: take this rank's part from its `local_state_dict`; every rank brings its own.
@@ -230,6 +232,7 @@ class Checkpoints(BoundOptimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         if self._gain is not None:
             self._gain.load(state_dict)
+        self._rule.local_noise.load(state_dict.get("local_noise", {}))
         self._binding.mark_written()
         self._to_adopt = self._to_adopt and bool(lacking)
 

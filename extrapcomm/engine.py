@@ -15,6 +15,7 @@ from .arrays import copy_into, form_of, look_at, require_visible
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_max_norm, check_tile
+from .observed import ObservedCore
 from .world import World
 
 __all__ = ["Engine"]
@@ -110,7 +111,7 @@ class Engine(Gained):
         error: Exception | None = None
         try:
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
-            self._rule = Rule(rule, kind)
+            self._rule = Rule(rule, kind, world.K)
             self._names, arrays = _flatten(weights)
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
@@ -205,12 +206,11 @@ class Engine(Gained):
             raise
         skip = bool(self.skip_nonfinite)
         options = (self._present, fused, float(divisor), self.max_grad_norm or 0.0, skip)
+        observed = ObservedCore(self._core, self._rule, [group])
         if self._gain is None:
-            self.grad_norm, self.skipped, _ = self._core.step(table, *options)
+            self.grad_norm, self.skipped, _ = observed.step(table, *options)
         else:
-            self.grad_norm, self.skipped = self._gain.step(
-                self._core, table, [group], self._gathered, options
-            )
+            self.grad_norm, self.skipped = self._gain.step(observed, table, [group], self._gathered, options)
         self._group = group
 
     def _require_unfusable(self) -> None:
@@ -218,6 +218,8 @@ class Engine(Gained):
             raise UsageError(
                 "step_unfused() has no max_grad_norm, no skip_nonfinite, no gain and no rule with trust ratios"
             )
+        if self._rule.follows_noise([self._group]):
+            raise UsageError("step_unfused() measures no noise for inner_lr='noise'")
         if not self._rule.has_stages_of_its_own:
             raise UsageError("step_unfused() has no preconditioned and no random displacement")
 

@@ -15,6 +15,7 @@ from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
+from .observed import ObservedCore
 from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
@@ -83,7 +84,8 @@ class FusedOptimizer(Checkpoints, Gained):
         self.skipped = False
         error: Exception | None = None
         try:
-            self._rule = Rule(self.RULE, Extrapolation(extrapolation, displacement, inner_clip, noise, seed))
+            kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
+            self._rule = Rule(self.RULE, kind, self.world.K)
             self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
@@ -146,7 +148,10 @@ class FusedOptimizer(Checkpoints, Gained):
 
     def _advance(self, table: Any, *options: Any) -> tuple[float | None, bool, Any]:
         """Collective: the engine's step, without a gain."""
-        return self._core.step(table, *options)
+        return self._observed().step(table, *options)
+
+    def _observed(self) -> ObservedCore:
+        return ObservedCore(self._core, self._rule, self.param_groups)
 
     def scaled_step(self, scale: float, *args: Any, **kwargs: Any) -> Any:
         """Collective: `step` on gradients of a loss that was multiplied by `scale`; skipped if they overflowed."""
@@ -194,7 +199,7 @@ class FusedOptimizer(Checkpoints, Gained):
             return partial(self._advance, table, *options)
         gathered = self._gathered()
         self._gain.require(gathered, self.param_groups)
-        return partial(self._gain.step, self._core, table, self.param_groups, gathered, options)
+        return partial(self._gain.step, self._observed(), table, self.param_groups, gathered, options)
 
     def _gathered(self) -> Gathered:
         """What the gain is measured from."""

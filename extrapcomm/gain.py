@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from . import _core
 from .adascale import AdaScale, Proposal
 from .errors import UsageError
 from .hyper import Rule
+from .observed import ObservedCore
 
 __all__ = ["Gain", "Gained", "Gathered"]
 
-Groups = Sequence[Mapping[str, Any]]
+Groups = Sequence[MutableMapping[str, Any]]
 Options = tuple[NDArray[np.uint8], bool, float, float, bool]
 KEY = "adascale"  # of its numbers in an optimizer's state_dict, where torch's optimizers pass over it
 
@@ -67,7 +68,7 @@ class Gain:
 
     def step(
         self,
-        core: _core.Engine,
+        core: ObservedCore,
         table: NDArray[np.float64],
         groups: Groups,
         gathered: Gathered,
@@ -90,7 +91,7 @@ class Gain:
 
     def _with_own_gain(
         self,
-        core: _core.Engine,
+        core: ObservedCore,
         table: NDArray[np.float64],
         groups: Groups,
         gathered: Gathered,
@@ -111,7 +112,7 @@ class Gain:
 
     def _with_past_gain(
         self,
-        core: _core.Engine,
+        core: ObservedCore,
         table: NDArray[np.float64],
         groups: Groups,
         gathered: Gathered,

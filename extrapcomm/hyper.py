@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from . import _core
 from .errors import UsageError
+from .local_noise import LocalNoise
 
 __all__ = ["Extrapolation", "InnerRate", "Rule", "check_choice", "check_max_norm", "check_tile"]
 
 InnerRate = float | str | Callable[[float], float]
 
+INNER_PRESETS = ("lr", "lr/K", "noise")
 RANDOM = ("gaussian", "uniform", "filter")
 DISPLACEMENTS = ("preconditioned", "raw")
 
@@ -63,7 +65,7 @@ class Extrapolation:
 class Rule:
     """One of the library's rules with its list of hyper-parameters; `betas` stands for beta1, beta2, ..."""
 
-    def __init__(self, name: str, extrapolation: Extrapolation) -> None:
+    def __init__(self, name: str, extrapolation: Extrapolation, workers: int) -> None:
         rules = _core.rules()
         if name not in rules:
             raise UsageError(f"there is no rule {name!r}; there are {', '.join(sorted(rules))}")
@@ -73,6 +75,8 @@ class Rule:
         self.flags: list[str] = rules[name]["flags"]
         self.slots: list[str] = rules[name]["slots"]
         self.measures: int = rules[name]["measures"]
+        self.revises: bool = rules[name]["revises"]
+        self.local_noise = LocalNoise(workers)
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
         self.has_stages_of_its_own = extrapolation.name == "none" or (
             not scaled and extrapolation.name not in RANDOM
@@ -101,13 +105,24 @@ class Rule:
         return [*numbers, inner]
 
     def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
-        if isinstance(inner, str) and inner not in ("lr", "lr/K"):
-            raise UsageError(f"inner_lr must be a number, a function of lr, 'lr' or 'lr/K', not {inner!r}")
+        if isinstance(inner, str) and inner not in INNER_PRESETS:
+            raise UsageError(
+                f"inner_lr must be a number, a function of lr, 'lr', 'lr/K' or 'noise', not {inner!r}"
+            )
+        if inner == "noise" and workers < 2:
+            raise UsageError("inner_lr='noise' compares the workers' gradients, so it needs at least two workers")
         if self.extrapolation.name == "none":
             return 0.0
         if isinstance(inner, str):
-            return self.extrapolation.rate(lr if inner == "lr" else lr / workers)
+            own = {"lr": lr, "lr/K": lr / workers, "noise": lr * self.local_noise.coefficient}
+            return self.extrapolation.rate(own[inner])
         return self.extrapolation.rate(_number("inner_lr", inner(lr) if callable(inner) else inner))
+
+    def follows_noise(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether an inner rate of theirs goes by the workers' noise, which then must be measured."""
+        return self.extrapolation.name != "none" and any(
+            isinstance(group["inner_lr"], str) and group["inner_lr"] == "noise" for group in groups
+        )
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
         """All groups' numbers in one array."""

@@ -77,13 +77,13 @@ py::array read(const Engine& engine, std::size_t layer, int slot) {
 }
 
 // A Python function of hyper-parameters and statistics, for the engine, which calls it without the lock.
-using Revise = std::function<Doubles(Doubles, Doubles)>;
+using Revision = std::function<Doubles(Doubles, Doubles)>;
 
 Doubles array_of(std::span<const double> numbers) {
   return Doubles(static_cast<py::ssize_t>(numbers.size()), numbers.data());
 }
 
-auto unlocked(const Revise& revise) {
+auto unlocked(const Revision& revise) {
   return [&revise](std::span<const double> hyper, std::span<const double> sums) {
     const py::gil_scoped_acquire gil;
     const Doubles revised = revise(array_of(hyper), array_of(sums));
@@ -105,13 +105,15 @@ void require_complete(const Engine& engine, const Doubles& hyper, const Bytes& p
 using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>>;
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
-                  double max_norm, bool skip_nonfinite, Observe observe, const std::optional<Revise>& revise,
-                  const std::array<double, 3>& gain) {
+                  double max_norm, bool skip_nonfinite, Observe observe,
+                  const std::optional<Revision>& revise, const std::array<double, 3>& gain,
+                  const std::optional<Revision>& revise_rule) {
   require_complete(engine, hyper, present);
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
   Engine::Step arguments{span_of(hyper), span_of(present), fused, divisor, max_norm,
                          skip_nonfinite, observe,          {},    gain};
   if (revise) arguments.revise = unlocked(*revise);
+  if (revise_rule) arguments.revise_rule = unlocked(*revise_rule);
   Engine::Outcome outcome;
   {
     const py::gil_scoped_release nogil;
@@ -202,7 +204,7 @@ void register_engine_class(py::module_& module) {
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
            py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
-           py::arg("gain") = std::array<double, 3>{})
+           py::arg("gain") = std::array<double, 3>{}, py::arg("revise_rule") = py::none())
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),

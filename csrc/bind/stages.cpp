@@ -21,6 +21,7 @@ py::dict describe_rules() {
     rule["slots"] = std::vector<std::string>(family.slot_names.begin(), family.slot_names.end());
     rule["measures"] = family.measures;
     rule["factor"] = family.has_factor;
+    rule["revises"] = family.revises;
     rules[py::str(std::string(family.name))] = rule;
   }
   return rules;

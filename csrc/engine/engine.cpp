@@ -209,6 +209,7 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
                          Step agreed = step_of(posts[0].doubles());
                          agreed.fused = step.fused;
                          agreed.revise = step.revise;
+                         agreed.revise_rule = step.revise_rule;
                          outcome = run(agreed, {present, updates_});
                        });
   stepper_.read_sums(step, {present, updates_}, outcome);

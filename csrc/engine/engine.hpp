@@ -14,6 +14,9 @@
 
 namespace xc {
 
+// New hyper-parameters from hyper-parameters and sums.
+using Revise = std::function<std::vector<double>(std::span<const double>, std::span<const double>)>;
+
 // When statistics of the gradients are taken.
 enum class Observe { nothing, before, along };
 
@@ -107,15 +110,17 @@ class Engine {
     // Whether statistics of the gradients are taken: in a pass before the one that applies them, or along in
     // that pass.
     Observe observe = Observe::nothing;
-    // Gets the hyper-parameters that all ranks agreed on and, for each group, two sums of squares: the mean
-    // gradient's and that of all workers' gradients together; returns those the step shall take. Called with
-    // Observe::before, and by rules that revise, with the sum that they measured and zero.
-    std::function<std::vector<double>(std::span<const double>, std::span<const double>)> revise = {};
+    // With Observe::before, gets the hyper-parameters that all ranks agreed on and the statistics: for each
+    // group two sums of squares, the mean gradient's and that of all workers' gradients together. Returns the
+    // hyper-parameters that the step shall take.
+    Revise revise = {};
     // What `revise` goes by beside them, which must be alike on all ranks: how many micro-batches each
     // gradient is of, the scale (0: not set) and the progress of AdaScale.
     std::array<double, 3> gain = {};
     // Of an averaging: how many local steps it ends.
     std::int64_t local_steps = 0;
+    // Gets the same for a rule that revises, with the sum that each group's layers measured, and zero.
+    Revise revise_rule = {};
     bool wants_norm() const { return max_norm > 0 || skip_nonfinite; }
   };
   struct Outcome {

@@ -141,7 +141,7 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
   LayerSums sums = layer_sums();
   if (workers) add_mean_norms_of_workers(sums);
   if (any([](const Run<T>& run) { return run.kernel->revises; })) {
-    revised_ = step.revise(step.hyper, sums_of_groups(sums));
+    revised_ = step.revise_rule(step.hyper, sums_of_groups(sums));
     Engine::Step settled = step;
     settled.hyper = revised_;
     runs_ = maker_.for_step(settled, marks.present, marks.updates);

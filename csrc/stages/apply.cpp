@@ -152,7 +152,8 @@ template <class... F>
 std::vector<FamilyInfo> infos(Families<F...>) {
   return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames,
                      measures_of<typename F::template Member<float, 0>>(),
-                     kHasFactor<typename F::template Member<float, 0>, float>, &F::member}...};
+                     kHasFactor<typename F::template Member<float, 0>, float>,
+                     Revising<typename F::template Member<float, 0>>, &F::member}...};
 }
 
 }  // namespace

@@ -142,6 +142,7 @@ struct FamilyInfo {
   std::span<const std::string_view> slot_names;
   int measures;
   bool has_factor;
+  bool revises;
   unsigned (*member)(unsigned flags, Hyper hyper);
 };
 
