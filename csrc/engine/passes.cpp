@@ -57,11 +57,13 @@ void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
   add_own_squares(workers, tile, *tile.kept->own_squares, 0, tile.run->own * tile.run->clip, tile.run->decay);
 }
 
+// Padding has no terms: with an epsilon of zero a rule may find 0 / 0 there.
 template <class T, int kMeasure>
 void measure_stage(const Workers&, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
   if (kernel.measures <= kMeasure) return;
-  tile.kept->measured->add(tile.first, tile.count,
+  const std::int64_t without_padding = std::min(tile.count, tile.run->filters_end - tile.first);
+  tile.kept->measured->add(tile.first, without_padding,
                            [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
                              T* slots[kMaxSlots];
                              for (int s = 0; s < kMaxSlots; ++s)
