@@ -17,6 +17,7 @@ from .world import World
 if TYPE_CHECKING:
     from .amp import GradScaler
     from .optim import CLARS, LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
+    from .projected import SGDP, AdamP
     from .variance_reduced import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "LANS",
     "LARS",
     "SGD",
+    "SGDP",
     "Adam",
+    "AdamP",
     "AdamW",
     "ArenaArray",
     "CommError",
@@ -55,6 +58,7 @@ __all__ = [
 _LAZY = {
     "amp": ("GradScaler",),
     "optim": ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "CLARS", "LAMB", "LANS"),
+    "projected": ("AdamP", "SGDP"),
     "variance_reduced": ("VRSGD", "VRAdam", "VRLARS", "VRLAMB"),
 }
 

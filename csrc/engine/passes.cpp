@@ -74,6 +74,21 @@ void measure_stage(const Workers&, const Tile<T>& tile) {
                            });
 }
 
+// Gives every element the coefficient of its filter, and padding none.
+template <class T>
+void projection_stage(const Workers&, const Tile<T>& tile) {
+  const Run<T>& run = *tile.run;
+  const std::int64_t end = tile.first + tile.count;
+  std::int64_t at = tile.first;
+  while (run.coefficients && at < std::min(end, run.filters_end)) {
+    const std::int64_t filter = (at - run.begin) / run.filter_length;
+    const std::int64_t last = std::min(end, run.begin + (filter + 1) * run.filter_length);
+    std::fill(tile.extra + (at - tile.first), tile.extra + (last - tile.first), T(run.coefficients[filter]));
+    at = last;
+  }
+  std::fill(tile.extra + (at - tile.first), tile.extra + tile.count, T(0));
+}
+
 template <class T>
 void apply_stage(const Workers&, const Tile<T>& tile) {
   tile.run->kernel->apply(tile.run->scalars, tile.elements(), tile.count);
@@ -202,6 +217,7 @@ Pass<T> summing_pass(Gradient gradient, Sums sums) {
 template <class T>
 Pass<T> apply_pass(Gradient gradient, Sums sums) {
   Pass<T> pass = summing_pass<T>(gradient, sums);
+  if (gradient.projection) pass.push_back(&projection_stage<T>);
   pass.push_back(&apply_stage<T>);
   return pass;
 }
