@@ -71,7 +71,9 @@ def main() -> None:
     args = options()
     world = xc.World(workers=args.workers)
     layers = [args.count // args.layers] * args.layers
-    turns = np.median(race(world.comm, [LocalSteps(world, case, layers) for case in CASES], args.rounds, 3), axis=0)
+    turns = np.median(
+        race(world.comm, [LocalSteps(world, case, layers) for case in CASES], args.rounds, 3), axis=0
+    )
     if world.rank == 0:
         print(f"# {sum(layers)} parameters in {args.layers} layers, {world.K} workers, float32")
         print("#     step   time(ms)  words  ratio")

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from race import race, share_cores
 from rivals import Contestant
-from torch_rules import make_rival
+from torch_rules import has_rival, make_rival
 
 import extrapcomm as xc
+
+Seconds = dict[str, float]
 
 LR = 1e-4
 GRADIENT = 0.25
@@ -64,6 +66,9 @@ CASES = [
     Case("lamb, clipped", "lamb", "adam", ((1, 0), (1, 5), (1, 4)), CLIP),
     Case("vrlamb", "vrlamb", "adam", ((1, 0), (1, 7), (1, 4))),
     Case("lans", "lans", "adam", ((1, 0), (1, 5), (2, 4))),
+    Case("sgdp", "sgdp", "sgd", ((1, 3), (1, 3))),
+    Case("adamp", "adamp", "adam", ((1, 5), (1, 4))),
+    Case("adamp, nesterov", "adamp", "adam", ((1, 5), (2, 4)), {"nesterov": True}),
 ]
 
 
@@ -90,42 +95,57 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=25_000_000, help="parameters")
     parser.add_argument("--layers", type=int, default=100, help="of equal size")
+    parser.add_argument(
+        "--filter", type=int, default=500, help="elements of a filter, which some rules measure"
+    )
     parser.add_argument("--workers", type=int, default=1, help="workers per rank")
     parser.add_argument("--rounds", type=int, default=25)
     return parser.parse_args()
 
 
-def contestants(world: xc.World, args: argparse.Namespace) -> list[Contestant]:
-    """The fused rules, then their rivals, whose gradients lie in the same memory."""
-    weights = [torch.ones(args.count // args.layers)] * args.layers
-    gradient = torch.full((len(weights[0]) * args.layers,), GRADIENT / world.K)
-    fused = [Fused(world, case, weights) for case in CASES]
-    grads = [gradient.clone() for _ in range(world.workers)]
-    rivals = [case for case in CASES if has_rival(case.rule, case.all_options)]
-    return fused + [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in rivals]
+def weights_for(args: argparse.Namespace) -> list[torch.Tensor]:
+    return [torch.ones(args.count // args.layers // args.filter, args.filter)] * args.layers
 
 
-def show(args: argparse.Namespace, world: xc.World, fused: np.ndarray, rivals: np.ndarray) -> None:
-    count = args.count // args.layers * args.layers
-    plain = {case.name: time for case, time in zip(CASES, fused, strict=True)}
-    print(f"# {count} parameters in {args.layers} layers, {world.K} workers, float32")
-    print("#          rule   time(ms)  words   GB/s  ratio  x torch")
-    for case, time, rival in zip(CASES, fused, rivals, strict=True):
-        words = case.words_for(world.K)
-        speed, ratio = 4 * words * count / time / 1e9, time / plain[case.like]
-        print(f"{case.name:>15} {1e3 * time:10.2f} {words:6} {speed:6.1f} {ratio:6.2f} {rival / time:8.2f}")
+def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) -> tuple[Seconds, Seconds]:
+    """Medians of the fused rules and of their rivals, whose gradients lie in the same memory."""
+    weights = weights_for(args)
+    flat = [weight.view(-1) for weight in weights]
+    grads = [torch.full((sum(map(len, flat)),), GRADIENT / world.K) for _ in range(world.workers)]
+    with_rival = [case for case in cases if has_rival(case.rule)]
+    everyone = [Fused(world, case, weights) for case in cases]
+    everyone += [make_rival(world.comm, flat, grads, case.rule, **case.all_options) for case in with_rival]
+    times = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
+    for each in everyone:
+        each.close()
+    names = [case.name for case in with_rival]
+    fused = dict(zip((case.name for case in cases), times, strict=False))
+    return fused, dict(zip(names, times[len(cases) :], strict=True))
+
+
+def show(count: int, world: xc.World, cases: list[Case], fused: Seconds, rivals: Seconds) -> None:
+    for case in cases:
+        time, words = fused[case.name], case.words_for(world.K)
+        speed, ratio = 4 * words * count / time / 1e9, time / fused[case.like]
+        rival = f"{rivals[case.name] / time:8.2f}" if case.name in rivals else "       -"
+        print(f"{case.name:>18} {1e3 * time:10.2f} {words:6} {speed:6.1f} {ratio:6.2f} {rival}")
 
 
 def main() -> None:
     args = options()
     world = xc.World(workers=args.workers)
     share_cores(world.comm)
-    everyone = contestants(world, args)
-    seconds = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
+    count = sum(weight.numel() for weight in weights_for(args))
     if world.rank == 0:
-        show(args, world, seconds[: len(CASES)], seconds[len(CASES) :])
-    for contestant in everyone:
-        contestant.close()
+        print(
+            f"# {count} parameters in {args.layers} layers, filters of {args.filter}, {world.K} workers, float32"
+        )
+        print("#             rule   time(ms)  words   GB/s  ratio  x torch")
+    for like in ("sgd", "adam"):
+        cases = [case for case in CASES if case.like == like and (world.K > 1 or "gain" not in case.options)]
+        fused, rivals = time_together(world, cases, args)
+        if world.rank == 0:
+            show(count, world, cases, fused, rivals)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,13 @@ class DisplacedRival(Rival):
 
 def make_rival(*args: Any, extrapolation: str = "none", **options: Any) -> Rival:
     """The rival of an engine with these options."""
+    options.pop("gain", None)
     return {"none": Rival, "local": DisplacedRival}[extrapolation](*args, **options)
+
+
+def has_rival(rule: str) -> bool:
+    """Whether this rule is written here."""
+    return rule in RULES
 
 
 # --- rules ---

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .eg import EG
     from .optim import CLARS, LAMB, LANS, LARS, SGD, Adam, AdamW, ExtrapAdam, ExtrapSGD
     from .post_local import PostLocalSGD
+    from .projected import SGDP, AdamP
     from .variance_reduced import VRLAMB, VRLARS, VRSGD, VRAdam
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "LARS",
     "SGD",
     "AdaScale",
+    "SGDP",
     "Adam",
+    "AdamP",
     "AdamW",
     "ArenaArray",
     "CommError",
@@ -63,6 +66,7 @@ _LAZY = {
     "eg": ("EG",),
     "optim": ("SGD", "ExtrapSGD", "Adam", "AdamW", "ExtrapAdam", "LARS", "CLARS", "LAMB", "LANS"),
     "post_local": ("PostLocalSGD",),
+    "projected": ("AdamP", "SGDP"),
     "variance_reduced": ("VRSGD", "VRAdam", "VRLARS", "VRLAMB"),
 }
 

@@ -77,6 +77,7 @@ class Rule:
         self.measures: int = rules[name]["measures"]
         self.revises: bool = rules[name]["revises"]
         self.local_noise = LocalNoise(workers)
+        self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
         self.has_stages_of_its_own = extrapolation.name == "none" or (
             not scaled and extrapolation.name not in RANDOM
@@ -99,10 +100,20 @@ class Rule:
             UsageError: for values that are not numbers, not finite or out of range.
         """
         numbers = [_number(name, _value(group, name)) for name in self.parameters]
-        if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
-            raise UsageError("Nesterov momentum requires a momentum and zero dampening")
+        self._check_momentum(group)
         inner = self._inner_rate(group["inner_lr"], numbers[0], workers)
         return [*numbers, inner]
+
+    def _check_momentum(self, group: Mapping[str, Any]) -> None:
+        if "momentum" not in self.parameters:
+            return
+        if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+            raise UsageError("Nesterov momentum requires a momentum and zero dampening")
+        if self.projects and group["momentum"] >= 1:
+            raise UsageError(
+                f"momentum must be below 1, but is {group['momentum']:g}: rule {self.name!r} divides its weight decay "
+                "by 1 - momentum"
+            )
 
     def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
         if isinstance(inner, str) and inner not in INNER_PRESETS:
@@ -110,7 +121,9 @@ class Rule:
                 f"inner_lr must be a number, a function of lr, 'lr', 'lr/K' or 'noise', not {inner!r}"
             )
         if inner == "noise" and workers < 2:
-            raise UsageError("inner_lr='noise' compares the workers' gradients, so it needs at least two workers")
+            raise UsageError(
+                "inner_lr='noise' compares the workers' gradients, so it needs at least two workers"
+            )
         if self.extrapolation.name == "none":
             return 0.0
         if isinstance(inner, str):
@@ -146,19 +159,24 @@ class Rule:
     def check_filters(
         self, name: str, shape: Sequence[int], strides: Sequence[int], inner_lr: InnerRate
     ) -> None:
-        """Complain if a parameter has no filters to measure random displacements by, and is to be displaced."""
-        if self.extrapolation.name != "filter" or inner_lr == 0:
-            return
-        if len(shape) < 2:
+        """Complain if a parameter's filters are needed, for its displacement or its projection, and are not there."""
+        displaced = self.extrapolation.name == "filter" and inner_lr != 0
+        if displaced and len(shape) < 2:
             raise UsageError(
                 f"parameter {name!r} of shape {tuple(shape)} has no filters, which take two dimensions: put it into a "
                 "group with inner_lr=0, which is not displaced"
             )
-        if shape[0] > 1 and strides[0] != math.prod(shape[1:]):
+        needed = (displaced or self.projects) and len(shape) > 1 and math.prod(shape) > 0
+        if needed and shape[0] > 1 and strides[0] != math.prod(shape[1:]):
             raise UsageError(
-                f"the filters of parameter {name!r} do not lie one after the other in memory: its strides are "
-                f"{tuple(strides)}"
+                f"the filters of parameter {name!r} do not lie one after the other in memory, as {self._purpose()}: "
+                f"its shape is {tuple(shape)} and its strides are {tuple(strides)}; make it contiguous"
             )
+
+    def _purpose(self) -> str:
+        return (
+            f"rule {self.name!r} needs them to project" if self.projects else "their displacement needs them"
+        )
 
     def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
         """Complain if something changed that is settled when the engine is built."""

@@ -88,4 +88,3 @@ class ObservedCore:
         if not skipped and rescale is not None:
             rescale.keep(self.groups)
         return norm, skipped, sums
-

@@ -266,6 +266,73 @@ def revised_scale(engine, means) -> float:
     return h["scale"] * math.exp(min(max(h["lr_scale"] * agreement, -1.0), 1.0))
 
 
+def dots(a: Array, b: Array, h: Hyper) -> list[float]:
+    """The inner product of every filter with its counterpart, in the engine's order."""
+    products = a.astype(np.float64) * b.astype(np.float64)
+    return [cell_sum(row.ravel(), h["begin"] + f * row.size) for f, row in enumerate(products)]
+
+
+def in_order(terms: Sequence[float]) -> float:
+    """From left to right, which Python's sum is not always."""
+    total = 0.0
+    for term in terms:
+        total += term
+    return total
+
+
+def turned_view(w: Array, g: Array, h: Hyper) -> str | None:
+    """Which view's vectors are all so nearly orthogonal to the gradient that they count as scale-invariant."""
+    if w.ndim < 2 or not w.size:
+        return None
+    ww, gg, wg = dots(w, w, h), dots(g, g, h), dots(w, g, h)
+    views = {
+        "filter": (ww, gg, wg, w[0].size),
+        "layer": ([in_order(ww)], [in_order(gg)], [in_order(wg)], w.size),
+    }
+    for view, (*products, length) in views.items():
+        cosines = [
+            abs(xy) / (max(math.sqrt(xx), h["eps"]) * max(math.sqrt(yy), h["eps"])) if xy else 0.0
+            for xx, yy, xy in zip(*products, strict=True)
+        ]
+        if all(cosine < h["delta"] / math.sqrt(length) for cosine in cosines):
+            return view
+    return None
+
+
+def projected(w: Array, g: Array, p: Array, h: Hyper) -> tuple[Array, float]:
+    """The update without its part along scale-invariant weights, and what they take of the decay."""
+    view = turned_view(w, g, h)
+    if view is None:
+        return p, 1.0
+    ww, wp = dots(w, w, h), dots(w, p, h)
+    if view == "layer":
+        ww, wp = [in_order(ww)] * len(w), [in_order(wp)] * len(w)
+    lengths = [math.sqrt(xx) + h["eps"] for xx in ww]
+    along = [xy / (x * x) if xx else 0.0 for xx, xy, x in zip(ww, wp, lengths, strict=True)]
+    column = np.array(along, w.dtype).reshape(-1, *[1] * (w.ndim - 1))
+    return p - column * w, h["wd_ratio"]
+
+
+def adamp(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array], Any]:
+    """AdamP (2006.08217), Algorithm 2, with the decay and the two views of the authors' code."""
+    b1, b2 = h["betas"]
+    m = b1 * slots[0] + (1 - b1) * g
+    v = b2 * slots[1] + ((1 - b2) * g) * g
+    denominator = np.sqrt(v) * (1 / math.sqrt(1 - b2**t)) + h["eps"]
+    p = (b1 * m + (1 - b1) * g if h["nesterov"] else m) / denominator
+    p, ratio = projected(w, g, p, h)
+    w = w * (1 - h["lr"] * h["weight_decay"] * ratio) - (h["lr"] / (1 - b1**t)) * p
+    return w, [m, v], 1 / denominator
+
+
+def sgdp(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array], Any]:
+    """SGDP (2006.08217), Algorithm 1, with the decay and the two views of the authors' code."""
+    buf = h["momentum"] * slots[0] + (1 - h["dampening"]) * g
+    p, ratio = projected(w, g, g + h["momentum"] * buf if h["nesterov"] else buf, h)
+    decay = h["lr"] * h["weight_decay"] * ratio / (1 - h["momentum"])
+    return w * (1 - decay) - h["lr"] * p, [buf], 1
+
+
 @dataclass(frozen=True)
 class Rule:
     update: Callable[[Array, Array, list[Array], int, Hyper], tuple[Array, list[Array], Any]]
@@ -424,6 +491,43 @@ RULES = {
         2,
         {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01, "adapt": True},
         {"plain": {}, "undecayed": {"weight_decay": 0.0, "betas": (0.8, 0.95)}, "excluded": {"adapt": False}},
+    ),
+    "adamp": Rule(
+        adamp,
+        2,
+        {
+            "lr": 0.1,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "delta": 0.1,
+            "wd_ratio": 0.1,
+            "nesterov": False,
+        },
+        {
+            "plain": {},
+            "decayed": {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01},
+            "nesterov": {"nesterov": True, "weight_decay": 0.01, "wd_ratio": 0.3},
+        },
+    ),
+    "sgdp": Rule(
+        sgdp,
+        1,
+        {
+            "lr": 0.1,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "weight_decay": 0.0,
+            "nesterov": False,
+            "eps": 1e-8,
+            "delta": 0.1,
+            "wd_ratio": 0.1,
+        },
+        {
+            "plain": {},
+            "dampened": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01},
+            "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "wd_ratio": 0.3},
+        },
     ),
 }
 

@@ -136,7 +136,7 @@ def test_inner_clip_says_whether_displacements_are_clipped(team, kind, inner_cli
     engine.close()
 
 
-LR = {"sgd": 0.1, "vrsgd": 0.3, "eg": 0.02, "adam": 0.05, "vradam": 0.05}
+LR = {"sgd": 0.1, "sgdp": 0.1, "vrsgd": 0.3, "eg": 0.02, "adam": 0.05, "adamp": 0.05, "vradam": 0.05}
 LR |= dict.fromkeys(["lars", "clars", "vrlars"], 0.5) | dict.fromkeys(["lamb", "vrlamb", "lans"], 0.02)
 OPTIONS = dict.fromkeys(["lars", "clars", "vrlars"], {"trust_coefficient": 0.1})
 

@@ -19,14 +19,20 @@ NESTEROV = {
     "weight_decay": 1e-3,
 }
 ADAM = {"rule": "adam", "lr": 0.01, "weight_decay": 1e-3}
+FILTERS = [(5, 600), (1, 1), (11, 101), (20, 2), (2, 5, 10, 25)]  # as long as LENGTHS
+ADAMP = {"rule": "adamp", "lr": 0.01, "weight_decay": 1e-3, "delta": 100.0, "shapes": FILTERS}
+SGDP = {"rule": "sgdp", "lr": 0.05, "momentum": 0.9, "nesterov": True, "delta": 100.0, "shapes": FILTERS}
+SHARED = pytest.mark.parametrize(
+    "options", [NESTEROV, ADAM, ADAMP, SGDP], ids=["nesterov", "adam", "adamp", "sgdp"]
+)
 
 
-def run(world, steps=5, tile=4096, dtype="float32", seed=0, **options):
+def run(world, steps=5, tile=4096, dtype="float32", seed=0, shapes=LENGTHS, **options):
     """SHA-256 of the master weights and of all workers' published weights after some steps."""
     random = np.random.RandomState(seed)  # its uniform numbers are the same everywhere and for ever
 
     def values():
-        return [random.uniform(-1, 1, n).astype(dtype) for n in LENGTHS]
+        return [random.uniform(-1, 1, n).astype(dtype) for n in shapes]
 
     engine = xc.Engine(world, values(), tile=tile, **options)
     first = world.rank * world.workers
@@ -42,7 +48,7 @@ def run(world, steps=5, tile=4096, dtype="float32", seed=0, **options):
     return hashlib.sha256(master + b"".join(world.comm.allgather(published))).hexdigest()
 
 
-@pytest.mark.parametrize("options", [NESTEROV, ADAM], ids=["nesterov", "adam"])
+@SHARED
 def test_tile_size_does_not_change_the_bits(team, options):
     assert len({run(team, tile=tile, **options) for tile in (1, 7, 64, 1000, 4096, 100_000)}) == 1
 
@@ -50,7 +56,7 @@ def test_tile_size_does_not_change_the_bits(team, options):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("extrapolation", xc._core.extrapolations())
 def test_streaming_past_the_cache_does_not_change_the_bits(team, dtype, extrapolation):
-    options = {**NESTEROV, "extrapolation": extrapolation, "dtype": dtype}
+    options = {**NESTEROV, "extrapolation": extrapolation, "dtype": dtype, "shapes": FILTERS}
     cached = run(team, streaming=False, **options)
     assert {run(team, streaming=True, tile=tile, **options) for tile in (7, 512, 1000)} == {cached}
 
@@ -71,7 +77,7 @@ def test_zero_inner_rate_is_the_plain_optimizer(team, rule, dtype, extrapolation
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("options", [NESTEROV, ADAM], ids=["nesterov", "adam"])
+@SHARED
 def test_four_workers_give_the_same_bits_on_any_number_of_ranks(virtual, ranks, options):
     if COMM.size < ranks:
         pytest.skip(f"needs {ranks} ranks")

@@ -288,4 +288,5 @@ def test_every_rule_of_the_library_has_an_optimizer():
     def below(kind):
         return {kind} | {each for child in kind.__subclasses__() for each in below(child)}
 
+    assert all(getattr(xc, name) for name in xc.__all__)  # loads all modules
     assert {kind.RULE for kind in below(FusedOptimizer)} - {""} == set(xc._core.rules())

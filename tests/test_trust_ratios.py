@@ -43,6 +43,13 @@ def test_lamb_example(team):
     np.testing.assert_allclose(train(team, "lamb", [one, two]), (2.919156550, 4.057457292), rtol=1e-9)
 
 
+@pytest.mark.parametrize("rule", ["lamb", "lans"])
+def test_padding_has_no_part_in_norms(team, rule):
+    """Adam's direction is 0 / 0 there without an epsilon."""
+    steps = [((0.6, -0.8), 0.01), ((0.1, 0.2), 0.01)]
+    np.testing.assert_allclose(train(team, rule, steps, eps=0.0), train(team, rule, steps), rtol=1e-6)
+
+
 def test_lans_example(team):
     """By hand: the first step equals LAMB's, up to the epsilon in the normalisation of the gradient."""
     one, two = ((0.6, -0.8), 0.01), ((0.1, 0.2), 0.01)

@@ -20,6 +20,7 @@ py::dict describe_rules() {
     rule["flags"] = std::vector<std::string>(family.flags.begin(), family.flags.end());
     rule["slots"] = std::vector<std::string>(family.slot_names.begin(), family.slot_names.end());
     rule["measures"] = family.measures;
+    rule["projects"] = family.projects;
     rule["factor"] = family.has_factor;
     rule["revises"] = family.revises;
     rules[py::str(std::string(family.name))] = rule;

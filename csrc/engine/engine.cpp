@@ -361,6 +361,12 @@ void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& opt
       throw UsageError("'" + layer.name + "' belongs to a group that does not exist");
 }
 
+// A rule that projects needs the sums of every filter.
+CellCuts cuts_for(const EngineOptions& options) {
+  const FamilyInfo& family = families()[static_cast<std::size_t>(family_index(options.rule))];
+  return family.projects ? CellCuts::filters : CellCuts::layers;
+}
+
 // Weights and gradients of one worker: less than is needed, but known before the plan, whose own tables would
 // not fit at an absurd size.
 std::size_t bytes_of(std::span<const LayerSpec> layers) {
@@ -381,7 +387,8 @@ std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<con
     least = bytes_of(layers);
   }));
   team->agree(complaint_of([&] { require_obtainable(least); }));
-  team->agree<UsageError>(complaint_of([&] { plan = make_plan(layers, team->worker_count()); }));
+  team->agree<UsageError>(
+      complaint_of([&] { plan = make_plan(layers, team->worker_count(), cuts_for(options)); }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)
     return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);

@@ -73,12 +73,14 @@ void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
   add_own_squares(workers, tile, *tile.kept->own_squares, 0, tile.run->own * tile.run->clip, tile.run->decay);
 }
 
+// Padding has no terms: with an epsilon of zero a rule may find 0 / 0 there.
 template <class T, int kMeasure>
 void measure_stage(const Workers& workers, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
   if (kernel.measures <= kMeasure) return;
+  const std::int64_t without_padding = std::min(tile.count, tile.run->filters_end - tile.first);
   tile.kept->measured->add(
-      tile.first, tile.count,
+      tile.first, without_padding,
       [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
         T* slots[kMaxSlots];
         for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
@@ -86,6 +88,21 @@ void measure_stage(const Workers& workers, const Tile<T>& tile) {
         kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes,
                                  upcoming(workers, tile, kernel.sums[kMeasure] > 1, offset));
       });
+}
+
+// Gives every element the coefficient of its filter, and padding none.
+template <class T>
+void projection_stage(const Workers&, const Tile<T>& tile) {
+  const Run<T>& run = *tile.run;
+  const std::int64_t end = tile.first + tile.count;
+  std::int64_t at = tile.first;
+  while (run.coefficients && at < std::min(end, run.filters_end)) {
+    const std::int64_t filter = (at - run.begin) / run.filter_length;
+    const std::int64_t last = std::min(end, run.begin + (filter + 1) * run.filter_length);
+    std::fill(tile.extra + (at - tile.first), tile.extra + (last - tile.first), T(run.coefficients[filter]));
+    at = last;
+  }
+  std::fill(tile.extra + (at - tile.first), tile.extra + tile.count, T(0));
 }
 
 template <class T>
@@ -216,6 +233,7 @@ Pass<T> summing_pass(Gradient gradient, Sums sums) {
 template <class T>
 Pass<T> apply_pass(Gradient gradient, Sums sums) {
   Pass<T> pass = summing_pass<T>(gradient, sums);
+  if (gradient.projection) pass.push_back(&projection_stage<T>);
   pass.push_back(&apply_stage<T>);
   return pass;
 }

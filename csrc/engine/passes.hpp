@@ -46,7 +46,8 @@ struct Run {
   T shared_rate;
   NoiseKey noise;               // of worker 0
   std::int64_t filter_length;   // of its layer
-  std::int64_t filters_end;     // where its layer's last filter ends
+  std::int64_t filters_end;     // where its layer's elements end, before its padding
+  const double* coefficients;   // of the projections of its layer's filters; null without filters
   const RuleKernel<T>* kernel;  // null without a rule
   ReduceFn<T> reduce;
   SpreadFn<T> spread;
@@ -102,11 +103,12 @@ template <class T>
 using Pass = std::vector<Stage<T>>;
 
 // How a pass comes by the mean gradient: not at all, with the spread of the workers' gradients beside it,
-// clipped.
+// clipped; and whether the coefficients of projections come with it.
 struct Gradient {
   bool needed = true;
   bool spread = false;
   bool clip = false;
+  bool projection = false;
 };
 
 // What a pass sums beside the rest of its work.

@@ -24,11 +24,22 @@ DType master_of(std::span<const LayerSpec> specs) {
                    odd->name + "' of " + std::string(name_of(odd->dtype)) + "; use one engine for each");
 }
 
-std::vector<std::int64_t> make_cells(const Plan& plan) {
+// Where the next filter begins after the element `at`; padding belongs to the last one.
+std::int64_t next_filter(const Layer& layer, std::int64_t at) {
+  const std::int64_t length = filter_length(layer.spec);
+  if (length == 0) return layer.end;
+  const std::int64_t next = at + length - (at - layer.begin) % length;
+  return next < layer.begin + layer.count ? next : layer.end;
+}
+
+std::vector<std::int64_t> make_cells(const Plan& plan, CellCuts cuts) {
   std::vector<std::int64_t> cells;
   for (const Layer& layer : plan.layers)
-    for (std::int64_t at = layer.begin; at < layer.end; at = at / kNormGrid * kNormGrid + kNormGrid)
+    for (std::int64_t at = layer.begin; at < layer.end;) {
       cells.push_back(at);
+      const std::int64_t on_grid = at / kNormGrid * kNormGrid + kNormGrid;
+      at = cuts == CellCuts::filters ? std::min(on_grid, next_filter(layer, at)) : on_grid;
+    }
   cells.push_back(plan.length);
   return cells;
 }
@@ -46,6 +57,8 @@ std::int64_t filter_length(const LayerSpec& spec) {
   return element_count(spec.shape) / spec.shape[0];
 }
 
+std::int64_t filter_count(const LayerSpec& spec) { return filter_length(spec) > 0 ? spec.shape[0] : 0; }
+
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid) {
   const std::int64_t cells = (length + grid - 1) / grid;
   std::vector<Segment> segments;
@@ -55,7 +68,7 @@ std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_
   return segments;
 }
 
-Plan make_plan(std::span<const LayerSpec> specs, int workers) {
+Plan make_plan(std::span<const LayerSpec> specs, int workers, CellCuts cuts) {
   Plan plan;
   plan.master = master_of(specs);
   for (const LayerSpec& spec : specs) {
@@ -66,7 +79,7 @@ Plan make_plan(std::span<const LayerSpec> specs, int workers) {
     plan.bytes += padded * size_of(spec.dtype);
   }
   plan.segments = make_segments(plan.length, workers, kNormGrid);
-  plan.cells = make_cells(plan);
+  plan.cells = make_cells(plan, cuts);
   return plan;
 }
 

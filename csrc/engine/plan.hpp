@@ -51,18 +51,23 @@ std::int64_t element_count(std::span<const std::int64_t> shape);
 // Cuts `length` elements into one segment per worker, in the order of workers, at multiples of `grid`.
 std::vector<Segment> make_segments(std::int64_t length, int workers, std::int64_t grid);
 
+// The number of filters of a layer, 0 where they are of no length.
+std::int64_t filter_count(const LayerSpec& spec);
+
+// Where cells begin, in which norms are summed: on the grid and at every layer, or at every filter as well.
+enum class CellCuts { layers, filters };
+
 struct Plan {
   std::vector<Layer> layers;
   std::vector<Segment> segments;
-  // Where the cells begin in which norms are summed, on the grid and at every layer; then the plan's length.
-  std::vector<std::int64_t> cells;
-  std::int64_t length = 0;  // flat elements
-  std::int64_t bytes = 0;   // of one worker's weights, or gradients
+  std::vector<std::int64_t> cells;  // where each begins, then the plan's length
+  std::int64_t length = 0;          // flat elements
+  std::int64_t bytes = 0;           // of one worker's weights, or gradients
   DType master = DType::f32;
 };
 
 // Throws UsageError for types that cannot share one engine.
-Plan make_plan(std::span<const LayerSpec> specs, int workers);
+Plan make_plan(std::span<const LayerSpec> specs, int workers, CellCuts cuts = CellCuts::layers);
 
 // Where the cells of one segment begin, and where the last of them ends.
 std::span<const std::int64_t> cells_of(const Plan& plan, const Segment& segment);

@@ -67,7 +67,8 @@ Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>
       maker_(maker),
       streaming_(streaming),
       buffers_(tile, static_cast<int>(arenas.shards().size())),
-      filters_(arenas.shards(), tile) {}
+      filters_(arenas.shards(), tile),
+      projections_(plan) {}
 
 template <class T>
 Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet) {
@@ -138,6 +139,7 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
   const Sums wanted{.measure = measure, .own_squares = workers};
   walk_all(summing_pass<T>(gradient(step), wanted), wanted);
   meet(any([](const Run<T>& run) { return run.kernel->measures_touch_state; }));
+  if (any([](const Run<T>& run) { return run.kernel->project != nullptr; })) return project();
   LayerSums sums = layer_sums();
   if (workers) add_mean_norms_of_workers(sums);
   if (any([](const Run<T>& run) { return run.kernel->revises; })) {
@@ -157,6 +159,17 @@ void Stepper<T>::settle(int measure, const LayerSums& sums) {
       run.kernel->settle(run.scalars, measure, sums[run.layer].data(), plan_.layers[run.layer].count);
 }
 
+// Every filter's sums, and what follows from them for its layer.
+template <class T>
+void Stepper<T>::project() {
+  projections_.clear();
+  for (int q = 0; q < kMaxSums; ++q)
+    for_each_cell(kStatistics + q, [&](std::size_t layer, std::int64_t begin, double number) {
+      projections_.add(layer, begin, q, number);
+    });
+  for (Run<T>& run : runs_) projections_.settle(run);
+}
+
 template <class T>
 void Stepper<T>::last_pass(const Engine::Step& step, const Meet& meet) {
   const bool along = step.observe == Observe::along;
@@ -166,6 +179,7 @@ void Stepper<T>::last_pass(const Engine::Step& step, const Meet& meet) {
                  return run.kernel->needs_gradient || run.extrapolation->by_mean();
                });
   how.spread &= how.needed;
+  how.projection = any([](const Run<T>& run) { return run.kernel->extra == Extra::projection; });
   const Sums sums{.mean = along, .workers = along, .measure = lags ? 0 : -1};
   if (!any([](const Run<T>& run) { return run.extrapolation->per_filter; })) {
     walk_all(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
@@ -249,7 +263,7 @@ void Stepper<T>::for_each_cell(int sum, Visit visit) const {
     const auto numbers = arenas_.sums(k, sum, set_);
     for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
       while (cells[c] >= plan_.layers[layer].end) ++layer;
-      visit(layer, numbers[c]);
+      visit(layer, cells[c], numbers[c]);
     }
   }
 }
@@ -257,7 +271,7 @@ void Stepper<T>::for_each_cell(int sum, Visit visit) const {
 template <class T>
 double Stepper<T>::norm() const {
   double total = 0;
-  for_each_cell(0, [&](std::size_t, double square) { total += square; });
+  for_each_cell(0, [&](std::size_t, std::int64_t, double square) { total += square; });
   return std::sqrt(total);
 }
 
@@ -266,7 +280,7 @@ template <class T>
 std::vector<double> Stepper<T>::statistics() const {
   std::vector<double> sums(maker_.groups() * kStatistics, 0.0);
   for (int sum = 0; sum < kStatistics; ++sum)
-    for_each_cell(sum, [&](std::size_t layer, double square) {
+    for_each_cell(sum, [&](std::size_t layer, std::int64_t, double square) {
       const auto group = static_cast<std::size_t>(plan_.layers[layer].spec.group);
       sums[group * kStatistics + static_cast<std::size_t>(sum)] += square;
     });
@@ -278,7 +292,7 @@ template <class T>
 typename Stepper<T>::LayerSums Stepper<T>::layer_sums() const {
   LayerSums sums(plan_.layers.size());
   for (int q = 0; q < kMaxSums; ++q)
-    for_each_cell(kStatistics + q, [&](std::size_t layer, double number) {
+    for_each_cell(kStatistics + q, [&](std::size_t layer, std::int64_t, double number) {
       sums[layer][static_cast<std::size_t>(q)] += number;
     });
   return sums;
@@ -301,7 +315,7 @@ void Stepper<T>::add_mean_norms_of_workers(LayerSums& sums) const {
   for (int k = 0; k < workers; ++k) {
     std::fill(squares.begin(), squares.end(), 0.0);
     for_each_cell(kStatistics + kMaxSums + k,
-                  [&](std::size_t layer, double number) { squares[layer] += number; });
+                  [&](std::size_t layer, std::int64_t, double number) { squares[layer] += number; });
     for (std::size_t i = 0; i < sums.size(); ++i) sums[i].back() += std::sqrt(squares[i]) / workers;
   }
 }

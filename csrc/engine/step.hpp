@@ -13,6 +13,7 @@
 #include "engine/filters.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
+#include "engine/projections.hpp"
 #include "engine/runs.hpp"
 
 namespace xc {
@@ -55,12 +56,13 @@ class Stepper {
   void publish_to(std::byte* x, std::span<const Run<T>> runs);
 
  private:
-  using LayerSums = std::vector<std::array<double, kMaxSums>>;
+  using LayerSums = std::vector<TermSums>;
 
   void clip(double norm, const Engine::Step& step);
   void measure_layers(const Engine::Step& step, const LayerMarks& marks, int measure, double norm,
                       const Meet& meet);
   void settle(int measure, const LayerSums& sums);
+  void project();
   void last_pass(const Engine::Step& step, const Meet& meet);
   bool any(bool (*is)(const Run<T>&)) const;
   Gradient gradient(const Engine::Step& step) const;
@@ -73,7 +75,7 @@ class Stepper {
   LayerSums layer_sums() const;
   std::vector<double> sums_of_groups(const LayerSums& sums) const;
   void add_mean_norms_of_workers(LayerSums& sums) const;
-  // Calls visit(layer, number) for every cell of one of the last pass's sums, in flat order.
+  // Calls visit(layer, begin, number) for every cell of one of the last pass's sums, in flat order.
   template <class Visit>
   void for_each_cell(int sum, Visit visit) const;
 
@@ -84,6 +86,7 @@ class Stepper {
   int set_ = 0;  // of sums, that the last summing pass wrote
   TileBuffers<T> buffers_;
   Filters<T> filters_;
+  Projections<T> projections_;
   std::vector<Run<T>> runs_;  // of the step under way
   std::vector<double> revised_;
   LayerSums measured_along_;  // by the step before, if its rule lags

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <concepts>
 #include <cstdint>
 #include <span>
@@ -24,7 +25,11 @@ namespace xc {
 // scalars of that layer.
 //
 // A rule may ask for an EXTRA number per element beside the mean gradient: the relative spread of the
-// workers' gradients, mean_k (g_k - g)^2 / g^2. It comes right after the gradient among the arguments.
+// workers' gradients, mean_k (g_k - g)^2 / g^2; or the coefficient of the projection of its filter. It comes
+// right after the gradient among the arguments.
+
+// A rule that PROJECTS measures filters: its terms are summed over each, all ranks learn the sums, and
+// project() turns those of a layer into a coefficient for each of its filters and into scalars of the layer.
 //
 // A rule whose steps are not in the gradient's own units has a FACTOR: what a gradient must be multiplied
 // with, after the update of its element, to displace weights in the units of the rule's own step.
@@ -42,7 +47,7 @@ inline constexpr int kMaxMeasures = 2;
 inline constexpr int kMaxSums = 4;
 inline constexpr int kMaxScalarBytes = 192;
 
-enum class Extra { none, spread };
+enum class Extra { none, spread, projection };
 
 template <class R>
 constexpr Extra extra_of() {
@@ -62,14 +67,26 @@ template <class R, class T>
 concept Rule = std::constructible_from<R, Hyper, std::int64_t> && sizeof(R) <= kMaxScalarBytes &&
                R::kSlots <= kMaxSlots && std::is_trivially_copyable_v<R> && std::floating_point<T>;
 
+// What a rule measured in one filter or layer, sum by sum.
+using TermSums = std::array<double, kMaxSums>;
+
+// project() gets the sums of all filters of a layer (none where there is but one dimension) and how many
+// elements each has; the coefficients that it writes are the extra numbers of the last pass.
 template <class R>
-concept Measuring = requires(R rule, const double* sums, std::int64_t elements) {
+concept Projecting = extra_of<R>() == Extra::projection && R::kMeasures == 1 &&
+                     requires(R rule, std::span<const TermSums> filters, std::span<double> coefficients) {
+                       rule.project(filters, std::int64_t{}, coefficients);
+                     };
+
+template <class R>
+concept Measuring = requires {
   R::kMeasures;
   R::kSums;                // how many, for each measure
   R::kMeasuresTouchState;  // whether a measure changes slots
   R::kNeedsGradient;       // whether the last pass looks at the gradient
-  rule.settle(0, sums, elements);
-};
+} && (Projecting<R> || requires(R rule, const double* sums, std::int64_t elements) {
+                      rule.settle(0, sums, elements);
+                    });
 
 // Whether a rule's first measure is beside the norms of each worker's own gradient, decayed by own_decay();
 // settle() gets their mean as the last sum.

@@ -26,10 +26,10 @@ XC_HOST_DEVICE void update(const R& rule, const T* mean, const T* extra, std::in
 template <int kMeasure, class R, class T, class... S>
 XC_HOST_DEVICE void measured(const R& rule, const T* mean, const T* extra, std::int64_t i, double* term, T& w,
                              S&... s) {
-  if constexpr (extra_of<R>() == Extra::none)
-    rule.template measure<kMeasure>(mean[i], term, w, s...);
-  else
+  if constexpr (extra_of<R>() == Extra::spread)
     rule.template measure<kMeasure>(mean[i], extra[i], term, w, s...);
+  else
+    rule.template measure<kMeasure>(mean[i], term, w, s...);
 }
 
 template <class R, class T>
@@ -101,6 +101,12 @@ void settle(void* scalars, int measure, const double* sums, std::int64_t element
   static_cast<R*>(scalars)->settle(measure, sums, elements);
 }
 
+template <class R>
+void project(void* scalars, std::span<const TermSums> filters, std::int64_t length,
+             std::span<double> coefficients) {
+  static_cast<R*>(scalars)->project(filters, length, coefficients);
+}
+
 template <class R, class T>
 T own_decay(const void* scalars) {
   return static_cast<const R*>(scalars)->own_decay();
@@ -118,7 +124,10 @@ RuleKernel<T> kernel_of() {
   if constexpr (kHasFactor<R, T>) kernel.factor = &factor<R, T>;
   if constexpr (Measuring<R>) {
     kernel.measures = R::kMeasures;
-    kernel.settle = &settle<R>;
+    if constexpr (Projecting<R>)
+      kernel.project = &project<R>;
+    else
+      kernel.settle = &settle<R>;
     kernel.measures_touch_state = R::kMeasuresTouchState;
     kernel.needs_gradient = R::kNeedsGradient;
     kernel.revises = Revising<R>;
@@ -152,6 +161,7 @@ template <class... F>
 std::vector<FamilyInfo> infos(Families<F...>) {
   return {FamilyInfo{F::kName, F::kParameters, F::kFlags, F::kSlotNames,
                      measures_of<typename F::template Member<float, 0>>(),
+                     Projecting<typename F::template Member<float, 0>>,
                      kHasFactor<typename F::template Member<float, 0>, float>,
                      Revising<typename F::template Member<float, 0>>, &F::member}...};
 }

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -115,6 +116,11 @@ using MeasureFn = void (*)(const void* scalars, const Elements<T>& at, std::int6
 // Turns a layer's sums into scalars of the rule.
 using SettleFn = void (*)(void* scalars, int measure, const double* sums, std::int64_t elements);
 
+// Turns the sums of a layer's filters, of `length` elements each, into scalars of the rule and a coefficient
+// for each filter.
+using ProjectFn = void (*)(void* scalars, std::span<const TermSums> filters, std::int64_t length,
+                           std::span<double> coefficients);
+
 template <class T>
 struct RuleKernel {
   int slots;
@@ -127,6 +133,7 @@ struct RuleKernel {
   int sums[kMaxMeasures] = {};
   MeasureFn<T> measure[kMaxMeasures] = {};
   SettleFn settle = nullptr;
+  ProjectFn project = nullptr;  // instead of settle
   T (*own_decay)(const void* scalars) = nullptr;
   bool revises = false;
   bool lags = false;
@@ -141,6 +148,7 @@ struct FamilyInfo {
   std::span<const std::string_view> flags;
   std::span<const std::string_view> slot_names;
   int measures;
+  bool projects;
   bool has_factor;
   bool revises;
   unsigned (*member)(unsigned flags, Hyper hyper);

@@ -55,6 +55,20 @@ void every_cell_has_one_layer_and_one_owner() {
   }
 }
 
+void no_cell_spans_two_filters_where_cells_are_cut() {
+  const LayerSpec specs[] = {{"a", DType::f32, {3, 700}, {700, 1}, 0},
+                             {"b", DType::f32, {40, 1}, {1, 1}, 0},
+                             layer("c", 1500),
+                             {"d", DType::f32, {0, 5}, {5, 1}, 0}};
+  const Plan plan = make_plan(specs, 2, CellCuts::filters);
+  const std::vector<std::int64_t> first(plan.cells.begin(), plan.cells.begin() + 6);
+  CHECK((first == std::vector<std::int64_t>{0, 700, 1024, 1400, 2048, 2112}));
+  CHECK(std::count_if(plan.cells.begin(), plan.cells.end(),
+                      [](std::int64_t c) { return c >= 2112 && c < 2176; }) == 40);
+  CHECK(plan.cells.size() == 5 + 40 + 3 && plan.cells.back() == plan.length);
+  CHECK(filter_count(specs[0]) == 3 && filter_count(specs[2]) == 0 && filter_count(specs[3]) == 0);
+}
+
 void an_empty_plan_works() {
   const Plan plan = make_plan({}, 3);
   CHECK(plan.length == 0 && plan.segments.size() == 3);
@@ -78,6 +92,7 @@ int main() {
   blocks_are_equal_when_they_can_be();
   layers_are_aligned_in_every_type();
   every_cell_has_one_layer_and_one_owner();
+  no_cell_spans_two_filters_where_cells_are_cut();
   an_empty_plan_works();
   doubles_do_not_mix();
   signatures_differ_where_layers_do();
