@@ -87,8 +87,8 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
   Engine::Step settled = step;
   if (observes) {
     outcome.statistics = statistics();
-    revised_ = step.revise(step.hyper, outcome.statistics);
-    settled.hyper = revised_;
+    observed_ = step.revise(step.hyper, outcome.statistics);
+    settled.hyper = observed_;
     runs_ = maker_.for_step(settled, marks.present, marks.updates);
   }
   if (step.max_norm > 0) clip(outcome.norm, step);

@@ -87,9 +87,10 @@ class Stepper {
   TileBuffers<T> buffers_;
   Filters<T> filters_;
   Projections<T> projections_;
-  std::vector<Run<T>> runs_;  // of the step under way
-  std::vector<double> revised_;
-  LayerSums measured_along_;  // by the step before, if its rule lags
+  std::vector<Run<T>> runs_;      // of the step under way
+  std::vector<double> observed_;  // hyper-parameters that follow from statistics,
+  std::vector<double> revised_;   // and from what the rule measured
+  LayerSums measured_along_;      // by the step before, if its rule lags
   std::vector<std::uint8_t> known_;
   std::vector<T> waiting_;  // the reduced gradient of this rank's shards, between unfused passes
 };
