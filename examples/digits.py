@@ -105,12 +105,12 @@ INSTEAD = "of the optimizers named, instead of each one's own"
 
 
 def inner_rate(text):
-    if text in ("lr", "lr/K"):
+    if text in ("lr", "lr/K", "noise"):
         return text
     with contextlib.suppress(ValueError):
         if float(text) >= 0:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of lr, lr/K and a number of at least 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is none of lr, lr/K, noise and a number of at least 0")
 
 
 def optimizer_name(text):
@@ -132,7 +132,7 @@ def options():
     add("--optimizer", type=optimizer_name, nargs="+", metavar="NAME", help=f"{', '.join(RECIPES)}; {BESIDE}")
     add("--lr", type=float, help=f"learning rate after the warm-up {INSTEAD}")
     add("--warmup", type=float, help=f"epochs of linear warm-up {INSTEAD}")
-    add("--inner-lr", type=inner_rate, help=f"of an extrapolation: a number, lr or lr/K {INSTEAD}")
+    add("--inner-lr", type=inner_rate, help=f"of an extrapolation: a number, lr, lr/K or noise {INSTEAD}")
     return parser.parse_args()
 
 

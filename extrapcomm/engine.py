@@ -49,7 +49,7 @@ class Engine(Gained):
         rule: "sgd", "adam", "lars", ...: any of docs/algorithms.md.
         extrapolation: "none", "local" (EXTRAP-SGD: each worker's own last gradient), "global" (the last mean),
             "anisotropic" (own less mean), or random: "gaussian", "uniform", "filter".
-        inner_lr: the inner learning rate: a number, "lr", "lr/K", or a function of lr.
+        inner_lr: the inner learning rate: a number, "lr", "lr/K", "noise", or a function of lr.
         displacement, inner_clip, noise, seed: see `SGD`.
         tile: how many elements go through all stages before the next ones; results do not depend on it.
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by

@@ -49,8 +49,9 @@ class SGD(FusedOptimizer):
             "anisotropic" (own less mean), or random for each worker and step: "gaussian", "uniform" in [-1, 1), or
             "filter" (gaussian, as long as the filter of new weights that it displaces: the weights of one output, so
             of parameters with two or more dimensions; others take inner_lr=0).
-        inner_lr: inner learning rate of the extrapolation: a number, "lr", "lr/K", or a function of lr. The point
-            published at the end of a step uses that step's lr.
+        inner_lr: inner learning rate of the extrapolation: a number, "lr", "lr/K", a function of lr, or "noise": lr
+            times the workers' noise over their signal, at most lr. The point published at the end of a step uses that
+            step's lr.
         displacement: "preconditioned": gradients displace in units of the rule's steps, so divided by Adam's
             denominator and multiplied by a trust ratio, if the rule has them; "raw": in their own units.
         inner_clip: with max_grad_norm, gradients displace with the same coefficient; False: unclipped.

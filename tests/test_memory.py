@@ -83,7 +83,7 @@ def file_size_limit(limit):
 
 
 def test_memory_that_the_machine_lacks_is_an_error_with_both_sizes(world):
-    too_many = machine_limits()["memory_available"] // 4
+    too_many = world.comm.bcast(machine_limits()["memory_available"] // 4)
     endless = np.broadcast_to(np.float32(0), too_many)
     with pytest.raises(xc.CommError, match=r"ranks together need \d+ MB .* machine has \d+ MB to give"):
         xc.Engine(world, endless)

@@ -22,9 +22,17 @@ ADAM = {"rule": "adam", "lr": 0.01, "weight_decay": 1e-3}
 FILTERS = [(5, 600), (1, 1), (11, 101), (20, 2), (2, 5, 10, 25)]  # as long as LENGTHS
 ADAMP = {"rule": "adamp", "lr": 0.01, "weight_decay": 1e-3, "delta": 100.0, "shapes": FILTERS}
 SGDP = {"rule": "sgdp", "lr": 0.05, "momentum": 0.9, "nesterov": True, "delta": 100.0, "shapes": FILTERS}
-SHARED = pytest.mark.parametrize(
-    "options", [NESTEROV, ADAM, ADAMP, SGDP], ids=["nesterov", "adam", "adamp", "sgdp"]
-)
+SHARED_OPTIONS = {"nesterov": NESTEROV, "adam": ADAM, "adamp": ADAMP, "sgdp": SGDP}
+SHARED_OPTIONS |= {
+    rule: {"rule": rule, "lr": 0.01, "extrapolation": "anisotropic"}
+    for rule in xc._core.rules()
+    if rule not in SHARED_OPTIONS
+}
+SHARED_OPTIONS |= {
+    kind: {"rule": "lamb", "lr": 0.01, "extrapolation": kind, "seed": 3, "shapes": FILTERS}
+    for kind in ("gaussian", "uniform", "filter")
+}
+SHARED = pytest.mark.parametrize("options", SHARED_OPTIONS.values(), ids=SHARED_OPTIONS.keys())
 
 
 def run(world, steps=5, tile=4096, dtype="float32", seed=0, shapes=LENGTHS, **options):
@@ -67,9 +75,11 @@ def test_two_runs_give_the_same_bits(team, rule):
     assert run(team, rule=rule) != run(team, rule=rule, seed=1)
 
 
-@pytest.mark.parametrize("extrapolation", ["local", "global"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("rule", xc._core.rules())
+@pytest.mark.parametrize(
+    "rule, dtype, extrapolation",
+    [(rule, "float32", "local") for rule in RULES]
+    + [("sgd", "float64", "global"), ("adam", "float64", "local")],
+)
 def test_zero_inner_rate_is_the_plain_optimizer(team, rule, dtype, extrapolation):
     plain = run(team, rule=rule, dtype=dtype)
     assert run(team, rule=rule, dtype=dtype, extrapolation=extrapolation, inner_lr=0.0) == plain

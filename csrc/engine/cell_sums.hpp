@@ -31,6 +31,12 @@ class CellSums {
     }
   }
 
+  // The lanes, if all these elements lie in one cell; null otherwise.
+  double* lanes_within(std::int64_t first, std::int64_t count) {
+    if (first < cells_[cell_] || first >= cells_[cell_ + 1]) open(first);
+    return first + count <= cells_[cell_ + 1] ? lanes_.data() : nullptr;
+  }
+
   // Brings in what the last cell still carries.
   void finish();
 

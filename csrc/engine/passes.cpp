@@ -158,9 +158,9 @@ void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, 
 }
 
 // While one worker's weights are stored, a share of what the next tile reads is fetched, in the order it is
-// needed.
+// needed. With `lanes`, squares are added up meanwhile: the mean gradient's, then each worker's.
 template <class T>
-void stream_stage(const Workers& workers, const Tile<T>& tile) {
+void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* lanes) {
   const std::int64_t masters =
       1 + std::count_if(tile.slots, tile.slots + kMaxSlots, [](const T* slot) { return slot != nullptr; });
   const std::int64_t reads = static_cast<std::int64_t>(workers.sources.size()) + masters;
@@ -171,10 +171,29 @@ void stream_stage(const Workers& workers, const Tile<T>& tile) {
     for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
       look_ahead(workers, tile, read, i, ahead);
     const auto worker = static_cast<std::size_t>(k);
+    Observed<T> observed{.mean = tile.mean, .own = tile.run->own, .first = tile.first};
+    if (lanes) observed.own_lanes = lanes + (k + 1) * kLanes;
+    if (lanes && k == 0) observed.mean_lanes = lanes;
     tile.run->stream(tile.w, displacement_of(workers, tile, worker),
-                     workers.targets[worker] + tile.first_byte, tile.count, ahead);
+                     workers.targets[worker] + tile.first_byte, tile.count, ahead, observed);
   }
   finish_streaming();
+}
+
+template <class T>
+void stream_stage(const Workers& workers, const Tile<T>& tile) {
+  stream_and_observe<T>(workers, tile, nullptr);
+}
+
+// A tile that cells cut is observed piece by piece.
+template <class T>
+void observing_stream_stage(const Workers& workers, const Tile<T>& tile) {
+  double* const lanes = tile.kept->statistics->lanes_within(tile.first, tile.count);
+  if (!lanes) {
+    mean_squares_stage<T>(workers, tile);
+    worker_squares_stage<T>(workers, tile);
+  }
+  stream_and_observe<T>(workers, tile, lanes);
 }
 
 template <class T>
@@ -201,6 +220,11 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.w = shard.w ? shard.w + place : tile.mean;
   for (int s = 0; s < kMaxSlots; ++s) tile.slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
   return tile;
+}
+
+// A tile that is shorter than the grid of cells does not reach over its lines.
+std::int64_t within_cell(std::int64_t first, std::int64_t tile) {
+  return tile < kNormGrid ? std::min(tile, kNormGrid - first % kNormGrid) : tile;
 }
 
 template <class T>
@@ -240,9 +264,14 @@ Pass<T> apply_pass(Gradient gradient, Sums sums) {
 
 template <class T>
 Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
+  const bool observing = sums.workers && publication.streaming && !gradient.clip;
+  if (observing) sums.mean = sums.workers = false;
   Pass<T> pass = apply_pass<T>(gradient, sums);
   if (publication.factor) pass.push_back(&factor_stage<T>);
-  pass.push_back(publication.streaming ? &stream_stage<T> : &publish_stage<T>);
+  if (observing)
+    pass.push_back(&observing_stream_stage<T>);
+  else
+    pass.push_back(publication.streaming ? &stream_stage<T> : &publish_stage<T>);
   return pass;
 }
 
@@ -276,10 +305,11 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
           TileBuffers<T>& buffers, const Kept<T>& kept) {
   for (const Run<T>& run : runs) {
     const std::int64_t end = std::min(run.end, shard.end);
-    for (std::int64_t first = std::max(run.begin, shard.begin); first < end; first += buffers.tile()) {
-      const std::int64_t count = std::min(buffers.tile(), end - first);
+    for (std::int64_t first = std::max(run.begin, shard.begin); first < end;) {
+      const std::int64_t count = std::min(within_cell(first, buffers.tile()), end - first);
       const Tile<T> tile = make_tile(run, shard, first, count, buffers, kept);
       for (const Stage<T> stage : pass) stage(workers, tile);
+      first += count;
     }
   }
 }

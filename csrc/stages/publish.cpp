@@ -3,6 +3,7 @@
 #include "core/clones.hpp"
 #include "core/streaming.hpp"
 #include "rules/extrapolation.hpp"
+#include "stages/squares.hpp"
 #include "stages/tables.hpp"
 
 // The publish stage: the new weights, displaced for their worker, go straight into that worker's memory.
@@ -40,9 +41,26 @@ XC_CLONES void publish(const Master<E>* __restrict w, const Displacement<Master<
     x[i] = narrow<E>(displaced<kDirection, kScaled>(w[i], by, own, shared, factor, i));
 }
 
+template <class E>
+XC_HOST_DEVICE void observe(const Observed<Master<E>>& observed, const E* own, std::int64_t i,
+                            std::int64_t count) {
+  const Master<E>* mean = observed.mean;
+  const Master<E> scale = observed.own;
+  if (observed.own_lanes)
+    add_terms<1>(observed.first + i, count, observed.own_lanes, {},
+                 [&](std::int64_t j, double* term) XC_INLINE {
+                   const Master<E> value = widen(own[i + j]) * scale;
+                   term[0] = product(value, value);
+                 });
+  if (observed.mean_lanes)
+    add_terms<1>(observed.first + i, count, observed.mean_lanes, {},
+                 [&](std::int64_t j, double* term)
+                     XC_INLINE { term[0] = product(mean[i + j], mean[i + j]); });
+}
+
 template <class E, Direction kDirection, bool kScaled>
 XC_CLONES void stream(const Master<E>* __restrict w, const Displacement<Master<E>>& to, std::byte* x_bytes,
-                      std::int64_t count, const Ahead& ahead) {
+                      std::int64_t count, const Ahead& ahead, const Observed<Master<E>>& observed) {
   const Displacement<Master<E>> by = to;
   const E* __restrict own = reinterpret_cast<const E*>(by.own);
   const Master<E>* __restrict shared = by.shared;
@@ -56,7 +74,9 @@ XC_CLONES void stream(const Master<E>* __restrict w, const Displacement<Master<E
     for (std::int64_t j = 0; j < kStreamBlock; ++j)
       block[j] = narrow<E>(displaced<kDirection, kScaled>(w[i + j], by, own, shared, factor, i + j));
     store_past_cache<sizeof block>(block, x_bytes + i * static_cast<std::int64_t>(sizeof(E)));
+    observe(observed, own, i, kStreamBlock);
   }
+  observe(observed, own, blocks * kStreamBlock, count - blocks * kStreamBlock);
   E* __restrict x = reinterpret_cast<E*>(x_bytes);
   for (std::int64_t i = blocks * kStreamBlock; i < count; ++i)
     x[i] = narrow<E>(displaced<kDirection, kScaled>(w[i], by, own, shared, factor, i));

@@ -68,11 +68,22 @@ struct Ahead {
   std::int64_t block_bytes[2] = {};
 };
 
+// Squares to add up while weights are streamed, which hides them behind the stores: of the worker's own
+// gradient, times `own`, and of the mean gradient, each into the lanes of a sum if there are any.
+template <class T>
+struct Observed {
+  double* own_lanes = nullptr;
+  double* mean_lanes = nullptr;
+  const T* mean = nullptr;
+  T own = T(1);
+  std::int64_t first = 0;  // flat
+};
+
 // The same past the cache: x is written by non-temporal stores, so its lines are not read first, and
 // meanwhile what lies ahead is fetched.
 template <class T>
 using StreamFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, std::int64_t count,
-                          const Ahead& ahead);
+                          const Ahead& ahead, const Observed<T>& observed);
 
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
