@@ -475,9 +475,7 @@ class SignalToNoise:
     def by_layer(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's gradient and weights; K is left out, as they are divided by their mean."""
         share, last, self.means = 1 / self.rival.workers, self.means, []
-        for i, (g, square, out) in enumerate(
-            zip(self.rival.grads, self.squares, self.scratch, strict=True)
-        ):
+        for i, (g, square, out) in enumerate(zip(self.rival.grads, self.squares, self.scratch, strict=True)):
             variance = square.addcmul_(g, g, value=-share).clamp_(min=TINY)
             noise = variance.addcmul_(g, g, value=self.eps * share)
             ratio = torch.mul(g, g, out=out).div_(noise)
