@@ -72,14 +72,18 @@ CASES = [
 ]
 
 
+def make_engine(world: xc.World, weights: list[torch.Tensor], rule: str, **options: Any) -> xc.Engine:
+    """An engine with a case's options."""
+    if "gain" in options:
+        options["gain"] = xc.AdaScale(lag=options["gain"])
+    return xc.Engine(world, weights, rule, **options)
+
+
 class Fused(Contestant):
     """One engine on its own memory."""
 
     def __init__(self, world: xc.World, case: Case, weights: list[torch.Tensor]) -> None:
-        options = case.all_options
-        if "gain" in options:
-            options["gain"] = xc.AdaScale(lag=options["gain"])
-        self.engine = xc.Engine(world, weights, case.rule, **options)
+        self.engine = make_engine(world, weights, case.rule, **case.all_options)
         for worker in self.engine.workers:
             for gradient in worker.grads:
                 gradient.fill_(GRADIENT)
@@ -110,11 +114,11 @@ def weights_for(args: argparse.Namespace) -> list[torch.Tensor]:
 def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) -> tuple[Seconds, Seconds]:
     """Medians of the fused rules and of their rivals, whose gradients lie in the same memory."""
     weights = weights_for(args)
-    flat = [weight.view(-1) for weight in weights]
-    grads = [torch.full((sum(map(len, flat)),), GRADIENT / world.K) for _ in range(world.workers)]
+    count = sum(weight.numel() for weight in weights)
+    grads = [torch.full((count,), GRADIENT / world.K) for _ in range(world.workers)]
     with_rival = [case for case in cases if has_rival(case.rule)]
     everyone = [Fused(world, case, weights) for case in cases]
-    everyone += [make_rival(world.comm, flat, grads, case.rule, **case.all_options) for case in with_rival]
+    everyone += [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in with_rival]
     times = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
     for each in everyone:
         each.close()

@@ -17,7 +17,8 @@ the lucky ones nearly draw, and seed 0, the default, is one of those.
 
 With --optimizer each trains by its own recipe in the table RECIPES, and so does the SGD beside it, which at a
 rate of its own gains steadiness. The rates did best on seeds 8 to 10 out of four (SGD's is the steadiest of six);
-seeds 0 to 7 then gave on average SGD 95.5 %, Adam 97.5, AdamW 97.5, LARS 98.1, LAMB 98.1 and LANS 98.5.
+seeds 0 to 7 then gave on average SGD 95.5 %, Adam 97.5, AdamW 97.5, LARS 98.1, LAMB 98.1 and LANS 98.5. The other
+recipes were hardly tuned; the default seed gives 94 to 98 % with each of them.
 
 The order of the data depends on the seed and the worker's global index alone, so any ranks x workers of the
 same product train the same model.
@@ -25,6 +26,7 @@ same product train the same model.
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 import time
@@ -65,14 +67,28 @@ def square(done):
 
 
 NESTEROV = {"momentum": 0.9, "nesterov": True}
+EXTRAPOLATED = {**NESTEROV, "extrapolation": "local", "inner_lr": "lr"}
 UNADAPTED = {"adapt": False, "weight_decay": 0.0}
 RECIPES = {
-    "extrap-sgd": Recipe("ExtrapSGD", {**NESTEROV, "inner_lr": "lr"}, 0.57, (steps, 3)),
+    "extrap-sgd": Recipe("ExtrapSGD", EXTRAPOLATED, 0.57, (steps, 3)),
     "sgd": Recipe("SGD", NESTEROV, 0.25, (steps, 3)),
+    "sgdp": Recipe("SGDP", NESTEROV, 0.25, (steps, 3)),
+    "vrsgd": Recipe("VRSGD", {**NESTEROV, "gsnr_floor": 0.3}, 0.3, (steps, 3)),
+    "adascale": Recipe("SGD", {**NESTEROV, "gain": xc.AdaScale()}, 0.1, (steps, 3)),
+    "eg": Recipe("EG", {}, 0.25, (steps, 3)),
+    "post-local-sgd": Recipe(
+        "PostLocalSGD", {**EXTRAPOLATED, "local_steps": 4, "start": 60}, 0.57, (steps, 3)
+    ),
     "adam": Recipe("Adam", {}, 0.03, (steps, 3)),
     "adamw": Recipe("AdamW", {}, 0.03, (steps, 3)),
+    "adamp": Recipe("AdamP", {}, 0.03, (steps, 3)),
+    "vradam": Recipe("VRAdam", {}, 0.03, (steps, 3)),
+    "extrap-adam": Recipe("ExtrapAdam", {}, 0.03, (steps, 3)),
     "lars": Recipe("LARS", {"trust_coefficient": 0.1}, 0.6, (square, 5), UNADAPTED),
+    "clars": Recipe("CLARS", {"trust_coefficient": 0.1}, 0.6, (square, 5), UNADAPTED),
+    "vrlars": Recipe("VRLARS", {"trust_coefficient": 0.1}, 0.6, (square, 5), UNADAPTED),
     "lamb": Recipe("LAMB", {}, 0.06, (square, 5), UNADAPTED),
+    "vrlamb": Recipe("VRLAMB", {}, 0.06, (square, 5), UNADAPTED),
     "lans": Recipe("LANS", {}, 0.1, (square, 5), UNADAPTED),
 }
 # Without --optimizer: both at the rate that only one of them bears.
@@ -283,8 +299,11 @@ def run(name, recipe, args, world, train_data, test_data):
     """Trains a new model; returns its accuracy on rank 0."""
     model = cnn(args.seed)
     optimizer = getattr(xc, recipe.optimizer)
-    opt = optimizer(groups(model, recipe), recipe.lr, world=world, **recipe.options)
+    options = copy.deepcopy(recipe.options)  # an AdaScale belongs to one run
+    opt = optimizer(groups(model, recipe), recipe.lr, world=world, **options)
     train(name.upper(), model, opt, recipe, args, train_data)
+    if isinstance(opt, xc.PostLocalSGD):
+        opt.average()
     percent = accuracy(model, opt, test_data) if world.rank == 0 else None
     opt.close()
     return percent
