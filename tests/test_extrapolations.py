@@ -210,3 +210,11 @@ def test_ranks_of_different_seeds_are_a_mismatch(world):
 
 def test_reference_knows_every_random_kind():
     assert set(RANDOM) <= set(KINDS) and set(RULES) == set(LISTED)
+
+
+def test_engine_checks_filters_when_the_inner_rate_changes(team):
+    engine = xc.Engine(team, np.ones(5), extrapolation="filter", inner_lr=0.0)
+    with pytest.raises(xc.UsageError, match="has no filters"):
+        engine.step(inner_lr=0.1)
+    engine.step()
+    engine.close()
