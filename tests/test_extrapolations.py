@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import loaded, stored
-from reference import RANDOM, RULES, ReferenceEngine, assert_same_bits, rounded
+from reference import RANDOM, RULES, ReferenceEngine, assert_same_bits, noise, rounded
 
 import extrapcomm as xc
 
@@ -217,4 +217,15 @@ def test_engine_checks_filters_when_the_inner_rate_changes(team):
     with pytest.raises(xc.UsageError, match="has no filters"):
         engine.step(inner_lr=0.1)
     engine.step()
+    engine.close()
+
+
+def test_filter_whose_random_numbers_are_zero_is_not_displaced(virtual):
+    """Of seed 3, element 79927 of worker 0 is zero at the first step."""
+    assert noise("gaussian", 3, 1, 0, 79927, 1)[0] == 0
+    engine = xc.Engine(
+        virtual(1), np.ones((79928, 1), "float32"), extrapolation="filter", inner_lr=0.1, seed=3
+    )
+    engine.step()
+    assert engine.weights[79927] == 1 and np.isfinite(engine.weights).all()
     engine.close()
