@@ -189,3 +189,13 @@ def test_only_groups_that_ask_for_it_take_the_last_mean(team):
         return result
 
     assert_same_bits(trained(True), trained(False))
+
+
+def test_tiny_ratios_beside_a_gradient_of_zero_give_no_nan(virtual):
+    """The layer's mean ratio is 1e-38 / 100, whose inverse is beyond float32."""
+    engine = xc.Engine(virtual(4), np.ones(100, np.float32), "vrsgd", lr=0.1)
+    for worker, gradient in zip(engine.workers, [2e18, -2e18, 1, 0], strict=True):
+        worker.grads[0] = gradient
+    engine.step()
+    assert np.isfinite(engine.master()).all()
+    engine.close()
