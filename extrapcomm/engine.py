@@ -116,9 +116,10 @@ class Engine(Gained):
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
             numbers = self._rule.numbers(self._group, world.K)[:-1]
-            for name, form in zip(self._names, forms, strict=True):
+            for form in forms:
                 require_visible(form)
-                self._rule.check_filters(name, form.shape, form.strides, inner_lr)
+            self._forms = forms
+            self._check_filters(inner_lr)
             check_tile(tile)
             check_max_norm(max_grad_norm)
             self._gain = None if gain is None else Gain(gain, self._rule, world.K)
@@ -193,6 +194,7 @@ class Engine(Gained):
         try:
             group = self._completed({**self._group, **hyper})
             self._rule.check_fixed(group, self._flags, self._has_momentum)
+            self._check_filters(group["inner_lr"])
             if self._showing:
                 raise UsageError("step() inside master_weights(): leave the context first")
             check_max_norm(self.max_grad_norm)
@@ -212,6 +214,10 @@ class Engine(Gained):
         else:
             self.grad_norm, self.skipped = self._gain.step(observed, table, [group], self._gathered, options)
         self._group = group
+
+    def _check_filters(self, inner_lr: InnerRate) -> None:
+        for name, form in zip(self._names, self._forms, strict=True):
+            self._rule.check_filters(name, form.shape, form.strides, inner_lr)
 
     def _require_unfusable(self) -> None:
         if self.max_grad_norm or self.skip_nonfinite or self._rule.measures or self._gain:

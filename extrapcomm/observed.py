@@ -44,7 +44,9 @@ class Rescale:
         return rows.ravel()
 
     def keep(self, groups: Groups) -> None:
-        """The step happened."""
+        """The step happened; without any gradient it has revised nothing."""
+        if not self._revised:
+            return
         for group, scale in zip(groups, self._revised, strict=True):
             group["scale"] = scale
 

@@ -208,7 +208,8 @@ def variance_reduced(base, smooth: bool):
         last = h["memory"].get("ratio_sum") if h["lagged_mean"] else None
         h["memory"]["ratio_sum"] = cell_sum(r.astype(np.float64).ravel(), h["begin"])
         total = h["memory"]["ratio_sum"] if last is None else last
-        per_mean = w.dtype.type(r.size / total if total > 0 else 1.0)
+        most = float(np.finfo(w.dtype).max)
+        per_mean = w.dtype.type(min(r.size / total, most) if total > 0 else 1.0)
         ratio = np.clip(r * per_mean, w.dtype.type(h["gsnr_floor"]), 1)
         if not smooth:
             return base(w, ratio * g, slots, t, h)

@@ -104,3 +104,14 @@ def test_wrong_values_are_refused_by_all(world, wrong, words):
     own = wrong if world.rank == world.size - 1 else {}
     with pytest.raises(xc.UsageError, match=words):
         xc.EG([torch.nn.Parameter(torch.ones(2))], world=world, **own)
+
+
+def test_step_without_any_gradient_changes_nothing(team):
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+    opt = xc.EG([param], **EXAMPLE, world=team)
+    opt.step()
+    np.testing.assert_array_equal(opt.master(0), np.ones(4))
+    assert opt.param_groups[0]["scale"] == 1.0
+    step(opt, param, [1.0, -1.0, 1.0, 1.0])
+    assert opt.master(0)[0] < 1
+    opt.close()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import loaded, stored
-from reference import RANDOM, RULES, ReferenceEngine, assert_same_bits, rounded
+from reference import RANDOM, RULES, ReferenceEngine, assert_same_bits, noise, rounded
 
 import extrapcomm as xc
 
@@ -210,3 +210,22 @@ def test_ranks_of_different_seeds_are_a_mismatch(world):
 
 def test_reference_knows_every_random_kind():
     assert set(RANDOM) <= set(KINDS) and set(RULES) == set(LISTED)
+
+
+def test_engine_checks_filters_when_the_inner_rate_changes(team):
+    engine = xc.Engine(team, np.ones(5), extrapolation="filter", inner_lr=0.0)
+    with pytest.raises(xc.UsageError, match="has no filters"):
+        engine.step(inner_lr=0.1)
+    engine.step()
+    engine.close()
+
+
+def test_filter_whose_random_numbers_are_zero_is_not_displaced(virtual):
+    """Of seed 3, element 79927 of worker 0 is zero at the first step."""
+    assert noise("gaussian", 3, 1, 0, 79927, 1)[0] == 0
+    engine = xc.Engine(
+        virtual(1), np.ones((79928, 1), "float32"), extrapolation="filter", inner_lr=0.1, seed=3
+    )
+    engine.step()
+    assert engine.weights[79927] == 1 and np.isfinite(engine.weights).all()
+    engine.close()

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -702,3 +703,24 @@ def test_rank_that_is_interrupted_while_others_go_on_gives_no_weights_out(max_no
             assert line == "weights {0.0}", output
     if max_norm == "None":
         assert output.count("refused a rank was lost") == 2, output
+
+
+def test_weights_of_a_torn_step_are_not_given_out_after_another_call_either():
+    """Here the step was torn by a function of the user's, before the second pass."""
+
+    def inner(lr):
+        if lr > 0.1:
+            raise ValueError("not this one")
+        return lr
+
+    with xc.World(MPI.COMM_SELF, workers=2) as alone:
+        options = {"extrapolation": "local", "inner_lr": inner, "gain": xc.AdaScale()}
+        engine = xc.Engine(alone, np.ones(5), lr=0.1, **options)
+        for k, worker in enumerate(engine.workers):
+            worker.grads[:] = 1 + k
+        for wrong in (ValueError, xc.PeerError, xc.PeerError):
+            with pytest.raises(wrong):
+                engine.step()
+            with pytest.raises(xc.UsageError, match="part old and part new"):
+                engine.master()
+        engine.close()

@@ -115,3 +115,25 @@ def test_unknown_placement_on_one_rank_is_an_error_of_all(world):
     trust = "sideways" if world.rank == world.size - 1 else "paper"
     with pytest.raises(xc.UsageError, match="trust must be one of paper, inside, outside, not 'sideways'"):
         xc.LARS([torch.nn.Parameter(torch.ones(2))], world=world, trust=trust)
+
+
+def test_noise_in_the_padding_counts_in_no_norm(team):
+    """adopt() takes the weights as they are displaced, and with them what lies between the parameters."""
+    torch = pytest.importorskip("torch")
+
+    def trained(inner_lr):
+        param = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        opt = xc.CLARS([param], weight_decay=1.0, extrapolation="gaussian", inner_lr=inner_lr, world=team)
+        for _ in range(2):
+            with torch.no_grad():
+                param.fill_(0.5)
+            opt.adopt()
+            for v in range(team.workers):
+                with opt.worker(v):
+                    param.grad = torch.ones(1, dtype=torch.float64)
+            opt.step()
+        result = opt.master(0).numpy()
+        opt.close()
+        return result
+
+    assert_same_bits(trained(100.0), trained(0.0))

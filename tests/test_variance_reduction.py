@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from reference import assert_same_bits
+from reference import ReferenceEngine, assert_same_bits
 
 import extrapcomm as xc
 
@@ -116,3 +116,86 @@ def test_third_beta_is_of_the_ratio(world):
         opt.close()
         with pytest.raises(xc.UsageError, match="betas must be numbers, 3 of them"):
             kind([torch.nn.Parameter(torch.ones(2))], betas=(0.9, 0.999), world=world)
+
+
+LAYERS = [40, 50]
+
+
+class Lagged:
+    """Layers of which some may have no gradient, beside the reference."""
+
+    def __init__(self, world, **options):
+        torch = pytest.importorskip("torch")
+        self.random = np.random.RandomState(0)
+        weights = [self.random.uniform(-1, 1, n) for n in LAYERS]
+        self.params = [torch.nn.Parameter(torch.tensor(w)) for w in weights]
+        self.opt = xc.VRSGD(self.params, lr=0.1, layer_mean="last", gsnr_floor=0.0, world=world, **options)
+        hyper = {"lr": 0.1, "lagged_mean": True, "gsnr_floor": 0.0}
+        self.exact = ReferenceEngine(weights, world.K, "vrsgd", **hyper)
+
+    def step(self, present):
+        grads = [
+            [self.random.uniform(0.1, 1, n) if i in present else None for i, n in enumerate(LAYERS)]
+            for _ in range(self.opt.world.K)
+        ]
+        world = self.opt.world
+        for v in range(world.workers):
+            with self.opt.worker(v):
+                for param, g in zip(self.params, grads[world.rank * world.workers + v], strict=True):
+                    param.grad = None if g is None else param.new_tensor(g)
+        self.opt.step()
+        self.exact.step(grads)
+        for i, w in enumerate(self.exact.w):
+            assert_same_bits(self.opt.master(i).numpy(), w)
+
+    def forget(self):
+        self.opt.load_state_dict(self.opt.state_dict())
+        self.exact.memory = [{} for _ in LAYERS]
+
+
+def test_layer_that_comes_later_is_measured_and_the_others_remember(team):
+    pair = Lagged(team)
+    for present in ([0], [0], [0, 1], [1], [0, 1]):
+        pair.step(present)
+    pair.opt.close()
+
+
+def test_layer_without_a_gradient_after_loading_is_forgotten_too(team):
+    pair = Lagged(team)
+    pair.step([0, 1])
+    pair.forget()
+    for present in ([0], [0, 1], [0, 1]):
+        pair.step(present)
+    pair.opt.close()
+
+
+def test_only_groups_that_ask_for_it_take_the_last_mean(team):
+    torch = pytest.importorskip("torch")
+
+    def trained(neighbour_lags):
+        random = np.random.RandomState(1)
+        params = [torch.nn.Parameter(torch.ones(40, dtype=torch.float64)) for _ in range(2)]
+        groups = [{"params": params[:1]}, {"params": params[1:], "lagged_mean": neighbour_lags}]
+        opt = xc.VRSGD(groups, lr=0.1, gsnr_floor=0.0, world=team)
+        for _ in range(3):
+            grads = random.uniform(0.1, 1, (team.K, 2, 40))
+            for v in range(team.workers):
+                with opt.worker(v):
+                    for param, g in zip(params, grads[team.rank * team.workers + v], strict=True):
+                        param.grad = torch.tensor(g)
+            opt.step()
+        result = opt.master(0).numpy()
+        opt.close()
+        return result
+
+    assert_same_bits(trained(True), trained(False))
+
+
+def test_tiny_ratios_beside_a_gradient_of_zero_give_no_nan(virtual):
+    """The layer's mean ratio is 1e-38 / 100, whose inverse is beyond float32."""
+    engine = xc.Engine(virtual(4), np.ones(100, np.float32), "vrsgd", lr=0.1)
+    for worker, gradient in zip(engine.workers, [2e18, -2e18, 1, 0], strict=True):
+        worker.grads[0] = gradient
+    engine.step()
+    assert np.isfinite(engine.master()).all()
+    engine.close()

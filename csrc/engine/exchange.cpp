@@ -53,10 +53,11 @@ void Exchange::meet_at_a(const Call& call) {
   header.operation = static_cast<std::uint32_t>(call.operation);
   header.sequence = sequence_;
   header.hash = call.hash;
-  meet("meeting A", call.step, meeting_.limits().between_steps, false);
+  meet("meeting A", call.step, meeting_.limits().between_steps, unsettled_);
 }
 
-// A rank that is interrupted while it waits may find that the others have met and gone on to write.
+// After a failure inside a step `touched` is true for ever: no later call settles what it left. A rank that
+// is interrupted while it waits may find that the others have met and gone on to write.
 void Exchange::meet(const char* where, std::int64_t step, Seconds deadline, bool touched) {
   unsettled_ = touched;
   try {

@@ -15,7 +15,7 @@ void Filters<T>::scale(const Run<T>& run, const NoiseKey& key, std::int64_t firs
     if (begin != begin_ || begin + run.filter_length != end_)
       open(begin, begin + run.filter_length, shards_.size());
     double& ratio = ratios_[key.worker];
-    if (ratio < 0) ratio = weights_ / norm_of_noise(*run.extrapolation->random, key);
+    if (ratio < 0) ratio = ratio_to(norm_of_noise(*run.extrapolation->random, key));
     for (; at < last; ++at) noise[at - first] *= T(ratio);
   }
   if (end > run.filters_end)

@@ -26,6 +26,8 @@ class Filters {
 
  private:
   void open(std::int64_t begin, std::int64_t end, std::size_t workers);
+  // Numbers that are all zero stay so.
+  double ratio_to(double noise) const { return noise > 0 ? weights_ / noise : 0.0; }
   double norm_of_weights() const;
   double norm_of_noise(Noise kind, const NoiseKey& key);
 

@@ -51,8 +51,9 @@ void mean_squares_stage(const Workers& workers, const Tile<T>& tile) {
 
 // Of every worker's gradient, into lanes of its own from number `lane` on.
 template <class T>
-void add_own_squares(const Workers& workers, const Tile<T>& tile, CellSums& sums, int lane, T own, T decay) {
-  sums.add(tile.first, tile.count,
+void add_own_squares(const Workers& workers, const Tile<T>& tile, std::int64_t elements, CellSums& sums,
+                     int lane, T own, T decay) {
+  sums.add(tile.first, elements,
            [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
              const std::int64_t byte = tile.first_byte + offset * tile.run->element_size;
              double* to = lanes + lane * kLanes;
@@ -65,12 +66,19 @@ void add_own_squares(const Workers& workers, const Tile<T>& tile, CellSums& sums
 
 template <class T>
 void worker_squares_stage(const Workers& workers, const Tile<T>& tile) {
-  add_own_squares(workers, tile, *tile.kept->statistics, 1, tile.run->own, T(0));
+  add_own_squares(workers, tile, tile.count, *tile.kept->statistics, 1, tile.run->own, T(0));
+}
+
+// Of a run that is one layer: padding may hold anything that was published into it.
+template <class T>
+std::int64_t without_padding(const Tile<T>& tile) {
+  return std::min(tile.count, tile.run->filters_end - tile.first);
 }
 
 template <class T>
 void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
-  add_own_squares(workers, tile, *tile.kept->own_squares, 0, tile.run->own * tile.run->clip, tile.run->decay);
+  add_own_squares(workers, tile, without_padding(tile), *tile.kept->own_squares, 0,
+                  tile.run->own * tile.run->clip, tile.run->decay);
 }
 
 // Padding has no terms: with an epsilon of zero a rule may find 0 / 0 there.
@@ -78,9 +86,8 @@ template <class T, int kMeasure>
 void measure_stage(const Workers& workers, const Tile<T>& tile) {
   const RuleKernel<T>& kernel = *tile.run->kernel;
   if (kernel.measures <= kMeasure) return;
-  const std::int64_t without_padding = std::min(tile.count, tile.run->filters_end - tile.first);
   tile.kept->measured->add(
-      tile.first, without_padding,
+      tile.first, without_padding(tile),
       [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
         T* slots[kMaxSlots];
         for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;

@@ -124,13 +124,13 @@ Gradient Stepper<T>::gradient(const Engine::Step& step) const {
           .clip = step.max_norm > 0};
 }
 
-// Every layer's sums, and what follows from them for its run. A rule that lags takes those of the step before
-// if there are any.
+// Every layer's sums, and what follows from them for its run. A rule that lags takes a layer's last ones if
+// there are any; nothing is measured if that is so everywhere.
 template <class T>
 void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& marks, int measure, double norm,
                                 const Meet& meet) {
-  const bool lags = measure == 0 && any([](const Run<T>& run) { return run.kernel->lags; });
-  if (lags && knows_all_layers(marks)) {
+  const auto remembered = [this](const Run<T>& run) { return remembers(run); };
+  if (measure == 0 && std::all_of(runs_.begin(), runs_.end(), remembered)) {
     settle(measure, measured_along_);
     return;
   }
@@ -142,6 +142,7 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
   if (any([](const Run<T>& run) { return run.kernel->project != nullptr; })) return project();
   LayerSums sums = layer_sums();
   if (workers) add_mean_norms_of_workers(sums);
+  if (measure == 0) recall(sums);
   if (any([](const Run<T>& run) { return run.kernel->revises; })) {
     revised_ = step.revise_rule(step.hyper, sums_of_groups(sums));
     Engine::Step settled = step;
@@ -206,11 +207,16 @@ void Stepper<T>::read_sums(const Engine::Step& step, const LayerMarks& marks, En
   }
 }
 
+// Whether a run's layer was measured along in an earlier step.
 template <class T>
-bool Stepper<T>::knows_all_layers(const LayerMarks& marks) const {
-  for (std::size_t i = 0; i < marks.present.size(); ++i)
-    if (marks.present[i] && (measured_along_.empty() || !known_[i])) return false;
-  return true;
+bool Stepper<T>::remembers(const Run<T>& run) const {
+  return run.kernel->lags && !known_.empty() && known_[run.layer];
+}
+
+template <class T>
+void Stepper<T>::recall(LayerSums& sums) const {
+  for (const Run<T>& run : runs_)
+    if (remembers(run)) sums[run.layer] = measured_along_[run.layer];
 }
 
 // Of worker k's shard, `count` of the set's sums from number `first` on.

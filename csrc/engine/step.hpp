@@ -48,7 +48,7 @@ class Stepper {
   // Each stage in a pass of its own.
   void run_unfused(const Engine::Step& step, const LayerMarks& marks);
   // Forgets what was measured along: weights or state have changed.
-  void forget() { measured_along_.clear(); }
+  void forget() { known_.clear(); }
 
   // Collectives without a rule.
   void load(const Workers& root, std::span<const Run<T>> runs);
@@ -66,7 +66,8 @@ class Stepper {
   void last_pass(const Engine::Step& step, const Meet& meet);
   bool any(bool (*is)(const Run<T>&)) const;
   Gradient gradient(const Engine::Step& step) const;
-  bool knows_all_layers(const LayerMarks& marks) const;
+  bool remembers(const Run<T>& run) const;
+  void recall(LayerSums& sums) const;
   void walk_all(const Pass<T>& pass, Sums sums);
   std::vector<double*> arrays(std::size_t k, int first, int count) const;
   std::array<std::vector<double*>, 3> destinations(std::size_t k, Sums sums) const;
@@ -87,12 +88,12 @@ class Stepper {
   TileBuffers<T> buffers_;
   Filters<T> filters_;
   Projections<T> projections_;
-  std::vector<Run<T>> runs_;      // of the step under way
-  std::vector<double> observed_;  // hyper-parameters that follow from statistics,
-  std::vector<double> revised_;   // and from what the rule measured
-  LayerSums measured_along_;      // by the step before, if its rule lags
-  std::vector<std::uint8_t> known_;
-  std::vector<T> waiting_;  // the reduced gradient of this rank's shards, between unfused passes
+  std::vector<Run<T>> runs_;         // of the step under way
+  std::vector<double> observed_;     // hyper-parameters that follow from statistics,
+  std::vector<double> revised_;      // and from what the rule measured
+  LayerSums measured_along_;         // by the step before, if its rule lags
+  std::vector<std::uint8_t> known_;  // of which layers; empty after forgetting
+  std::vector<T> waiting_;           // the reduced gradient of this rank's shards, between unfused passes
 };
 
 }  // namespace xc

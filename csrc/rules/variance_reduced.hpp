@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "core/host_device.hpp"
 #include "rules/adam.hpp"
@@ -59,6 +60,9 @@ struct VarianceReduced : MayLag<kLagged> {
   static constexpr bool kMeasuresTouchState = OfBase::kTouchState;
   static constexpr bool kNeedsGradient = OfBase::kNeedsGradient;
 
+  // Finite, as the ratio of a gradient of zero is multiplied with it.
+  static constexpr double kMost = static_cast<double>(std::numeric_limits<T>::max());
+
   // Its own hyper-parameters come after the base rule's: floor, eps and, for smooth rules, beta3.
   static constexpr std::size_t kOwn = kSmooth ? 3 : 2;
 
@@ -109,7 +113,7 @@ struct VarianceReduced : MayLag<kLagged> {
 
   void settle(int measure, const double* sums, std::int64_t elements) {
     if (measure == 0)
-      per_mean = T(sums[0] > 0 ? static_cast<double>(elements) / sums[0] : 1.0);
+      per_mean = T(std::min(sums[0] > 0 ? static_cast<double>(elements) / sums[0] : 1.0, kMost));
     else if constexpr (Measuring<Base>)
       base.settle(measure - 1, sums, elements);
   }
