@@ -112,3 +112,12 @@ def test_hundred_steps_give_the_golden_bits(virtual, name):
     """The same on every machine and build; a change here changes every user's results."""
     options, golden = GOLDEN[name]
     assert run(virtual(4), steps=100, **options) == golden
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tile_size_does_not_change_the_bits_of_a_gain(team, lag):
+    """In float64, where products are rounded and so no sum may be taken in another order."""
+    if team.K < 2:
+        pytest.skip("needs two workers")
+    options = {**NESTEROV, "dtype": "float64"}
+    assert len({run(team, tile=n, gain=xc.AdaScale(lag=lag), **options) for n in (7, 100, 4096)}) == 1

@@ -11,8 +11,9 @@
 namespace xc {
 
 // Sums over a shard, a number for each of the plan's cells, taken while the shard is walked from its begin to
-// its end. A cell that a tile cuts carries its lanes into the next tile, so the sums do not depend on the
-// tile; and since no cell has two owners, all cells added in flat order do not depend on who owned which.
+// its end, by one stage only: what goes back to a cell begins its lanes anew. A cell that a tile cuts carries
+// its lanes into the next tile, so the sums do not depend on the tile; and since no cell has two owners, all
+// cells added in flat order do not depend on who owned which.
 class CellSums {
  public:
   // `arrays` are where the sums go, each of one number for every cell that begins in the shard. Two of them

@@ -42,21 +42,21 @@ Upcoming upcoming(const Workers& workers, const Tile<T>& tile, bool state, std::
 
 template <class T>
 void mean_squares_stage(const Workers& workers, const Tile<T>& tile) {
-  tile.kept->statistics->add(tile.first, tile.count,
-                             [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-                               add_squares(tile.mean + offset, first, count, lanes,
-                                           upcoming(workers, tile, false, offset));
-                             });
+  tile.kept->mean_squares->add(
+      tile.first, tile.count,
+      [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
+        add_squares(tile.mean + offset, first, count, lanes, upcoming(workers, tile, false, offset));
+      });
 }
 
-// Of every worker's gradient, into lanes of its own from number `lane` on.
+// Of every worker's gradient, into lanes of its own.
 template <class T>
 void add_own_squares(const Workers& workers, const Tile<T>& tile, std::int64_t elements, CellSums& sums,
-                     int lane, T own, T decay) {
+                     T own, T decay) {
   sums.add(tile.first, elements,
            [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
              const std::int64_t byte = tile.first_byte + offset * tile.run->element_size;
-             double* to = lanes + lane * kLanes;
+             double* to = lanes;
              for (const std::byte* source : workers.sources) {
                tile.run->own_squares(source + byte, own, decay, tile.w + offset, first, count, to);
                to += kLanes;
@@ -66,7 +66,7 @@ void add_own_squares(const Workers& workers, const Tile<T>& tile, std::int64_t e
 
 template <class T>
 void worker_squares_stage(const Workers& workers, const Tile<T>& tile) {
-  add_own_squares(workers, tile, tile.count, *tile.kept->statistics, 1, tile.run->own, T(0));
+  add_own_squares(workers, tile, tile.count, *tile.kept->worker_squares, tile.run->own, T(0));
 }
 
 // Of a run that is one layer: padding may hold anything that was published into it.
@@ -77,7 +77,7 @@ std::int64_t without_padding(const Tile<T>& tile) {
 
 template <class T>
 void own_squares_stage(const Workers& workers, const Tile<T>& tile) {
-  add_own_squares(workers, tile, without_padding(tile), *tile.kept->own_squares, 0,
+  add_own_squares(workers, tile, without_padding(tile), *tile.kept->own_squares,
                   tile.run->own * tile.run->clip, tile.run->decay);
 }
 

@@ -73,11 +73,12 @@ class Filters;
 // What passes may leave behind, and read beside the workers' arrays.
 template <class T>
 struct Kept {
-  T* mean = nullptr;                // the shard's reduced gradient, instead of in a buffer of the tile's size
-  CellSums* statistics = nullptr;   // squares of the mean gradient, then of each worker's
-  CellSums* measured = nullptr;     // what the rule measures
-  CellSums* own_squares = nullptr;  // of each worker's gradient, when the rule wants them one by one
-  Filters<T>* filters = nullptr;    // which random displacements may be measured by
+  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  CellSums* mean_squares = nullptr;    // of the mean gradient
+  CellSums* worker_squares = nullptr;  // of each worker's
+  CellSums* measured = nullptr;        // what the rule measures
+  CellSums* own_squares = nullptr;     // of each worker's gradient, when the rule wants them one by one
+  Filters<T>* filters = nullptr;       // which random displacements may be measured by
 };
 
 template <class T>

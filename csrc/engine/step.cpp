@@ -229,11 +229,11 @@ std::vector<double*> Stepper<T>::arrays(std::size_t k, int first, int count) con
 
 // Where a pass leaves its sums. All workers' squares are added up in one sum.
 template <class T>
-std::array<std::vector<double*>, 3> Stepper<T>::destinations(std::size_t k, Sums sums) const {
+std::array<std::vector<double*>, 4> Stepper<T>::destinations(std::size_t k, Sums sums) const {
   const int workers = static_cast<int>(arenas_.shards().size());
-  std::array<std::vector<double*>, 3> to;
+  std::array<std::vector<double*>, 4> to;
   if (sums.mean) to[0] = arrays(k, 0, 1);
-  if (sums.workers) to[0].insert(to[0].end(), static_cast<std::size_t>(workers), arrays(k, 1, 1).front());
+  if (sums.workers) to[3].assign(static_cast<std::size_t>(workers), arrays(k, 1, 1).front());
   if (sums.measure >= 0) to[1] = arrays(k, kStatistics, kMaxSums);
   if (sums.own_squares) to[2] = arrays(k, kStatistics + kMaxSums, workers);
   return to;
@@ -244,16 +244,19 @@ void Stepper<T>::walk_all(const Pass<T>& pass, Sums sums) {
   if (sums.any()) set_ = (set_ + 1) % kSumSets;
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) {
-    auto [statistics, measured, own] = destinations(k, sums);
-    CellSums of_gradients(plan_, plan_.segments[k], std::move(statistics));
+    auto [mean, measured, own, together] = destinations(k, sums);
+    CellSums of_mean(plan_, plan_.segments[k], std::move(mean));
+    CellSums of_all(plan_, plan_.segments[k], std::move(together));
     CellSums of_rule(plan_, plan_.segments[k], std::move(measured));
     CellSums of_workers(plan_, plan_.segments[k], std::move(own));
     walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
-            {.statistics = &of_gradients,
+            {.mean_squares = &of_mean,
+             .worker_squares = &of_all,
              .measured = &of_rule,
              .own_squares = &of_workers,
              .filters = &filters_});
-    of_gradients.finish();
+    of_mean.finish();
+    of_all.finish();
     of_rule.finish();
     of_workers.finish();
     ++k;

@@ -70,7 +70,7 @@ class Stepper {
   void recall(LayerSums& sums) const;
   void walk_all(const Pass<T>& pass, Sums sums);
   std::vector<double*> arrays(std::size_t k, int first, int count) const;
-  std::array<std::vector<double*>, 3> destinations(std::size_t k, Sums sums) const;
+  std::array<std::vector<double*>, 4> destinations(std::size_t k, Sums sums) const;
   double norm() const;
   std::vector<double> statistics() const;
   LayerSums layer_sums() const;
