@@ -82,7 +82,7 @@ class Engine:
         skip_nonfinite: bool = False,
         observe: Observe = ...,
         revise: Revise | None = None,
-        gain: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        gain: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
         revise_rule: Revise | None = None,
     ) -> tuple[float | None, bool, list[float]]: ...
     def complain(self, complaint: str) -> None: ...

@@ -20,6 +20,9 @@ __all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
 
 Core = _core.Engine
 
+# Arguments that stand for flags and are the same for all groups.
+CHOICES = ("trust", "layer_mean")
+
 # Switches of torch's rules that change the arithmetic and have no counterpart here.
 FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
 
@@ -53,7 +56,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core = core
         self._built = True
         self._settled = [
-            (flags, bool(group.get("momentum")))
+            (flags, self._rule.has_buffer(group))
             for (flags, _), group in zip(groups, self.param_groups, strict=True)
         ]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -72,6 +75,10 @@ class BoundOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             if switches := [s for s in FOREIGN_SWITCHES if group.get(s)]:
                 raise UsageError(f"extrapcomm's optimizers do not have {', '.join(switches)}")
+            if chosen := [name for name in CHOICES if name in group]:
+                raise UsageError(
+                    f"{' and '.join(chosen)} is for the whole optimizer, not for a group of parameters"
+                )
             names = group.get("param_names") or [f"{g}.{i}" for i in range(len(group["params"]))]
             for name, param in zip(names, group["params"], strict=True):
                 if id(param) in seen:

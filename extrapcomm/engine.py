@@ -130,7 +130,7 @@ class Engine(Gained):
             error = caught
         world.agree(error, "Engine" if gain is None else f"Engine with {gain}")
         self._flags = self._rule.flag_bits(self._group)
-        self._has_momentum = bool(self._group.get("momentum"))
+        self._has_momentum = self._rule.has_buffer(self._group)
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
         groups = [(self._flags, numbers)]
         options = (rule, kind.for_core(), tile, __version__, streaming)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from . import _core
 from .adascale import AdaScale, Proposal
 from .errors import UsageError
-from .hyper import Rule
-from .observed import ObservedCore
+from .hyper import INNER_PRESETS, InnerRate, Rule
+from .observed import Alike, ObservedCore
 
 __all__ = ["Gain", "Gained", "Gathered"]
 
@@ -37,6 +37,13 @@ class Gathered:
     micro_batches: int = 1
     factor: float = 1.0
     spread: Sequence[float] | None = None
+
+
+def kind_of(inner: InnerRate) -> int:
+    """A number for each way in which an inner rate follows the learning rate."""
+    if isinstance(inner, str):
+        return 1 + INNER_PRESETS.index(inner)
+    return 4 if callable(inner) else 0
 
 
 class Gain:
@@ -106,7 +113,7 @@ class Gain:
 
         observe = _core.Observe.before
         norm, skipped, _ = core.step(
-            table, *options, observe=observe, revise=revise, gain=self._alike(gathered)
+            table, *options, observe=observe, revise=revise, gain=self._alike(gathered, groups)
         )
         return norm, None if skipped else found[0]
 
@@ -122,7 +129,7 @@ class Gain:
         gains = self.estimator.gains(gathered.gradients, len(groups), gathered.micro_batches)
         table = self._rule.with_gains(table, groups, gains, self._workers)
         observe = _core.Observe.along
-        norm, skipped, sums = core.step(table, *options, observe=observe, gain=self._alike(gathered))
+        norm, skipped, sums = core.step(table, *options, observe=observe, gain=self._alike(gathered, groups))
         return norm, None if skipped else self._measured(sums, gathered)
 
     def _measured(self, sums: Sequence[float] | NDArray[np.float64], gathered: Gathered) -> Proposal:
@@ -130,9 +137,12 @@ class Gain:
         spread = spread if gathered.spread is None else gathered.spread
         return self.estimator.measure(gathered.gradients, spread, mean, gathered.micro_batches)
 
-    def _alike(self, gathered: Gathered) -> tuple[float, float, float]:
-        """What all ranks must have alike."""
-        return float(gathered.micro_batches), self.estimator.scale or 0.0, self.estimator.progress
+    def _alike(self, gathered: Gathered, groups: Groups) -> Alike:
+        """What all ranks must have alike, beside the table: how inner rates follow from it is part of that."""
+        kinds = 0.0
+        for group in groups:
+            kinds = (5 * kinds + kind_of(group["inner_lr"])) % 2**50
+        return float(gathered.micro_batches), self.estimator.scale or 0.0, self.estimator.progress, kinds
 
     # -- Checkpoints ---------------------------------------------------------------------------------------------
 

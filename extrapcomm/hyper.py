@@ -178,6 +178,10 @@ class Rule:
             f"rule {self.name!r} needs them to project" if self.projects else "their displacement needs them"
         )
 
+    def has_buffer(self, group: Mapping[str, Any]) -> bool:
+        """Whether an engine built for this group can take momentum later: only SGD's does without a buffer."""
+        return "dampening" not in self.parameters or self.projects or bool(group.get("momentum"))
+
     def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
         """Complain if something changed that is settled when the engine is built."""
         if self.flag_bits(group) != flags:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from . import _core
 from .hyper import Rule
 
-__all__ = ["ObservedCore", "Rescale"]
+__all__ = ["Alike", "ObservedCore", "Rescale"]
 
 Groups = Sequence[MutableMapping[str, Any]]
 Numbers = NDArray[np.float64]
+Alike = tuple[float, float, float, float]
 
 
 class Rescale:
@@ -76,7 +77,7 @@ class ObservedCore:
         *,
         observe: _core.Observe = _core.Observe.nothing,
         revise: "_core.Revise | None" = None,
-        gain: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        gain: Alike = (0.0, 0.0, 0.0, 0.0),
     ) -> tuple[float | None, bool, list[float]]:
         """Collective: as the engine's."""
         by_noise = self.rule.follows_noise(self.groups)

@@ -22,8 +22,9 @@ class VarianceReduced(FusedOptimizer):
     Args:
         gsnr_floor: the least weight of an element.
         gsnr_eps: bounds r by its inverse.
-        layer_mean: "now": the mean of r of this step, which takes a second pass over memory; "last": that of the step
-            before, which takes none.
+        layer_mean: "now": the mean of r of this step, which takes a second pass over memory; "last": that of the last
+            step in which the parameter had a gradient, which takes none. Checkpoints do not hold it, so the first step
+            after loading measures its own.
     """
 
     def __init__(

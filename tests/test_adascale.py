@@ -720,3 +720,13 @@ def test_different_numbers_of_micro_batches_are_named_even_if_they_are_summed(se
     with pytest.raises(xc.MismatchError, match="micro-batches"):
         opt.step()
     opt.close()
+
+
+def test_inner_rates_that_follow_the_gain_on_one_rank_only_are_named(several):
+    """Before the gain "lr" and the number 0.1 are the same."""
+    inner = "lr" if several.rank == 0 else 0.1
+    options = {"lr": 0.1, "extrapolation": "local", "inner_lr": inner, "gain": xc.AdaScale()}
+    engine = xc.Engine(several, np.ones(10), **options)
+    with pytest.raises(xc.MismatchError, match="how inner_lr follows lr"):
+        engine.step()
+    engine.close()

@@ -46,4 +46,6 @@ def test_tests_that_the_documents_name_exist():
         for name in re.findall(r"`(test_\w+)`", names):
             assert f"def {name}(" in texts[module], f"{module} has no {name}"
     for module in set(re.findall(r"\btest_[a-z_]+\b(?=[ ,|:;)\n])", document())):
-        assert any(module in (stem, *re.findall(r"def (test_\w+)", text)) for stem, text in texts.items()), module
+        assert any(module in (stem, *re.findall(r"def (test_\w+)", text)) for stem, text in texts.items()), (
+            module
+        )

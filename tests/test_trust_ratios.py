@@ -137,3 +137,22 @@ def test_noise_in_the_padding_counts_in_no_norm(team):
         return result
 
     assert_same_bits(trained(100.0), trained(0.0))
+
+
+@pytest.mark.parametrize("kind, choice", [("LARS", {"trust": "inside"}), ("VRSGD", {"layer_mean": "last"})])
+def test_choice_for_one_group_is_refused(world, kind, choice):
+    torch = pytest.importorskip("torch")
+    group = {"params": [torch.nn.Parameter(torch.ones(2))], **choice}
+    with pytest.raises(xc.UsageError, match="is for the whole optimizer"):
+        getattr(xc, kind)([group], lr=0.1, world=world)
+
+
+@pytest.mark.parametrize("rule", ["lars", "sgdp", "eg"])
+def test_rule_with_a_buffer_in_any_case_takes_momentum_later(world, rule):
+    engine = xc.Engine(world, np.ones((4, 4)), rule, lr=0.1, momentum=0.0)
+    for momentum in (0.0, 0.9):
+        for worker in engine.workers:
+            worker.grads[:] = 1.0
+        engine.step(momentum=momentum)
+    assert np.isfinite(engine.master()).all()
+    engine.close()

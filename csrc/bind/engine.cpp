@@ -106,7 +106,7 @@ using OutcomeTuple = std::tuple<std::optional<double>, bool, std::vector<double>
 
 OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bool fused, double divisor,
                   double max_norm, bool skip_nonfinite, Observe observe,
-                  const std::optional<Revision>& revise, const std::array<double, 3>& gain,
+                  const std::optional<Revision>& revise, const std::array<double, 4>& gain,
                   const std::optional<Revision>& revise_rule) {
   require_complete(engine, hyper, present);
   if (observe == Observe::before && !revise) throw UsageError("statistics before the step are for `revise`");
@@ -204,7 +204,7 @@ void register_engine_class(py::module_& module) {
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
            py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
-           py::arg("gain") = std::array<double, 3>{}, py::arg("revise_rule") = py::none())
+           py::arg("gain") = std::array<double, 4>{}, py::arg("revise_rule") = py::none())
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),

@@ -115,8 +115,8 @@ class Engine {
     // hyper-parameters that the step shall take.
     Revise revise = {};
     // What `revise` goes by beside them, which must be alike on all ranks: how many micro-batches each
-    // gradient is of, the scale (0: not set) and the progress of AdaScale.
-    std::array<double, 3> gain = {};
+    // gradient is of, the scale (0: not set) and the progress of AdaScale, and how inner rates follow.
+    std::array<double, 4> gain = {};
     // Of an averaging: how many local steps it ends.
     std::int64_t local_steps = 0;
     // Gets the same for a rule that revises, with the sum that each group's layers measured, and zero.

@@ -165,9 +165,9 @@ void look_ahead(const Workers& workers, const Tile<T>& tile, std::int64_t read, 
 }
 
 // While one worker's weights are stored, a share of what the next tile reads is fetched, in the order it is
-// needed. With `lanes`, squares are added up meanwhile: the mean gradient's, then each worker's.
+// needed. With lanes for them, squares are added up meanwhile: the mean gradient's, and each worker's.
 template <class T>
-void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* lanes) {
+void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* mean_lanes, double* own_lanes) {
   const std::int64_t masters =
       1 + std::count_if(tile.slots, tile.slots + kMaxSlots, [](const T* slot) { return slot != nullptr; });
   const std::int64_t reads = static_cast<std::int64_t>(workers.sources.size()) + masters;
@@ -179,8 +179,8 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* lan
       look_ahead(workers, tile, read, i, ahead);
     const auto worker = static_cast<std::size_t>(k);
     Observed<T> observed{.mean = tile.mean, .own = tile.run->own, .first = tile.first};
-    if (lanes) observed.own_lanes = lanes + (k + 1) * kLanes;
-    if (lanes && k == 0) observed.mean_lanes = lanes;
+    if (own_lanes) observed.own_lanes = own_lanes + k * kLanes;
+    if (k == 0) observed.mean_lanes = mean_lanes;
     tile.run->stream(tile.w, displacement_of(workers, tile, worker),
                      workers.targets[worker] + tile.first_byte, tile.count, ahead, observed);
   }
@@ -189,18 +189,17 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* lan
 
 template <class T>
 void stream_stage(const Workers& workers, const Tile<T>& tile) {
-  stream_and_observe<T>(workers, tile, nullptr);
+  stream_and_observe<T>(workers, tile, nullptr, nullptr);
 }
 
 // A tile that cells cut is observed piece by piece.
 template <class T>
 void observing_stream_stage(const Workers& workers, const Tile<T>& tile) {
-  double* const lanes = tile.kept->statistics->lanes_within(tile.first, tile.count);
-  if (!lanes) {
-    mean_squares_stage<T>(workers, tile);
-    worker_squares_stage<T>(workers, tile);
-  }
-  stream_and_observe<T>(workers, tile, lanes);
+  double* const mean = tile.kept->mean_squares->lanes_within(tile.first, tile.count);
+  double* const own = tile.kept->worker_squares->lanes_within(tile.first, tile.count);
+  if (!mean) mean_squares_stage<T>(workers, tile);
+  if (!own) worker_squares_stage<T>(workers, tile);
+  stream_and_observe<T>(workers, tile, mean, own);
 }
 
 template <class T>

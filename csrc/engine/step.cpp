@@ -14,6 +14,7 @@ constexpr const char* kWholeStep[] = {
     "the number of micro-batches",
     "AdaScale's scale (0: all micro-batches)",
     "AdaScale's progress",
+    "how inner_lr follows lr (0: a number, 1: lr, 2: lr/K, 3: noise, 4: a function)",
     "the number of local steps since the last averaging"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
