@@ -25,9 +25,10 @@ void clip_stage(const Workers&, const Tile<T>& tile) {
   for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] *= tile.run->clip;
 }
 
-// What a pass that only sums will read of the next tile, seen from `offset` elements into this one.
+// What a pass that only sums will read of the next tile, seen from `offset` elements into this one:
+// gradients, and so many of the master arrays, w first.
 template <class T>
-Upcoming upcoming(const Workers& workers, const Tile<T>& tile, bool state, std::int64_t offset) {
+Upcoming upcoming(const Workers& workers, const Tile<T>& tile, int masters, std::int64_t offset) {
   Upcoming next;
   const auto add = [&](const void* at, std::int64_t size) {
     if (at == nullptr || next.count == Upcoming::kMost) return;
@@ -35,9 +36,16 @@ Upcoming upcoming(const Workers& workers, const Tile<T>& tile, bool state, std::
     next.element_size[next.count++] = size;
   };
   for (const std::byte* source : workers.sources) add(source + tile.first_byte, tile.run->element_size);
-  if (state) add(tile.w, sizeof(T));
-  for (int s = 0; s < kMaxSlots && state; ++s) add(tile.slots[s], sizeof(T));
+  if (masters > 0) add(tile.w, sizeof(T));
+  for (int s = 0; s < masters - 1; ++s) add(tile.slots[s], sizeof(T));
   return next;
+}
+
+// Rules that measure several terms look at w, and at their slots if they bring them up to date.
+template <class T>
+int masters_measured(const RuleKernel<T>& kernel, int measure) {
+  if (kernel.sums[measure] < 2) return 0;
+  return kernel.measures_touch_state ? 1 + kernel.slots : 1;
 }
 
 template <class T>
@@ -45,7 +53,7 @@ void mean_squares_stage(const Workers& workers, const Tile<T>& tile) {
   tile.kept->mean_squares->add(
       tile.first, tile.count,
       [&](std::int64_t offset, std::int64_t first, std::int64_t count, double* lanes) {
-        add_squares(tile.mean + offset, first, count, lanes, upcoming(workers, tile, false, offset));
+        add_squares(tile.mean + offset, first, count, lanes, upcoming(workers, tile, 0, offset));
       });
 }
 
@@ -93,7 +101,7 @@ void measure_stage(const Workers& workers, const Tile<T>& tile) {
         for (int s = 0; s < kMaxSlots; ++s) slots[s] = tile.slots[s] ? tile.slots[s] + offset : nullptr;
         const Elements<T> at{tile.mean + offset, tile.extra + offset, tile.w + offset, slots};
         kernel.measure[kMeasure](tile.run->scalars, at, first, count, lanes,
-                                 upcoming(workers, tile, kernel.sums[kMeasure] > 1, offset));
+                                 upcoming(workers, tile, masters_measured(kernel, kMeasure), offset));
       });
 }
 
