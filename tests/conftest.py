@@ -1,6 +1,7 @@
 """Worlds for the tests, and one verdict per test for all ranks.
 
-The suite is the same at any number of ranks: `pytest` and `mpirun -n N pytest`. Every rank runs every test;
+The suite is the same at any number of ranks, but for worlds of one process, which the run without an mpirun has for
+all: `pytest` and `mpirun -n N pytest`. Every rank runs every test;
 after each phase of a test (set-up, call, tear-down) the ranks compare their outcomes, so that a test fails on
 all of them or on none and nobody walks alone into the next test's collectives.
 """
@@ -134,12 +135,13 @@ def world(worlds):
     return worlds(1)
 
 
-TEAMS = ["1", "2", "3", "4", "7", "ranks", "ranks x 2"]
+# Worlds of one process are the same in every run, so the one without an mpirun has them for all.
+TEAMS = ["ranks", "ranks x 2"] if COMM.size > 1 else ["1", "2", "3", "4", "7", "ranks", "ranks x 2"]
 
 
 @pytest.fixture(params=TEAMS, ids=lambda name: f"K={name}")
 def team(request, virtual, worlds):
-    """Every kind of world: 1, 2, 3, 4 and 7 workers in one process, all ranks with one worker, with two."""
+    """Every kind of world: all ranks with one worker, with two; alone also 1, 2, 3, 4 and 7 workers in one process."""
     if request.param.isdigit():
         return virtual(int(request.param))
     return worlds(2 if request.param.endswith("2") else 1)
