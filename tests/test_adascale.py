@@ -270,7 +270,7 @@ def test_four_workers_give_the_same_bits_on_any_number_of_ranks(virtual, ranks, 
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("rule", [rule for rule in reference.RULES if rule != "eg"])  # has a gain of its own
+@pytest.mark.parametrize("rule", reference.RULES)
 def test_gain_of_scale_one_is_the_plain_optimizer(many, rule, lag):
     options = {"rule": rule, "extrapolation": "local"}
     assert run(many, gain=xc.AdaScale(1.0, lag=lag), **options) == run(many, **options)
