@@ -216,6 +216,8 @@ class Engine(Gained):
         self._group = group
 
     def _check_filters(self, inner_lr: InnerRate) -> None:
+        if self._rule.extrapolation.name != "filter":
+            return
         for name, form in zip(self._names, self._forms, strict=True):
             self._rule.check_filters(name, form.shape, form.strides, inner_lr)
 
