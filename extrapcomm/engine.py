@@ -216,7 +216,7 @@ class Engine(Gained):
         self._group = group
 
     def _check_filters(self, inner_lr: InnerRate) -> None:
-        if self._rule.extrapolation.name != "filter":
+        if not self._rule.has_filters:
             return
         for name, form in zip(self._names, self._forms, strict=True):
             self._rule.check_filters(name, form.shape, form.strides, inner_lr)

@@ -156,6 +156,11 @@ class Rule:
                 row[-1] = self._inner_rate(inner, float(row[0]), workers)
         return rows.ravel()
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether filters matter to the displacement or to the rule, so that parameters must be checked for them."""
+        return self.projects or self.extrapolation.name == "filter"
+
     def check_filters(
         self, name: str, shape: Sequence[int], strides: Sequence[int], inner_lr: InnerRate
     ) -> None:
