@@ -51,8 +51,28 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DXC_BUILD_TESTS=OFF",
+            f"-DXC_MPI_FAMILY={mpi_family()}",
             *shlex.split(os.environ.get("XC_CMAKE_ARGS", "")),
         ]
+
+
+def mpi_family() -> str:
+    """openmpi or mpich, as the header of the mpicxx on PATH says; empty without one."""
+    if not shutil.which("mpicxx"):
+        return ""
+    source = "#include <mpi.h>\nopen OMPI_MAJOR_VERSION\nmpich MPICH_NUMVERSION\n"
+    command = ["mpicxx", "-E", "-x", "c++", "-"]
+    seen = subprocess.run(command, input=source, capture_output=True, text=True, check=False).stdout
+    values = dict(line.split(maxsplit=1) for line in seen.splitlines()[-2:] if " " in line)
+    if values.get("open", "O")[0].isdigit():
+        return "openmpi"
+    return "mpich" if values.get("mpich", "M")[0].isdigit() else ""
+
+
+def extensions() -> list[CMakeExtension]:
+    """The engine, and the wire between hosts for the MPI that is here."""
+    modules = ["_core", *([f"_mpi_{mpi_family()}"] if mpi_family() else [])]
+    return [CMakeExtension(f"extrapcomm.{module}") for module in modules]
 
 
 def build_folder() -> Path:
@@ -80,4 +100,4 @@ def run(step: str, *command: object) -> None:
         raise SystemExit(f"extrapcomm: the {step} step failed with code {code}: {shlex.join(words)}")
 
 
-setup(ext_modules=[CMakeExtension("extrapcomm._core")], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})

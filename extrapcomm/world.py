@@ -15,6 +15,7 @@ import numpy as np
 from . import _core, errors
 from .errors import CommError, PeerError, UsageError
 from .launch import require_launchers_mpi, singleton_warning
+from .wire import wire_over
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -31,18 +32,24 @@ class World:
     v of rank r is number r * workers + v. One rank with n workers is the virtual world of tests and laptops: it
     gives the same bits as n ranks with one worker each.
 
+    The ranks of one host are a team and share memory; between teams MPI carries one partial sum of every element and
+    brings one new weight back. If every team has the same power of two of workers, in the order of ranks, the bits do
+    not depend on how ranks are spread over hosts; `keeps_order` says whether that is so.
+
     Collective: every rank of `comm` must call it.
 
     Args:
         comm: an mpi4py intracommunicator; MPI.COMM_WORLD by default. It is duplicated.
         workers: how many workers each rank drives.
+        workers_per_team: at most so many workers share memory; the ranks of one host then make several teams, in
+            their order. For hosts whose parts are far from each other, and to try on one machine what several do.
         step_timeout: seconds that a rank may be late for a step before the others raise PeerError.
         pass_timeout: the same inside a step, when all have come.
         warn_after: seconds of waiting after which a warning names who is awaited.
 
     Raises:
-        UsageError: on every rank, for arguments that cannot be, ranks on more than one machine, or a launcher of
-            another MPI than mpi4py's if `comm` is not given.
+        UsageError: on every rank, for arguments that cannot be, several teams without a wire for mpi4py's MPI, or a
+            launcher of another MPI than mpi4py's if `comm` is not given.
         CommError: if the ranks cannot open each other's memory.
 
     Example:
@@ -58,6 +65,7 @@ class World:
         comm: "MPI.Intracomm | None" = None,
         workers: int = 1,
         *,
+        workers_per_team: int | None = None,
         step_timeout: float = 1800.0,
         pass_timeout: float = 60.0,
         warn_after: float = 60.0,
@@ -72,21 +80,22 @@ class World:
         self.rank: int = self.comm.Get_rank()
         self.size: int = self.comm.Get_size()
         self.workers = workers
+        self._wire_comm: MPI.Intracomm | None = None
         error: Exception | None = None
         try:
-            _check_arguments(workers, (step_timeout, pass_timeout, warn_after), provider)
+            _check_arguments(workers, workers_per_team, (step_timeout, pass_timeout, warn_after), provider)
             if comm is None:
                 require_launchers_mpi(self.size, _library())
         except Exception as caught:
             error = caught
-        self.agree(error, f"World of {workers} workers per rank")
-        self._require_one_machine()
+        limit = "" if workers_per_team is None else f", {workers_per_team} per team"
+        self.agree(error, f"World of {workers} workers per rank{limit}")
         if comm is None and (warning := singleton_warning(self.size)):
             log.warning(warning)
+        topology = self._find_teams(workers_per_team)
         self._team = _core.Team(
-            rank=self.rank,
-            size=self.size,
-            workers=workers,
+            topology=topology,
+            wire=self._make_wire() if len(topology.teams) > 1 else None,
             all_gather=self._all_gather,
             warn=log.warning,
             step_timeout=step_timeout,
@@ -94,6 +103,9 @@ class World:
             warn_after=warn_after,
             provider=provider,
         )
+        self._members: list[int] = next(team for team in topology.teams if self.rank in team)
+        self.teams: list[list[int]] = topology.teams
+        self.keeps_order: bool = topology.keeps_order
         _open_worlds.add(self)
         _speak_of_uncaught_exceptions()
 
@@ -144,6 +156,8 @@ class World:
         """
         if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
+            if self._wire_comm is not None:
+                _free(self._wire_comm)
 
     def _require_member(self) -> None:
         if os.getpid() != self._pid:
@@ -188,16 +202,29 @@ class World:
         self._wait(request, duplicate)
         return duplicate
 
-    def _require_one_machine(self) -> None:
-        """The same boot of the same kernel; whether memory can be shared is seen when it is opened."""
+    def _find_teams(self, workers_per_team: int | None) -> _core.Topology:
+        """Ranks that say the same of their host: the boot of its kernel, and its name, which containers may have."""
         places = [text.decode() for text in self._all_gather(f"{_boot_id()} {os.uname().nodename}".encode())]
-        if len({place.split()[0] for place in places}) > 1:
-            hosts = sorted({place.split(maxsplit=1)[1] for place in places})
-            raise UsageError(
-                f"the {self.size} ranks lie on {len({p.split()[0] for p in places})} machines ({', '.join(hosts)}); "
-                "this version works inside one: start all ranks on one machine, or give World a communicator of one "
-                "machine's ranks (comm.Split_type(MPI.COMM_TYPE_SHARED))"
-            )
+        hosts: dict[str, list[int]] = {}
+        for rank, place in enumerate(places):
+            hosts.setdefault(place, []).append(rank)
+        most = self.size if workers_per_team is None else workers_per_team // self.workers
+        teams = [ranks[i : i + most] for ranks in hosts.values() for i in range(0, len(ranks), most)]
+        names = [place.split(maxsplit=1)[1] for place in places]
+        return _core.Topology(rank=self.rank, workers=self.workers, teams=sorted(teams), hosts=names)
+
+    def _make_wire(self) -> _core.Wire:
+        """A communicator of its own, so that no other traffic can be taken for the wire's."""
+        duplicate, request = self.comm.Idup()
+        self._wait(request, duplicate)
+        self._wire_comm = duplicate
+        error: Exception | None = None
+        try:
+            wire = wire_over(duplicate)
+        except Exception as caught:
+            error = caught
+        self.agree(error, "wire")
+        return wire
 
     def _all_gather(self, mine: bytes) -> list[bytes]:
         """Every rank's bytes, in the order of ranks; bounded in time and watching for dead peers."""
@@ -246,19 +273,24 @@ class World:
         """A peer that is gone for good will not complete the request."""
         if self._team is None:
             return
-        gone = [r for r in range(self.size) if self._team.departed(r) or not self._team.alive(r)]
-        if gone and not request.Test():
-            reason = self._team.farewell(gone[0])
+        for place, rank in enumerate(self._members):
+            departed = self._team.departed(place)
+            if (not departed and self._team.alive(place)) or request.Test():
+                continue
+            reason = self._team.farewell(place)
             how = f"ended with {reason}" if reason else "left or died"
-            kind = "left" if self._team.departed(gone[0]) else "died"
-            raise PeerError(
-                f"rank {gone[0]} {how}, before a collective construction", gone[0], 0, kind, reason
-            )
+            kind = "left" if departed else "died"
+            raise PeerError(f"rank {rank} {how}, before a collective construction", rank, 0, kind, reason)
 
 
-def _check_arguments(workers: Any, timeouts: tuple[float, ...], provider: str) -> None:
+def _check_arguments(workers: Any, workers_per_team: Any, timeouts: tuple[float, ...], provider: str) -> None:
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise UsageError(f"workers must be a whole number of at least 1, not {workers!r}")
+    whole = isinstance(workers_per_team, int) and not isinstance(workers_per_team, bool)
+    if workers_per_team is not None and (not whole or workers_per_team < 1 or workers_per_team % workers):
+        raise UsageError(
+            f"workers_per_team must be a multiple of the {workers} workers of each rank, not {workers_per_team!r}"
+        )
     if any(not float(seconds) > 0 for seconds in timeouts):
         raise UsageError("timeouts must be positive numbers of seconds")
     if provider not in ("memfd", "posix"):

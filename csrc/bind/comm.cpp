@@ -38,13 +38,12 @@ std::function<void(const std::string&)> warn_through(const py::function& callbac
   };
 }
 
-std::shared_ptr<Team> make_team(int rank, int size, int workers, const py::function& all_gather,
-                                const py::function& warn, double step_timeout, double pass_timeout,
-                                double warn_after, const std::string& provider) {
+std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire,
+                                const py::function& all_gather, const py::function& warn, double step_timeout,
+                                double pass_timeout, double warn_after, const std::string& provider) {
   TeamOptions options;
-  options.rank = rank;
-  options.size = size;
-  options.workers = workers;
+  options.topology = topology;
+  options.wire = std::move(wire);
   options.provider = provider == "posix" ? Provider::posix : Provider::memfd;
   options.limits = {Seconds(step_timeout), Seconds(pass_timeout), Seconds(warn_after)};
   options.all_gather = all_gather_through(all_gather);
@@ -56,13 +55,19 @@ std::shared_ptr<Team> make_team(int rank, int size, int workers, const py::funct
 }  // namespace
 
 void register_comm(py::module_& module) {
+  py::class_<Wire, std::shared_ptr<Wire>>(module, "Wire", "What carries bytes between teams.");
+  py::class_<Topology>(module, "Topology", "Which rank is in which team.")
+      .def(py::init<int, int, std::vector<std::vector<int>>, std::vector<std::string>>(), py::kw_only(),
+           py::arg("rank"), py::arg("workers"), py::arg("teams"), py::arg("hosts"))
+      .def_property_readonly("teams", &Topology::teams)
+      .def_property_readonly("keeps_order", &Topology::keeps_order);
   py::class_<Team, std::shared_ptr<Team>>(module, "Team", "The ranks that opened each other's memory.")
-      .def(py::init(&make_team), py::kw_only(), py::arg("rank"), py::arg("size"), py::arg("workers"),
-           py::arg("all_gather"), py::arg("warn"), py::arg("step_timeout"), py::arg("pass_timeout"),
-           py::arg("warn_after"), py::arg("provider"))
-      .def("alive", &Team::alive)
-      .def("departed", &Team::departed)
-      .def("farewell", &Team::farewell)
+      .def(py::init(&make_team), py::kw_only(), py::arg("topology"), py::arg("wire"), py::arg("all_gather"),
+           py::arg("warn"), py::arg("step_timeout"), py::arg("pass_timeout"), py::arg("warn_after"),
+           py::arg("provider"))
+      .def("alive", &Team::alive, py::arg("place"))
+      .def("departed", &Team::departed, py::arg("place"))
+      .def("farewell", &Team::farewell, py::arg("place"))
       .def("leave", &Team::leave, py::arg("reason") = "");
 }
 

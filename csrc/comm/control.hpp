@@ -15,9 +15,9 @@ static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 
 // Why a meeting failed. The rank that is named is the one that did not come, or the one that gave up.
-enum class Failure : std::uint8_t { none, died, departed, silent, interrupted, abandoned };
+enum class Failure : std::uint8_t { none, died, departed, silent, interrupted, abandoned, unreachable };
 
-// The outcome of the meetings so far, in one word: 40 bits count the meetings decided, then 15 bits of rank,
+// The outcome of the meetings so far, in one word: 36 bits count the meetings decided, then 19 bits of rank,
 // 8 of Failure, and the sign bit says that the last one failed. It changes by compare-and-swap only, a
 // failure is never overwritten, and every rank acts on this word alone. Waiters sleep on its lower half.
 struct alignas(kLine) OutcomeWord {

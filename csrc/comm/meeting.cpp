@@ -6,6 +6,8 @@
 
 #include <bit>
 #include <cstdio>
+#include <exception>
+#include <thread>
 
 #include "core/error.hpp"
 
@@ -14,16 +16,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::uint64_t kNumberMask = (std::uint64_t{1} << 40) - 1;
+constexpr std::uint64_t kNumberMask = (std::uint64_t{1} << 36) - 1;
 constexpr std::uint64_t kFailed = std::uint64_t{1} << 63;
 constexpr long kSliceNanoseconds = 20'000'000;
+constexpr Seconds kPatient{2e-3};  // of waiting for another team, before this rank naps in between
+constexpr std::chrono::microseconds kNap{50};
 
 std::uint64_t number_of(std::uint64_t word) { return word & kNumberMask; }
-int rank_of(std::uint64_t word) { return static_cast<int>((word >> 40) & 0x7fff); }
+int rank_of(std::uint64_t word) { return static_cast<int>((word >> 36) & 0x7ffff); }
 Failure failure_of(std::uint64_t word) { return static_cast<Failure>((word >> 55) & 0xff); }
 
 std::uint64_t failure_word(std::uint64_t number, Failure why, int rank) {
-  return kFailed | (static_cast<std::uint64_t>(why) << 55) | (static_cast<std::uint64_t>(rank) << 40) |
+  return kFailed | (static_cast<std::uint64_t>(why) << 55) | (static_cast<std::uint64_t>(rank) << 36) |
          number;
 }
 
@@ -48,7 +52,8 @@ std::string plain(Seconds seconds) {
 }
 
 const char* name_of(Failure why) {
-  static constexpr const char* kNames[] = {"none", "died", "left", "silent", "interrupted", "abandoned"};
+  static constexpr const char* kNames[] = {"none",        "died",      "left",       "silent",
+                                           "interrupted", "abandoned", "unreachable"};
   return kNames[static_cast<std::size_t>(why)];
 }
 
@@ -64,6 +69,8 @@ const char* words_for(Failure why) {
       return " was interrupted";
     case Failure::abandoned:
       return " gave up after an error of its own";
+    case Failure::unreachable:
+      return " cannot be reached any more: its host or the network between is gone";
     case Failure::none:
       break;
   }
@@ -81,8 +88,16 @@ struct Meeting::Wait {
   Seconds waited() const { return Clock::now() - since; }
 };
 
-Meeting::Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, int rank, Company company)
-    : outcome_(outcome), arrivals_(std::move(arrivals)), rank_(rank), company_(std::move(company)) {}
+Meeting::Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, Company company)
+    : outcome_(outcome),
+      arrivals_(std::move(arrivals)),
+      company_(std::move(company)),
+      place_(company_.topology->place()),
+      channel_(company_.herald->open_channel()) {}
+
+int Meeting::rank_at(int place) const {
+  return company_.topology->members()[static_cast<std::size_t>(place)];
+}
 
 bool Meeting::complete() const {
   for (const ArrivalWord* arrival : arrivals_)
@@ -92,14 +107,26 @@ bool Meeting::complete() const {
 
 // Moves the outcome from "the last meeting is decided" to `next`, if nobody else has, and wakes those who
 // sleep.
-void Meeting::decide(std::uint64_t next) {
+bool Meeting::decide(std::uint64_t next) {
   std::uint64_t expected = number_of(next) - 1;
-  if (!outcome_.word.compare_exchange_strong(expected, next)) return;
-  if (outcome_.sleepers.load() == 0) return;
-  syscall(SYS_futex, lower_half(outcome_.word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+  if (!outcome_.word.compare_exchange_strong(expected, next)) return false;
+  if (outcome_.sleepers.load() > 0)
+    syscall(SYS_futex, lower_half(outcome_.word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+  return true;
 }
 
-void Meeting::fail(Failure why, int rank) { decide(failure_word(number_, why, rank)); }
+// The one who decides tells the other teams.
+void Meeting::fail(std::uint64_t number, Failure why, int rank, const std::string& reason) {
+  if (decide(failure_word(number, why, rank))) company_.herald->tell(channel_, why, rank, reason);
+}
+
+// Another team's failure becomes this one's. It need not be told again.
+void Meeting::listen(std::uint64_t number) {
+  const auto news = company_.herald->heard(channel_);
+  if (!news) return;
+  news_ = news->reason;
+  decide(failure_word(number, news->why, news->about));
+}
 
 // A failure that was decided at a later meeting leaves this one complete.
 bool Meeting::settled(std::uint64_t word) const { return number_of(word) >= number_; }
@@ -113,28 +140,42 @@ void Meeting::sleep(std::uint64_t seen) {
   outcome_.sleepers.fetch_sub(1);
 }
 
-std::string Meeting::awaited() const {
-  std::string ranks;
-  for (std::size_t r = 0; r < arrivals_.size(); ++r)
-    if (arrivals_[r]->meeting.load() < number_) ranks += (ranks.empty() ? "" : ", ") + std::to_string(r);
+std::vector<int> Meeting::absent() const {
+  std::vector<int> ranks;
+  for (std::size_t p = 0; p < arrivals_.size(); ++p)
+    if (arrivals_[p]->meeting.load() < number_) ranks.push_back(rank_at(static_cast<int>(p)));
   return ranks;
 }
 
 // Once per slice: is an absent rank dead or gone, is it time to warn or to give up, does the user want to
 // stop?
 void Meeting::look_around(Wait& wait) {
-  for (int r = 0; r < static_cast<int>(arrivals_.size()); ++r) {
-    const ArrivalWord& arrival = *arrivals_[static_cast<std::size_t>(r)];
+  for (int p = 0; p < static_cast<int>(arrivals_.size()); ++p) {
+    const ArrivalWord& arrival = *arrivals_[static_cast<std::size_t>(p)];
     if (arrival.meeting.load() >= number_) continue;
-    const bool departed = arrival.closed.load() != 0 || company_.departed(r);
-    const bool dead = !company_.alive(r);
+    const bool departed = arrival.closed.load() != 0 || company_.departed(p);
+    const bool dead = !company_.alive(p);
     if (arrival.meeting.load() >= number_) continue;  // came between the two looks
-    if (departed) fail(Failure::departed, r);
-    if (dead) fail(Failure::died, r);
-    if (wait.waited() > wait.deadline) fail(Failure::silent, r);
+    if (departed) fail(number_, Failure::departed, rank_at(p), company_.farewell(p));
+    if (dead) fail(number_, Failure::died, rank_at(p));
+    if (wait.waited() > wait.deadline) fail(number_, Failure::silent, rank_at(p));
   }
+  listen(number_);
+  mind_user(wait, absent());
+}
+
+// The same while nobody of the team is waited for: whoever is gone will miss at the next meeting.
+void Meeting::look_at_team() {
+  for (int p = 0; p < static_cast<int>(arrivals_.size()); ++p) {
+    if (arrivals_[static_cast<std::size_t>(p)]->closed.load() != 0 || company_.departed(p))
+      fail(number_ + 1, Failure::departed, rank_at(p), company_.farewell(p));
+    if (!company_.alive(p)) fail(number_ + 1, Failure::died, rank_at(p));
+  }
+}
+
+void Meeting::mind_user(Wait& wait, const std::vector<int>& awaited) {
   try {
-    if (!wait.warned && wait.waited() > company_.limits.warn_after) warn(wait);
+    if (!wait.warned && wait.waited() > company_.limits.warn_after) warn(wait, awaited);
     company_.interrupted();
   } catch (...) {
     abandon(Failure::interrupted);  // even if this meeting is complete by now: this rank does not go on
@@ -142,16 +183,26 @@ void Meeting::look_around(Wait& wait) {
   }
 }
 
-void Meeting::warn(Wait& wait) {
+void Meeting::warn(Wait& wait, const std::vector<int>& awaited) {
   wait.warned = true;
-  company_.warn("rank " + std::to_string(rank_) + " has waited " + plain(wait.waited()) + " at " +
-                wait.where + " of step " + std::to_string(wait.step) + " for rank " + awaited());
+  std::string ranks;
+  for (const int rank : awaited) ranks += (ranks.empty() ? "" : ", ") + company_.topology->name_of(rank);
+  company_.warn("rank " + std::to_string(rank_at(place_)) + " has waited " + plain(wait.waited()) + " at " +
+                wait.where + " of step " + std::to_string(wait.step) + " for " + ranks);
+}
+
+// What a rank that departed has said: in its team's memory, or in the news from another.
+std::string Meeting::reason_of(std::uint64_t word) const {
+  if (failure_of(word) != Failure::departed) return {};
+  const Topology& topology = *company_.topology;
+  const int rank = rank_of(word);
+  return topology.team_of(rank) == topology.team() ? company_.farewell(topology.place_of(rank)) : news_;
 }
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
   const int rank = rank_of(word);
-  const std::string reason = failure_of(word) == Failure::departed ? company_.farewell(rank) : "";
-  std::string text = "rank " + std::to_string(rank) +
+  const std::string reason = reason_of(word);
+  std::string text = company_.topology->name_of(rank) +
                      (reason.empty() ? words_for(failure_of(word)) : " ended with " + reason) +
                      "; noticed at " + wait.where + " of step " + std::to_string(wait.step);
   if (failure_of(word) == Failure::silent) text += " after " + plain(wait.deadline);
@@ -161,7 +212,7 @@ void Meeting::raise(std::uint64_t word, const Wait& wait) const {
 
 void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {
   ++number_;
-  arrivals_[static_cast<std::size_t>(rank_)]->meeting.store(number_);
+  arrivals_[static_cast<std::size_t>(place_)]->meeting.store(number_);
   if (complete()) decide(number_);
   Wait wait{where, step, deadline};
   for (bool spinning = true;;) {
@@ -179,16 +230,50 @@ void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {
   }
 }
 
+// Asking is what moves the wire, so it goes on all the time, but gives way to others: soon to whoever may want
+// this processor, later to sleep.
+void Meeting::wait_until(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited,
+                         const char* where, std::int64_t step, Seconds deadline) {
+  Wait wait{where, step, deadline};
+  Seconds next_look = Seconds(kSliceNanoseconds * 1e-9);
+  const auto is_done = [&] {
+    try {
+      return done();
+    } catch (const std::exception& refused) {
+      company_.warn(refused.what());
+      fail(number_ + 1, Failure::unreachable, awaited().front());
+      raise(outcome_.word.load(), wait);
+    }
+  };
+  while (!is_done()) {
+    const Seconds waited = wait.waited();
+    if (waited > kPatient)
+      std::this_thread::sleep_for(kNap);
+    else if (waited > company_.spin)
+      std::this_thread::yield();
+    if (waited < next_look) continue;
+    next_look = waited + Seconds(kSliceNanoseconds * 1e-9);
+    look_at_team();
+    listen(number_ + 1);
+    if (waited > deadline && !is_done()) fail(number_ + 1, Failure::silent, awaited().front());
+    if (const std::uint64_t word = outcome_.word.load(); word & kFailed) raise(word, wait);
+    mind_user(wait, awaited());
+  }
+}
+
 bool Meeting::failed_here() const {
   const std::uint64_t word = outcome_.word.load();
   return word & kFailed && number_of(word) <= number_;
 }
 
-void Meeting::close() { arrivals_[static_cast<std::size_t>(rank_)]->closed.store(1); }
+void Meeting::close() {
+  if (arrivals_[static_cast<std::size_t>(place_)]->closed.exchange(1) != 0) return;
+  company_.herald->tell(channel_, Failure::departed, rank_at(place_));
+}
 
 void Meeting::abandon(Failure why) {
   for (std::uint64_t word = outcome_.word.load(); !(word & kFailed); word = outcome_.word.load())
-    decide(failure_word(number_of(word) + 1, why, rank_));
+    fail(number_of(word) + 1, why, rank_at(place_));
 }
 
 }  // namespace xc

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "comm/control.hpp"
+#include "comm/herald.hpp"
 
 namespace xc {
 
@@ -14,6 +15,9 @@ namespace xc {
 // first who does sets the one outcome word. Or somebody who waits finds an absent rank dead, gone or late and
 // sets the word to a FAILURE. Compare-and-swap decides between the two, so all ranks see the same end. A
 // failure is final.
+//
+// A rank that waits for another team, at the wire, watches its own team meanwhile, and hears of failures in
+// others.
 
 using Seconds = std::chrono::duration<double>;
 
@@ -23,12 +27,14 @@ struct Limits {
   Seconds warn_after{60};
 };
 
-// What a meeting asks of its surroundings while it waits.
+// What a meeting asks of its surroundings while it waits. Members of the team go by their places.
 struct Company {
-  std::function<bool(int rank)> alive;
-  std::function<bool(int rank)> departed;
-  std::function<std::string(int rank)> farewell;  // why it departed, if it said so
-  std::function<void()> interrupted;              // throws when the user wants to stop
+  const Topology* topology;
+  Herald* herald;
+  std::function<bool(int place)> alive;
+  std::function<bool(int place)> departed;
+  std::function<std::string(int place)> farewell;  // why it departed, if it said so
+  std::function<void()> interrupted;               // throws when the user wants to stop
   std::function<void(const std::string&)> warn;
   Limits limits;
   Seconds spin{20e-6};
@@ -36,11 +42,19 @@ struct Company {
 
 class Meeting {
  public:
-  Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, int rank, Company company);
+  Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, Company company);
 
   // Comes to the next meeting and returns when it is complete; throws PeerError when it failed. `where` names
   // it in messages, `step` goes into the error.
   void meet(const char* where, std::int64_t step, Seconds deadline);
+
+  // Returns when done() is true, which something of other teams is to bring about; throws PeerError when that
+  // fails, or if the deadline passes. `awaited` are the ranks of other teams that it is waited for.
+  void wait_until(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited,
+                  const char* where, std::int64_t step, Seconds deadline);
+
+  // Which call this rank is in, for other teams to know which one failed.
+  void set_call(std::uint64_t call) { company_.herald->set_call(channel_, call); }
 
   // Makes this and every later meeting fail for all.
   void abandon(Failure why);
@@ -48,27 +62,35 @@ class Meeting {
   // Whether the last meeting that this rank came to failed, so that nobody went on from it.
   bool failed_here() const;
 
-  // Tells the others that this rank comes to no further meeting.
+  // Tells the others that this rank comes to no further meeting. Idempotent.
   void close();
 
   const Limits& limits() const { return company_.limits; }
+  std::int64_t channel() const { return channel_; }
 
  private:
   struct Wait;
   bool complete() const;
-  void decide(std::uint64_t next);
-  void fail(Failure why, int rank);
+  bool decide(std::uint64_t next);
+  void fail(std::uint64_t number, Failure why, int rank, const std::string& reason = {});
+  void listen(std::uint64_t number);
   bool settled(std::uint64_t word) const;
   void sleep(std::uint64_t seen);
   void look_around(Wait& wait);
-  void warn(Wait& wait);
-  std::string awaited() const;
+  void look_at_team();
+  void mind_user(Wait& wait, const std::vector<int>& awaited);
+  void warn(Wait& wait, const std::vector<int>& awaited);
+  std::vector<int> absent() const;
+  int rank_at(int place) const;
+  std::string reason_of(std::uint64_t word) const;
   [[noreturn]] void raise(std::uint64_t word, const Wait& wait) const;
 
   OutcomeWord& outcome_;
   std::vector<ArrivalWord*> arrivals_;
-  int rank_;
   Company company_;
+  int place_;
+  std::int64_t channel_;
+  std::string news_;  // the reason that came with another team's failure
   std::uint64_t number_ = 0;
 };
 

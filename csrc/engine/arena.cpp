@@ -13,8 +13,8 @@ std::size_t round_up(std::size_t value, std::size_t grid) { return (value + grid
 
 }  // namespace
 
-ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, int sums,
-                         std::int64_t tile, std::size_t control_bytes)
+ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, const std::vector<int>& carried,
+                         int slots, int sums, std::int64_t tile, std::size_t control_bytes)
     : first_worker_(static_cast<std::size_t>(first_worker)),
       workers_(static_cast<std::size_t>(workers)),
       stride_(round_up(static_cast<std::size_t>(plan.bytes), kPage) + 5 * kPage),
@@ -24,14 +24,15 @@ ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, int sl
   progress_offset_ = round_up(control_bytes, kLine);
   undo_offset_ = progress_offset_ + workers_ * sizeof(ProgressWord);
   std::size_t end = undo_offset_ + workers_ * undo_bytes_;
-  for (std::size_t v = 0; v < workers_; ++v) {
-    const Segment& segment = plan.segments[static_cast<std::size_t>(first_worker) + v];
+  for (const int k : carried) {
+    const Segment& segment = plan.segments[static_cast<std::size_t>(k)];
+    const bool own = k >= first_worker && k < first_worker + workers;
     sums_offset_.push_back(round_up(end, kLine));
-    end = sums_offset_[v] + std::size_t{kSumSets} * static_cast<std::size_t>(sums) *
-                                (cells_of(plan, segment).size() - 1) * sizeof(double);
+    end = sums_offset_.back() + std::size_t{kSumSets} * static_cast<std::size_t>(sums) *
+                                    (cells_of(plan, segment).size() - 1) * sizeof(double);
     shard_offset_.push_back(round_up(end, kPage) + kPage / 2 + 2 * kLine);
     shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kPage) + kPage / 4);
-    end = shard_offset_[v] + slot_count_ * shard_bytes_[v];
+    end = shard_offset_.back() + (own ? slot_count_ : 1) * shard_bytes_.back();
   }
   state_bytes_ = round_up(end, kPage);
 }
@@ -41,8 +42,8 @@ std::size_t ArenaLayout::stream(std::size_t index) const {
   return index * stride_ + (2 * first_worker_ + index) % kSkews * kSkew;
 }
 
-std::size_t ArenaLayout::master(std::size_t worker, std::size_t slot) const {
-  return shard_offset_[worker] + slot * shard_bytes_[worker];
+std::size_t ArenaLayout::master(std::size_t index, std::size_t slot) const {
+  return shard_offset_[index] + slot * shard_bytes_[index];
 }
 
 std::size_t ArenaLayout::progress(std::size_t worker) const {

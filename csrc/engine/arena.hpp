@@ -12,7 +12,8 @@ namespace xc {
 // Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank
 // drives: the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them)
 // and the STATE mapping (control words and posts, sums for norms, master weights W, rule slots S, the undo
-// area with its progress words).
+// area with its progress words). With several teams the master weights of segments that it only carries for
+// another team's workers lie there, too, and the sums of their cells.
 //
 // Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
 // do not all fall into the same sets of the cache.
@@ -24,18 +25,19 @@ inline constexpr int kStatistics = 2;
 
 class ArenaLayout {
  public:
-  // `slots` arrays of state, `sums` per set.
-  ArenaLayout(const Plan& plan, int first_worker, int workers, int slots, int sums, std::int64_t tile,
-              std::size_t control_bytes);
+  // Of a rank that drives `workers` workers from `first_worker` on and carries these segments; `slots` arrays
+  // of state, `sums` per set.
+  ArenaLayout(const Plan& plan, int first_worker, int workers, const std::vector<int>& carried, int slots,
+              int sums, std::int64_t tile, std::size_t control_bytes);
 
   std::size_t views_bytes() const { return 2 * workers_ * stride_; }
   std::size_t weights(std::size_t worker) const { return stream(2 * worker); }
   std::size_t gradients(std::size_t worker) const { return stream(2 * worker + 1); }
 
   std::size_t state_bytes() const { return state_bytes_; }
-  // Slot 0 is W itself, slots 1.. are the rule's.
-  std::size_t master(std::size_t worker, std::size_t slot) const;
-  std::size_t sums(std::size_t worker) const { return sums_offset_[worker]; }
+  // Of the carried segment number `index`. Slot 0 is W itself, slots 1.. are the rule's, of own segments only.
+  std::size_t master(std::size_t index, std::size_t slot) const;
+  std::size_t sums(std::size_t index) const { return sums_offset_[index]; }
   std::size_t progress(std::size_t worker) const;
   std::size_t undo(std::size_t worker) const;
 

@@ -12,8 +12,8 @@
 
 namespace xc {
 
-// The memory of all ranks, as this rank sees it: every worker's arrays, found by the layout in each rank's
-// two mappings. T is the master type.
+// The memory of the team's ranks, as this rank sees it: every worker's arrays, found by the layout in each
+// rank's two mappings. T is the master type.
 template <class T>
 class Arenas {
  public:
@@ -22,15 +22,24 @@ class Arenas {
 
   // Each rank's state mapping begins with its control memory.
   const Shared& control() const { return state_; }
+  // What holds this rank's own part.
+  Shared memory() const { return {views_[place_], state_[place_]}; }
 
   // X and G of this rank's worker v, kept alive by whoever holds them.
   std::shared_ptr<std::byte> weights(int v) const { return view(layout_.weights(std::size_t(v))); }
   std::shared_ptr<std::byte> gradients(int v) const { return view(layout_.gradients(std::size_t(v))); }
 
+  // The team's; this rank's begin with number first_source().
   const Workers& workers() const { return workers_; }
-  // The master weights and state of all workers, in the order of workers, which is that of offsets.
+  std::size_t first_source() const { return place_ * own_workers_; }
+  // X of a worker of this team.
+  std::byte* target_of(int worker) const;
+  // The segments of all workers of all teams, in the order of workers, which is that of offsets. State is only
+  // that of the team's own.
   std::span<const Shard<T>> shards() const { return shards_; }
   std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
+  // The numbers of those that this rank carries, its own among them.
+  const std::vector<int>& carried() const { return carried_; }
 
   // Of worker k's shard, sum number `sum` of a set: a number per cell.
   std::span<double> sums(std::size_t k, int sum, int set) const {
@@ -41,14 +50,16 @@ class Arenas {
 
  private:
   std::shared_ptr<std::byte> view(std::size_t offset) const {
-    const auto& mine = views_[rank_];
+    const auto& mine = views_[place_];
     return {mine, mine->data() + offset};
   }
-  void locate(const ArenaLayout& layout, const Plan& plan, std::size_t rank, int slots);
+  void locate(const ArenaLayout& layout, const Plan& plan, const Topology& topology, std::size_t place,
+              int slots);
 
-  std::size_t rank_;
+  std::size_t place_;
   std::size_t first_worker_;
   std::size_t own_workers_;
+  std::vector<int> carried_;
   int sums_;
   ArenaLayout layout_;
   Shared views_;

@@ -1,5 +1,7 @@
 #include "engine/cell_sums.hpp"
 
+#include <bit>
+
 namespace xc {
 
 CellSums::CellSums(const Plan& plan, const Segment& shard, std::vector<double*> arrays)
@@ -16,9 +18,23 @@ void CellSums::open(std::int64_t at) {
   cell_ = static_cast<std::size_t>(after - cells_.begin()) - 1;
 }
 
+// Of `count` sums from number `first` on.
+double CellSums::tree_sum(std::size_t first, std::size_t count) {
+  if (count == 1) return sum_of_lanes(&lanes_[first * kLanes]);
+  const std::size_t left = std::bit_floor(count - 1);
+  const double sum = tree_sum(first, left);
+  return sum + tree_sum(first + left, count - left);
+}
+
 void CellSums::finish() {
   if (cells_.size() > 1)
-    for (std::size_t s = 0; s < arrays_.size(); ++s) arrays_[s][cell_] += sum_of_lanes(&lanes_[s * kLanes]);
+    for (std::size_t s = 0, count = 1; s < arrays_.size(); s += count) {
+      count = static_cast<std::size_t>(
+          std::find_if(arrays_.begin() + std::ptrdiff_t(s), arrays_.end(),
+                       [&](const double* array) { return array != arrays_[s]; }) -
+          (arrays_.begin() + std::ptrdiff_t(s)));
+      arrays_[s][cell_] += tree_sum(s, count);
+    }
   std::fill(lanes_.begin(), lanes_.end(), 0.0);
 }
 

@@ -17,7 +17,7 @@ namespace xc {
 class CellSums {
  public:
   // `arrays` are where the sums go, each of one number for every cell that begins in the shard. Two of them
-  // may be the same: their sums are added up in each cell.
+  // may be the same: their sums are added up in each cell, as the tree of neighbours that gradients are.
   CellSums(const Plan& plan, const Segment& shard, std::vector<double*> arrays);
 
   // Calls add(offset, first, count, lanes) for every part of `count` elements from `first` that lies in one
@@ -43,6 +43,7 @@ class CellSums {
 
  private:
   void open(std::int64_t at);
+  double tree_sum(std::size_t first, std::size_t count);
 
   std::span<const std::int64_t> cells_;  // where each begins, and where the last ends
   std::vector<double*> arrays_;

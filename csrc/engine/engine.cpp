@@ -11,6 +11,7 @@
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
 #include "engine/local.hpp"
+#include "engine/rails.hpp"
 #include "engine/runs.hpp"
 #include "engine/signature.hpp"
 #include "engine/step.hpp"
@@ -30,6 +31,8 @@ std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
   return std::min(tile, longest);
 }
 
+using Agreed = Exchange::Agreed;
+
 // The engine for one master type.
 template <class T>
 class EngineOf final : public Engine {
@@ -42,11 +45,12 @@ class EngineOf final : public Engine {
                                      options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
         streaming_(options.streaming.value_or(
-            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->worker_count())))),
+            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())))),
         arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
                 Exchange::control_bytes(names_.size(), plan_.layers.size())),
         exchange_(team, arenas_.control(), names_, plan_.layers.size()),
-        stepper_(plan_, arenas_, runs_, tile_, streaming_),
+        rails_(rails_for<T>(exchange_, plan_, options.rails, arenas_.memory())),
+        stepper_(plan_, arenas_, runs_, rails_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -81,6 +85,8 @@ class EngineOf final : public Engine {
   void show_master(int v) override;
   void hide_master(int v) override;
   void keep_master(int v) override { hidden_.erase(v); }
+  void collect_state() override;
+  void forget_collected() override { collected_.clear(); }
   void read(std::size_t layer, int slot, void* out) const override;
   std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const override;
   void close() override;
@@ -88,11 +94,10 @@ class EngineOf final : public Engine {
  private:
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
-  std::vector<std::uint8_t> present_anywhere(std::span<const Post> posts) const;
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
-  void finish_round(std::span<const Post> posts);
+  void finish_round(std::span<const std::uint8_t> touched);
 
   Plan plan_;
   RunMaker<T> runs_;
@@ -102,10 +107,12 @@ class EngineOf final : public Engine {
   bool streaming_;
   Arenas<T> arenas_;
   Exchange exchange_;
+  std::unique_ptr<Rails<T>> rails_;  // with several teams
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
+  std::vector<std::vector<T>> collected_;  // each slot as all teams have it, between collecting and forgetting
   std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
@@ -128,10 +135,12 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
 
 template <class T>
 void EngineOf<T>::adopt(int root_worker) {
-  exchange_.collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](std::span<const Post>) {
-    const Workers root{{arenas_.workers().targets[static_cast<std::size_t>(root_worker)]}, {}, {}};
+  exchange_.collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](const Agreed&) {
     const auto runs = runs_.plain();
-    stepper_.load(root, runs);
+    const Topology& topology = team().topology();
+    const int from = topology.team_of(topology.owner(root_worker));
+    if (from == topology.team()) stepper_.load({{arenas_.target_of(root_worker)}, {}, {}}, runs);
+    stepper_.spread_from(from);
     stepper_.publish(runs);
   });
   stepper_.forget();
@@ -153,12 +162,13 @@ void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* t
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  exchange_.collective({Operation::load, steps_, hash}, [&](std::span<const Post>) {
-    for (const Shard<T>& shard : arenas_.own_shards())
+  exchange_.collective({Operation::load, steps_, hash}, [&](const Agreed&) {
+    for (const int k : arenas_.carried())
       for (std::size_t i = 0; i < layers.size(); ++i) {
+        const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(k)];
         if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
         for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
-          copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
+          if (shard.slots[s]) copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
       }
     stepper_.publish(runs_.plain());
   });
@@ -189,14 +199,6 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 }
 
 template <class T>
-std::vector<std::uint8_t> EngineOf<T>::present_anywhere(std::span<const Post> posts) const {
-  std::vector<std::uint8_t> any(plan_.layers.size(), 0);
-  for (const Post& post : posts)
-    for (std::size_t i = 0; i < any.size(); ++i) any[i] |= post.present()[i];
-  return any;
-}
-
-template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
@@ -204,13 +206,13 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   std::vector<std::uint8_t> present;
   Outcome outcome;
   exchange_.collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
-                       [&](std::span<const Post> posts) {
-                         present = present_anywhere(posts);
-                         Step agreed = step_of(posts[0].doubles());
-                         agreed.fused = step.fused;
-                         agreed.revise = step.revise;
-                         agreed.revise_rule = step.revise_rule;
-                         outcome = run(agreed, {present, updates_});
+                       [&](const Agreed& agreed) {
+                         present = agreed.present;
+                         Step settled = step_of(agreed.doubles);
+                         settled.fused = step.fused;
+                         settled.revise = step.revise;
+                         settled.revise_rule = step.revise_rule;
+                         outcome = run(settled, {present, updates_});
                        });
   stepper_.read_sums(step, {present, updates_}, outcome);
   if (!outcome.skipped)
@@ -224,6 +226,7 @@ template <class T>
 Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
   const auto meet = [&](bool touched) { exchange_.meet_between_passes(steps_ + 1, touched); };
   if (step.fused) return stepper_.run(step, marks, meet);
+  if (rails_) throw UsageError("an unfused step works inside one team");
   stepper_.run_unfused(step, marks);
   return {};
 }
@@ -236,9 +239,10 @@ void EngineOf<T>::complain(const std::string& complaint) {
 // All agree before memory is made, so that a rank that complains about its own step is heard.
 template <class T>
 void EngineOf<T>::begin_local() {
-  exchange_.collective({Operation::begin_local, steps_ + 1}, [](std::span<const Post>) {});
-  local_.emplace(team(), plan_, arenas_, own_runs_, tile_, streaming_);
-  local_->begin(updates_);
+  exchange_.collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
+  local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
+  exchange_.collective({Operation::begin_local, steps_ + 1},
+                       [&](const Agreed&) { local_->begin(updates_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
 }
 
@@ -267,10 +271,10 @@ void EngineOf<T>::averaging_step(const Step& step) {
   auto touched = present_here(step.present);
   for (std::size_t i = 0; i < touched.size(); ++i) touched[i] |= local_->touched()[i];
   exchange_.collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched},
-                       [&](std::span<const Post> posts) {
+                       [&](const Agreed& agreed) {
                          local_->step(step);
                          exchange_.meet_between_passes(steps_ + 1, false);
-                         finish_round(posts);
+                         finish_round(agreed.present);
                        });
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
@@ -283,12 +287,11 @@ void EngineOf<T>::average() {
   none.hyper = no_hyper;
   none.local_steps = local().steps();
   exchange_.collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
-                       [&](std::span<const Post> posts) { finish_round(posts); });
+                       [&](const Agreed& agreed) { finish_round(agreed.present); });
 }
 
 template <class T>
-void EngineOf<T>::finish_round(std::span<const Post> posts) {
-  const auto touched = present_anywhere(posts);
+void EngineOf<T>::finish_round(std::span<const std::uint8_t> touched) {
   local_->average(touched);
   for (std::size_t i = 0; i < touched.size(); ++i) updates_[i] += touched[i] * local_->steps();
   local_->begin_round();
@@ -321,6 +324,21 @@ void EngineOf<T>::hide_master(int v) {
 }
 
 template <class T>
+void EngineOf<T>::collect_state() {
+  if (!rails_) return;
+  require_settled();
+  exchange_.collective({Operation::collect_state, steps_}, [&](const Agreed&) {
+    collected_.assign(static_cast<std::size_t>(slots()), {});
+    for (std::size_t s = 0; s < collected_.size(); ++s) {
+      collected_[s].resize(static_cast<std::size_t>(plan_.length));
+      for (const Shard<T>& shard : arenas_.own_shards())
+        std::copy_n(shard.slots[s], shard.end - shard.begin, collected_[s].data() + shard.begin);
+      rails_->gather_everywhere(collected_[s]);
+    }
+  });
+}
+
+template <class T>
 void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
   require_settled();
   const std::int64_t begin = plan_.layers[layer].begin, end = begin + plan_.layers[layer].count;
@@ -328,6 +346,9 @@ void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
     const std::int64_t first = std::max(begin, shard.begin), last = std::min(end, shard.end);
     if (first >= last) continue;
     const T* from = slot == 0 ? shard.w : shard.slots[slot - 1];
+    if (!from && collected_.empty())
+      throw UsageError("other hosts have a part of the state: collect_state() brings it, on all ranks");
+    if (!from) from = collected_[static_cast<std::size_t>(slot - 1)].data() + shard.begin;
     std::copy_n(from + (first - shard.begin), last - first, static_cast<T*>(out) + (first - begin));
   }
 }

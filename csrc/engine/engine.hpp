@@ -11,6 +11,7 @@
 
 #include "comm/team.hpp"
 #include "engine/plan.hpp"
+#include "engine/rails.hpp"
 
 namespace xc {
 
@@ -41,6 +42,7 @@ struct EngineOptions {
   std::int64_t tile = 512;
   std::optional<bool>
       streaming;        // publish past the cache; by default when a step moves more than the cache holds
+  RailOptions rails = {};
   std::string version;  // of the library, part of the signature
 };
 
@@ -151,6 +153,10 @@ class Engine {
   virtual void hide_master(int v) = 0;
   // Forgets what hide_master would restore: what X holds now stays.
   virtual void keep_master(int v) = 0;
+  // Collective, with several teams: brings the other teams' part of the state here, for read() to find until
+  // it is forgotten. With one team nothing is missing and nothing is done.
+  virtual void collect_state() = 0;
+  virtual void forget_collected() = 0;
   // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1,
   // 2).
   virtual void read(std::size_t layer, int slot, void* out) const = 0;

@@ -36,35 +36,39 @@ Shared checked_copies(Team& team, const Plan& plan, const RunMaker<T>& runs) {
 
 template <class T>
 LocalPhase<T>::LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
-                          std::int64_t tile, bool streaming)
+                          Rails<T>* rails, std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       runs_(runs),
+      rails_(rails),
       worker_count_(static_cast<std::size_t>(team.worker_count())),
       streaming_(streaming),
       memory_(checked_copies(team, plan, runs)),
       copies_(static_cast<std::size_t>(runs.slots())),
       buffers_(tile, team.worker_count()) {
   const auto own = static_cast<std::size_t>(team.workers_per_rank());
+  const std::size_t workers = own * static_cast<std::size_t>(team.size());
   for (std::size_t s = 0; s < copies_.size(); ++s)
-    for (std::size_t k = 0; k < worker_count_; ++k)
-      copies_[s].sources.push_back(memory_[k / own]->data() +
-                                   (k % own * copies_.size() + s) * stride_of(plan));
-  const auto first = static_cast<std::size_t>(team.first_worker());
-  for (std::size_t k = first; k < first + own; ++k) {
-    Shard<T> whole{0, plan.length, reinterpret_cast<T*>(arenas.workers().targets[k]), {}};
+    for (std::size_t i = 0; i < workers; ++i)
+      copies_[s].sources.push_back(memory_[i / own]->data() +
+                                   (i % own * copies_.size() + s) * stride_of(plan));
+  for (std::size_t i = arenas.first_source(); i < arenas.first_source() + own; ++i) {
+    Shard<T> whole{0, plan.length, reinterpret_cast<T*>(arenas.workers().targets[i]), {}};
     for (std::size_t s = 0; s < copies_.size(); ++s)
-      whole.slots[s] = const_cast<T*>(reinterpret_cast<const T*>(copies_[s].sources[k]));
+      whole.slots[s] = const_cast<T*>(reinterpret_cast<const T*>(copies_[s].sources[i]));
     own_.push_back(whole);
   }
 }
 
 template <class T>
 void LocalPhase<T>::begin(std::span<const std::int64_t> updates) {
-  for (const Shard<T>& copy : own_)
+  std::vector<T> whole(copies_.empty() ? 0 : static_cast<std::size_t>(plan_.length));
+  for (std::size_t s = 0; s < copies_.size(); ++s) {
     for (const Shard<T>& shard : arenas_.shards())
-      for (std::size_t s = 0; s < copies_.size(); ++s)
-        std::copy_n(shard.slots[s], shard.end - shard.begin, copy.slots[s] + shard.begin);
+      if (shard.slots[s]) std::copy(shard.slots[s], shard.slots[s] + (shard.end - shard.begin), whole.data() + shard.begin);
+    if (rails_) rails_->gather_everywhere(whole);
+    for (const Shard<T>& copy : own_) std::copy(whole.begin(), whole.end(), copy.slots[s]);
+  }
   updates_.assign(own_.size(), {updates.begin(), updates.end()});
   begin_round();
 }
@@ -82,7 +86,7 @@ void LocalPhase<T>::step(const Engine::Step& step) {
   for (std::size_t v = 0; v < own_.size(); ++v) {
     const auto present = step.present.subspan(v * layers, layers);
     const auto runs = runs_.for_step(step, present, updates_[v]);
-    const Workers alone{{arenas_.workers().sources[arenas_.first_worker() + v]}, {}, {}};
+    const Workers alone{{arenas_.workers().sources[arenas_.first_source() + v]}, {}, {}};
     walk<T>(apply_pass<T>({}, {}), alone, runs, own_[v], buffers_);
     for (std::size_t i = 0; i < layers; ++i) {
       updates_[v][i] += present[i];
@@ -108,12 +112,51 @@ void LocalPhase<T>::average(std::span<const std::uint8_t> touched) {
   const auto runs = mean_runs(touched);
   const auto& targets = arenas_.workers().targets;
   const Workers weights{{targets.begin(), targets.end()}, {targets.begin(), targets.end()}, targets};
+  if (rails_) return average_over_rails(weights, runs);
+  average_in_team(weights, runs);
+}
+
+template <class T>
+void LocalPhase<T>::average_in_team(const Workers& weights, std::span<const Run<T>> runs) {
   for (const Shard<T>& shard : arenas_.own_shards()) {
     const Shard<T> part{shard.begin, shard.end, nullptr, {}};
     walk<T>(sum_pass<T>(streaming_), weights, runs, part, buffers_, {.mean = shard.w});
     for (std::size_t s = 0; s < copies_.size(); ++s)
       walk<T>(load_pass<T>(), copies_[s], runs, part, buffers_, {.mean = shard.slots[s]});
   }
+}
+
+// The team's sum over its workers' arrays.
+template <class T>
+std::function<void(const Slice&, T*)> LocalPhase<T>::sum_of(const Workers& arrays,
+                                                            std::span<const Run<T>> runs) {
+  return [this, &arrays, runs](const Slice& slice, T* to) {
+    const Shard<T> part{slice.begin, slice.end, nullptr, {}};
+    walk<T>(partial_pass<T>(), arrays, runs, part, buffers_, {.mean = to});
+  };
+}
+
+template <class T>
+void LocalPhase<T>::average_over_rails(const Workers& weights, std::span<const Run<T>> runs) {
+  const auto master = [this](const Slice& slice, int slot) {
+    const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(slice.segment)];
+    return (slot < 0 ? shard.w : shard.slots[slot]) + (slice.begin - shard.begin);
+  };
+  const auto mean_into = [&](int slot) {
+    return [&, slot](const Slice& slice, const T* total) {
+      const Shard<T> part{slice.begin, slice.end, nullptr, {}};
+      walk<T>(summing_pass<T>({.received = true}, {}), weights, runs, part, buffers_,
+              {.mean = master(slice, slot), .received = total});
+    };
+  };
+  const auto publish = [&](const Slice& slice) {
+    const Shard<T> part{slice.begin, slice.end, master(slice, -1), {}};
+    walk<T>(publication_pass<T>(streaming_), weights, runs, part, buffers_);
+  };
+  rails_->reduce_and_gather({sum_of(weights, runs), mean_into(-1), publish},
+                            {[this](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].w; }});
+  for (std::size_t s = 0; s < copies_.size(); ++s)
+    rails_->reduce({sum_of(copies_[s], runs), mean_into(static_cast<int>(s)), {}});
 }
 
 template class LocalPhase<float>;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "engine/engine.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
+#include "engine/rails.hpp"
 #include "engine/runs.hpp"
 
 namespace xc {
@@ -21,12 +23,13 @@ namespace xc {
 template <class T>
 class LocalPhase {
  public:
-  // Collective. `runs` makes those of one worker alone; averages are published past the cache if `streaming`.
+  // Collective. `runs` makes those of one worker alone; averages are published past the cache if `streaming`,
+  // and go over the rails if there are several teams.
   // Throws UsageError for parameters that are shorter than their master weights and for rules that measure.
-  LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs,
+  LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs, Rails<T>* rails,
              std::int64_t tile, bool streaming);
 
-  // Gives every copy the values of the state; `updates` are those of its layers so far.
+  // Collective. Gives every copy the values of the state; `updates` are those of its layers so far.
   void begin(std::span<const std::int64_t> updates);
   // Of this rank's workers.
   void step(const Engine::Step& step);
@@ -40,11 +43,15 @@ class LocalPhase {
 
  private:
   std::vector<Run<T>> mean_runs(std::span<const std::uint8_t> touched) const;
+  void average_in_team(const Workers& weights, std::span<const Run<T>> runs);
+  void average_over_rails(const Workers& weights, std::span<const Run<T>> runs);
+  std::function<void(const Slice&, T*)> sum_of(const Workers& arrays, std::span<const Run<T>> runs);
 
   const Plan& plan_;
   const Arenas<T>& arenas_;
   const RunMaker<T>& runs_;
-  std::size_t worker_count_;
+  Rails<T>* rails_;
+  std::size_t worker_count_;  // of all teams
   bool streaming_;
   Shared memory_;
   std::vector<Workers> copies_;  // for each slot, as sources

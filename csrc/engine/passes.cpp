@@ -15,6 +15,17 @@ void reduce_stage(const Workers& workers, const Tile<T>& tile) {
 }
 
 template <class T>
+void partial_stage(const Workers& workers, const Tile<T>& tile) {
+  tile.run->reduce(workers.sources.data(), static_cast<int>(workers.sources.size()), tile.first_byte,
+                   tile.count, T(1), tile.mean, tile.scratch);
+}
+
+template <class T>
+void take_stage(const Workers&, const Tile<T>& tile) {
+  for (std::int64_t i = 0; i < tile.count; ++i) tile.mean[i] = tile.received[i] * tile.run->scale;
+}
+
+template <class T>
 void spread_stage(const Workers& workers, const Tile<T>& tile) {
   tile.run->spread(workers.sources.data(), static_cast<int>(workers.sources.size()), tile.first_byte,
                    tile.count, tile.run->own, tile.mean, tile.extra);
@@ -133,11 +144,11 @@ void factor_stage(const Workers&, const Tile<T>& tile) {
 
 // What a worker is displaced along beside its own gradient.
 template <class T>
-const T* shared_direction(const Tile<T>& tile, std::size_t worker) {
+const T* shared_direction(const Workers& workers, const Tile<T>& tile, std::size_t worker) {
   const Extrapolation& extrapolation = *tile.run->extrapolation;
   if (!extrapolation.random) return tile.mean;
   NoiseKey key = tile.run->noise;
-  key.worker = static_cast<std::uint32_t>(worker);
+  key.worker = workers.numbers.empty() ? static_cast<std::uint32_t>(worker) : workers.numbers[worker];
   make_noise(*extrapolation.random, key, tile.first, tile.count, tile.noise);
   if (extrapolation.per_filter) tile.kept->filters->scale(*tile.run, key, tile.first, tile.count, tile.noise);
   return tile.noise;
@@ -145,7 +156,7 @@ const T* shared_direction(const Tile<T>& tile, std::size_t worker) {
 
 template <class T>
 Displacement<T> displacement_of(const Workers& workers, const Tile<T>& tile, std::size_t worker) {
-  return {workers.own[worker] + tile.first_byte, shared_direction(tile, worker), tile.factor,
+  return {workers.own[worker] + tile.first_byte, shared_direction(workers, tile, worker), tile.factor,
           tile.run->own_rate, tile.run->shared_rate};
 }
 
@@ -227,7 +238,8 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.count = count;
   tile.mean = kept.mean ? kept.mean + place : buffers.mean();
   tile.extra = buffers.extra();
-  tile.factor = buffers.factor();
+  tile.factor = kept.factor ? kept.factor + place : buffers.factor();
+  tile.received = kept.received ? kept.received + place : nullptr;
   tile.noise = buffers.noise();
   tile.kept = &kept;
   tile.scratch = buffers.scratch();
@@ -243,7 +255,7 @@ std::int64_t within_cell(std::int64_t first, std::int64_t tile) {
 
 template <class T>
 void add_gradient(Pass<T>& pass, Gradient gradient, Sums sums) {
-  if (gradient.needed) pass.push_back(&reduce_stage<T>);
+  if (gradient.needed) pass.push_back(gradient.received ? &take_stage<T> : &reduce_stage<T>);
   if (gradient.spread) pass.push_back(&spread_stage<T>);
   if (sums.mean) pass.push_back(&mean_squares_stage<T>);
   if (sums.workers) pass.push_back(&worker_squares_stage<T>);
@@ -269,10 +281,11 @@ Pass<T> summing_pass(Gradient gradient, Sums sums) {
 }
 
 template <class T>
-Pass<T> apply_pass(Gradient gradient, Sums sums) {
+Pass<T> apply_pass(Gradient gradient, Sums sums, bool factor) {
   Pass<T> pass = summing_pass<T>(gradient, sums);
   if (gradient.projection) pass.push_back(&projection_stage<T>);
   pass.push_back(&apply_stage<T>);
+  if (factor) pass.push_back(&factor_stage<T>);
   return pass;
 }
 
@@ -280,8 +293,7 @@ template <class T>
 Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
   const bool observing = sums.workers && publication.streaming && !gradient.clip;
   if (observing) sums.mean = sums.workers = false;
-  Pass<T> pass = apply_pass<T>(gradient, sums);
-  if (publication.factor) pass.push_back(&factor_stage<T>);
+  Pass<T> pass = apply_pass<T>(gradient, sums, publication.factor);
   if (observing)
     pass.push_back(&observing_stream_stage<T>);
   else
@@ -292,6 +304,11 @@ Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
 template <class T>
 Pass<T> publication_pass(bool streaming) {
   return {streaming ? &stream_stage<T> : &publish_stage<T>};
+}
+
+template <class T>
+Pass<T> partial_pass() {
+  return {&partial_stage<T>};
 }
 
 template <class T>
@@ -331,8 +348,9 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
 #define XC_INSTANTIATE(T)                                                                         \
   template Pass<T> summing_pass<T>(Gradient, Sums);                                               \
   template Pass<T> step_pass<T>(Gradient, Sums, Publication);                                     \
-  template Pass<T> apply_pass<T>(Gradient, Sums);                                                 \
+  template Pass<T> apply_pass<T>(Gradient, Sums, bool);                                                \
   template Pass<T> publication_pass<T>(bool);                                                     \
+  template Pass<T> partial_pass<T>();                                                             \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \
   template Pass<T> load_pass<T>();                                                                \
   template Pass<T> sum_pass<T>(bool);                                                             \

@@ -19,6 +19,9 @@ namespace xc {
 // splits a pass: then a first pass measures, and the second reduces again. With K workers that is 3K + 4
 // accesses per parameter instead of 2K + 4; to keep the reduced gradient in between would cost 2K + 7, or
 // 3K + 7 with extrapolation by each worker's own gradient, which must be read again in any case.
+//
+// With several teams the sum of all gradients comes over the wire; passes take it from there instead of
+// reducing, and publish when the new weights have gone over the wire.
 
 // The workers' memory as a pass sees it: the arrays that are summed, the gradient that displaces each target,
 // and the targets that are published to.
@@ -26,6 +29,7 @@ struct Workers {
   std::vector<const std::byte*> sources;
   std::vector<const std::byte*> own;
   std::vector<std::byte*> targets;
+  std::vector<std::uint32_t> numbers = {};  // of the targets among all teams' workers; none: 0, 1, 2, ...
 };
 
 // Elements that are treated alike: one type, one group, one count of updates. Settled before the pass begins.
@@ -73,7 +77,9 @@ class Filters;
 // What passes may leave behind, and read beside the workers' arrays.
 template <class T>
 struct Kept {
-  T* mean = nullptr;  // the shard's reduced gradient, instead of in a buffer of the tile's size
+  T* mean = nullptr;    // the shard's reduced gradient, instead of in a buffer of the tile's size
+  T* factor = nullptr;  // the same of factors
+  const T* received = nullptr;         // the sum of all workers' gradients, of the shard
   CellSums* mean_squares = nullptr;    // of the mean gradient
   CellSums* worker_squares = nullptr;  // of each worker's
   CellSums* measured = nullptr;        // what the rule measures
@@ -94,6 +100,7 @@ struct Tile {
   T* factor;
   T* noise;
   T* scratch;
+  const T* received;
   const Kept<T>* kept;
   Elements<T> elements() const { return {mean, extra, w, slots}; }
 };
@@ -110,6 +117,7 @@ struct Gradient {
   bool spread = false;
   bool clip = false;
   bool projection = false;
+  bool received = false;  // its sum came over the wire
 };
 
 // What a pass sums beside the rest of its work.
@@ -133,11 +141,14 @@ Pass<T> summing_pass(Gradient gradient, Sums sums);
 // A whole step, or its last pass.
 template <class T>
 Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication);
-// The two halves of a last pass whose publication must know all new weights.
+// The two halves of a last pass whose publication must know all new weights, or waits for them.
 template <class T>
-Pass<T> apply_pass(Gradient gradient, Sums sums);
+Pass<T> apply_pass(Gradient gradient, Sums sums, bool factor = false);
 template <class T>
 Pass<T> publication_pass(bool streaming);
+// The sum of the team's gradients, not yet a mean.
+template <class T>
+Pass<T> partial_pass();
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 template <class T>
 std::vector<Pass<T>> unfused_passes();

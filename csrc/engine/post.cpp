@@ -16,37 +16,35 @@ std::string number(double value) {
   return text;
 }
 
-bool alike(double a, double b) {
-  return a == b || (std::isfinite(a - b) && std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b)));
-}
-
 std::string call(const Post& post) {
   return std::string(name_of(static_cast<Operation>(post.header().operation))) + " (call " +
          std::to_string(post.header().sequence) + ")";
 }
 
-std::string rank_name(std::size_t rank) { return "rank " + std::to_string(rank); }
-
-void require_same_call(const Post& first, const Post& other, std::size_t rank) {
+void require_same_call(const Post& first, const Post& other, const std::string& rank) {
   const PostHeader &a = first.header(), &b = other.header();
   if (a.operation != b.operation || a.sequence != b.sequence)
-    throw MismatchError("rank 0 is in " + call(first) + " but " + rank_name(rank) + " is in " + call(other) +
+    throw MismatchError("rank 0 is in " + call(first) + " but " + rank + " is in " + call(other) +
                         "; every rank must make the same collective calls in the same order");
   if (a.hash != b.hash)
-    throw MismatchError("rank 0 and " + rank_name(rank) + " call " + call(first) + " with different options");
+    throw MismatchError("rank 0 and " + rank + " call " + call(first) + " with different options");
 }
 
-void require_same_doubles(const Post& first, const Post& other, std::size_t rank,
+void require_same_doubles(const Post& first, const Post& other, const std::string& rank,
                           std::span<const std::string> names) {
   for (std::size_t i = 0; i < names.size(); ++i) {
     const double a = first.doubles()[i], b = other.doubles()[i];
     if (!alike(a, b))
       throw MismatchError(names[i] + " is " + number(a) + " on rank 0 but " + number(b) + " on " +
-                          rank_name(rank));
+                          rank);
   }
 }
 
 }  // namespace
+
+bool alike(double a, double b) {
+  return a == b || (std::isfinite(a - b) && std::abs(a - b) <= 1e-12 * std::max(std::abs(a), std::abs(b)));
+}
 
 const char* name_of(Operation operation) {
   static constexpr const char* kNames[] = {"?",
@@ -59,7 +57,8 @@ const char* name_of(Operation operation) {
                                            "broadcast",
                                            "the switch to local steps",
                                            "a local step that averages",
-                                           "average"};
+                                           "average",
+                                           "state_dict"};
   return kNames[static_cast<std::uint32_t>(operation)];
 }
 
@@ -72,12 +71,14 @@ void Post::complain(const std::string& text) const {
   std::memcpy(header().complaint, text.data(), header().complaint_size);
 }
 
-void require_agreement(std::span<const Post> posts, std::span<const std::string> names) {
+void require_agreement(std::span<const Post> posts, std::span<const std::string> names,
+                       const Topology& topology) {
+  const auto name = [&](std::size_t rank) { return topology.name_of(static_cast<int>(rank)); };
   for (std::size_t r = 0; r < posts.size(); ++r)
     if (posts[r].header().complaint_size > 0)
-      throw UsageError((posts.size() > 1 ? rank_name(r) + ": " : "") + posts[r].complaint());
-  for (std::size_t r = 1; r < posts.size(); ++r) require_same_call(posts[0], posts[r], r);
-  for (std::size_t r = 1; r < posts.size(); ++r) require_same_doubles(posts[0], posts[r], r, names);
+      throw UsageError((posts.size() > 1 ? name(r) + ": " : "") + posts[r].complaint());
+  for (std::size_t r = 1; r < posts.size(); ++r) require_same_call(posts[0], posts[r], name(r));
+  for (std::size_t r = 1; r < posts.size(); ++r) require_same_doubles(posts[0], posts[r], name(r), names);
 }
 
 }  // namespace xc

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "comm/topology.hpp"
+
 namespace xc {
 
 // A POST is what a rank lays down before meeting A so that all can check that they are about to do the same
@@ -22,7 +24,8 @@ enum class Operation : std::uint32_t {
   broadcast,
   begin_local,
   local_step,
-  average
+  average,
+  collect_state
 };
 
 const char* name_of(Operation operation);
@@ -50,6 +53,7 @@ class Post {
   std::span<std::uint8_t> present() const {
     return {reinterpret_cast<std::uint8_t*>(at_ + sizeof(PostHeader) + doubles_ * sizeof(double)), layers_};
   }
+  const std::byte* at() const { return at_; }
   void complain(const std::string& text) const;
   std::string complaint() const { return {header().complaint, header().complaint_size}; }
 
@@ -59,9 +63,13 @@ class Post {
   std::size_t layers_;
 };
 
+// Whether two ranks' values of one number count as the same.
+bool alike(double a, double b);
+
 // Throws what the posts of all ranks say is wrong, the same on every rank; returns if they agree. `names` are
 // those of the doubles. Doubles agree when they differ from rank 0's by no more than a relative 1e-12:
 // schedulers may differ in the last bit between types of processor, and rank 0's are the ones used.
-void require_agreement(std::span<const Post> posts, std::span<const std::string> names);
+void require_agreement(std::span<const Post> posts, std::span<const std::string> names,
+                       const Topology& topology);
 
 }  // namespace xc

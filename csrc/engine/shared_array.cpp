@@ -1,5 +1,7 @@
 #include "engine/shared_array.hpp"
 
+#include <map>
+
 #include "core/error.hpp"
 #include "core/streaming.hpp"
 #include "engine/passes.hpp"
@@ -47,16 +49,27 @@ SharedArray::SharedArray(std::shared_ptr<Team> team, DType dtype, std::int64_t c
       stride_(round_up(static_cast<std::size_t>(count * size_of(dtype)) + kLine, kPage) + 3 * kLine),
       memory_(checked_memory(*team, dtype, count,
                              control_bytes_ + stride_ * static_cast<std::size_t>(team->workers_per_rank()))),
-      exchange_(team, memory_, {}, 0),
-      blocks_(make_segments(count, team->worker_count(), 1)) {
+      exchange_(team, memory_, {}, 0) {
+  plan_.segments = make_segments(count, team->worker_count(), 1);
+  plan_.length = count;
   for (const auto& memory : memory_)
     for (std::size_t v = 0; v < static_cast<std::size_t>(team->workers_per_rank()); ++v)
       arrays_.push_back(memory->data() + control_bytes_ + v * stride_);
+  if (dtype_ == DType::f64)
+    wide_rails_ = rails_for<double>(exchange_, plan_, {}, {});
+  else
+    rails_ = rails_for<float>(exchange_, plan_, {}, {});
+}
+
+// Of a worker of this team.
+std::byte* SharedArray::array_of(int worker) const {
+  const Topology& topology = team().topology();
+  const int place = topology.place_of(topology.owner(worker));
+  return arrays_[static_cast<std::size_t>(place * topology.workers() + worker % topology.workers())];
 }
 
 std::shared_ptr<std::byte> SharedArray::view(int v) const {
-  return {memory_[static_cast<std::size_t>(team().rank())],
-          arrays_[static_cast<std::size_t>(team().first_worker() + v)]};
+  return {memory_[static_cast<std::size_t>(team().place())], array_of(team().first_worker() + v)};
 }
 
 // What each collective reads for a block and where it puts it.
@@ -67,9 +80,9 @@ void SharedArray::walk_blocks(double scale, int root) {
   const bool streaming = exceeds_cache(count_ * size_of(dtype_) * team().worker_count());
   const int first = team().first_worker();
   for (int k = first; k < first + team().workers_per_rank(); ++k) {
-    std::byte* const own = arrays_[static_cast<std::size_t>(k)];
+    std::byte* const own = array_of(k);
     Workers workers{{arrays_.begin(), arrays_.end()}, {}, arrays_};
-    if (operation_ == Operation::broadcast) workers.sources = {arrays_[static_cast<std::size_t>(root)]};
+    if (operation_ == Operation::broadcast) workers.sources = {array_of(root)};
     if (operation_ == Operation::all_gather) workers.sources = {own};
     if (operation_ == Operation::reduce_scatter) workers.targets = {own};
     workers.own = {workers.targets.begin(), workers.targets.end()};
@@ -78,11 +91,70 @@ void SharedArray::walk_blocks(double scale, int root) {
   }
 }
 
+// The same with several teams. What is gathered waits in `carried`, segment by segment.
+template <class T>
+void SharedArray::ride(double scale, int root) {
+  Rails<T>& rails = this->rails<T>();
+  const Topology& topology = team().topology();
+  TileBuffers<T> buffers(kTile, topology.worker_count());
+  const Run<T> run = whole<T>(dtype_, count_, scale);
+  const Workers workers{{arrays_.begin(), arrays_.end()}, {arrays_.begin(), arrays_.end()}, arrays_};
+  std::map<int, std::vector<T>> carried;
+  for (const int k : topology.carried(topology.rank()))
+    carried[k].resize(static_cast<std::size_t>(block(k).count()));
+  const auto part = [&](const Slice& slice) {
+    return Shard<T>{slice.begin, slice.end, carried[slice.segment].data() + (slice.begin - block(slice.segment).begin), {}};
+  };
+  const auto walk_part = [&](const Pass<T>& pass, const Workers& of, const Slice& slice, const Kept<T>& kept) {
+    walk<T>(pass, of, std::span(&run, 1), part(slice), buffers, kept);
+  };
+  const auto load = [&](int k, const std::byte* from) {
+    const Slice all{k, block(k).begin, block(k).end};
+    walk_part(partial_pass<T>(), {{from}, {}, {}}, all, {.mean = part(all).w});
+  };
+  const typename Rails<T>::Work work = {
+      .partial = [&](const Slice& slice, T* to) { walk_part(partial_pass<T>(), workers, slice, {.mean = to}); },
+      .settle = [&](const Slice& slice, const T* total) {
+        walk_part(summing_pass<T>({.received = true}, {}), workers, slice,
+                  {.mean = part(slice).w, .received = total});
+      },
+      .publish = [&](const Slice& slice) { walk_part(publish_pass<T>(), workers, slice, {}); }};
+  const std::vector<typename Rails<T>::Array> arrays = {[&](int k) { return carried[k].data(); }};
+  const int first = team().first_worker();
+  switch (operation_) {
+    case Operation::all_reduce:
+      return rails.reduce_and_gather(work, arrays);
+    case Operation::reduce_scatter:
+      rails.reduce(work);
+      for (int k = first; k < first + topology.workers(); ++k)
+        walk_part(publish_pass<T>(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end}, {});
+      return;
+    case Operation::all_gather:
+      for (int k = first; k < first + topology.workers(); ++k) load(k, array_of(k));
+      return rails.gather({.partial = {}, .settle = {}, .publish = work.publish}, arrays);
+    default:
+      const int from = topology.team_of(topology.owner(root));
+      if (from == topology.team())
+        for (auto& [k, array] : carried) load(k, array_of(root));
+      return rails.gather({.partial = {}, .settle = {}, .publish = work.publish}, arrays, from);
+  }
+}
+
+template <>
+Rails<float>& SharedArray::rails<float>() {
+  return *rails_;
+}
+
+template <>
+Rails<double>& SharedArray::rails<double>() {
+  return *wide_rails_;
+}
+
 void SharedArray::run(Operation operation, std::uint64_t hash, double scale, int root) {
   operation_ = operation;
-  exchange_.collective({operation, ++calls_, hash}, [&](std::span<const Post>) {
-    if (dtype_ == DType::f64) return walk_blocks<double>(scale, root);
-    walk_blocks<float>(scale, root);
+  const auto in_type = [&]<class T>(T) { return team().wire() ? ride<T>(scale, root) : walk_blocks<T>(scale, root); };
+  exchange_.collective({operation, ++calls_, hash}, [&](const Exchange::Agreed&) {
+    return dtype_ == DType::f64 ? in_type(double()) : in_type(float());
   });
 }
 

@@ -61,15 +61,22 @@ Engine::Step step_of(std::span<const double> numbers) {
 }
 
 template <class T>
-Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, std::int64_t tile,
-                    bool streaming)
+Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
+                    std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       maker_(maker),
+      rails_(rails),
       streaming_(streaming),
       buffers_(tile, static_cast<int>(arenas.shards().size())),
       filters_(arenas.shards(), tile),
-      projections_(plan) {}
+      projections_(plan),
+      places_(plan.segments.size()) {
+  for (const int k : arenas.carried()) {
+    places_[static_cast<std::size_t>(k)] = carried_elements_;
+    carried_elements_ += static_cast<std::size_t>(plan.segments[static_cast<std::size_t>(k)].count());
+  }
+}
 
 template <class T>
 Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet) {
@@ -77,9 +84,9 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
   Engine::Outcome outcome;
   runs_ = maker_.for_step(step, marks.present, marks.updates);
   const bool observes = step.observe == Observe::before;
+  if (rails_ && must_wait_for_scalars(step)) collect_total();
   if (step.wants_norm() || observes) {
-    const Sums sums{.mean = true, .workers = observes};
-    walk_all(summing_pass<T>({}, sums), sums);
+    sum_all({}, {.mean = true, .workers = observes});
     meet(false);
     outcome.norm = norm();
     outcome.skipped = step.skip_nonfinite && !std::isfinite(outcome.norm);
@@ -138,7 +145,7 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
   const bool workers =
       measure == 0 && any([](const Run<T>& run) { return run.kernel->own_decay != nullptr; });
   const Sums wanted{.measure = measure, .own_squares = workers};
-  walk_all(summing_pass<T>(gradient(step), wanted), wanted);
+  sum_all(gradient(step), wanted);
   meet(any([](const Run<T>& run) { return run.kernel->measures_touch_state; }));
   if (any([](const Run<T>& run) { return run.kernel->project != nullptr; })) return project();
   LayerSums sums = layer_sums();
@@ -183,14 +190,16 @@ void Stepper<T>::last_pass(const Engine::Step& step, const Meet& meet) {
   how.spread &= how.needed;
   how.projection = any([](const Run<T>& run) { return run.kernel->extra == Extra::projection; });
   const Sums sums{.mean = along, .workers = along, .measure = lags ? 0 : -1};
+  if (sums.any()) set_ = (set_ + 1) % kSumSets;
+  if (rails_) return last_pass_over_rails(step, how, sums, meet);
   if (!any([](const Run<T>& run) { return run.extrapolation->per_filter; })) {
-    walk_all(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
+    walk_own(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
     return;
   }
-  walk_all(apply_pass<T>(how, sums), sums);
+  walk_own(apply_pass<T>(how, sums), sums);
   meet(true);
   filters_.forget();
-  walk_all(publication_pass<T>(streaming_), {});
+  walk_own(publication_pass<T>(streaming_), {});
 }
 
 // After the last pass, so that its sums are all ranks' and no rank can be in the next step's passes.
@@ -220,116 +229,6 @@ void Stepper<T>::recall(LayerSums& sums) const {
     if (remembers(run)) sums[run.layer] = measured_along_[run.layer];
 }
 
-// Of worker k's shard, `count` of the set's sums from number `first` on.
-template <class T>
-std::vector<double*> Stepper<T>::arrays(std::size_t k, int first, int count) const {
-  std::vector<double*> arrays;
-  for (int sum = first; sum < first + count; ++sum) arrays.push_back(arenas_.sums(k, sum, set_).data());
-  return arrays;
-}
-
-// Where a pass leaves its sums. All workers' squares are added up in one sum.
-template <class T>
-std::array<std::vector<double*>, 4> Stepper<T>::destinations(std::size_t k, Sums sums) const {
-  const int workers = static_cast<int>(arenas_.shards().size());
-  std::array<std::vector<double*>, 4> to;
-  if (sums.mean) to[0] = arrays(k, 0, 1);
-  if (sums.workers) to[3].assign(static_cast<std::size_t>(workers), arrays(k, 1, 1).front());
-  if (sums.measure >= 0) to[1] = arrays(k, kStatistics, kMaxSums);
-  if (sums.own_squares) to[2] = arrays(k, kStatistics + kMaxSums, workers);
-  return to;
-}
-
-template <class T>
-void Stepper<T>::walk_all(const Pass<T>& pass, Sums sums) {
-  if (sums.any()) set_ = (set_ + 1) % kSumSets;
-  std::size_t k = arenas_.first_worker();
-  for (const Shard<T>& shard : arenas_.own_shards()) {
-    auto [mean, measured, own, together] = destinations(k, sums);
-    CellSums of_mean(plan_, plan_.segments[k], std::move(mean));
-    CellSums of_all(plan_, plan_.segments[k], std::move(together));
-    CellSums of_rule(plan_, plan_.segments[k], std::move(measured));
-    CellSums of_workers(plan_, plan_.segments[k], std::move(own));
-    walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
-            {.mean_squares = &of_mean,
-             .worker_squares = &of_all,
-             .measured = &of_rule,
-             .own_squares = &of_workers,
-             .filters = &filters_});
-    of_mean.finish();
-    of_all.finish();
-    of_rule.finish();
-    of_workers.finish();
-    ++k;
-  }
-}
-
-template <class T>
-template <class Visit>
-void Stepper<T>::for_each_cell(int sum, Visit visit) const {
-  std::size_t layer = 0;
-  for (std::size_t k = 0; k < arenas_.shards().size(); ++k) {
-    const auto cells = cells_of(plan_, plan_.segments[k]);
-    const auto numbers = arenas_.sums(k, sum, set_);
-    for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
-      while (cells[c] >= plan_.layers[layer].end) ++layer;
-      visit(layer, cells[c], numbers[c]);
-    }
-  }
-}
-
-template <class T>
-double Stepper<T>::norm() const {
-  double total = 0;
-  for_each_cell(0, [&](std::size_t, std::int64_t, double square) { total += square; });
-  return std::sqrt(total);
-}
-
-// Per group, the square of the mean gradient and the squares of all workers' gradients.
-template <class T>
-std::vector<double> Stepper<T>::statistics() const {
-  std::vector<double> sums(maker_.groups() * kStatistics, 0.0);
-  for (int sum = 0; sum < kStatistics; ++sum)
-    for_each_cell(sum, [&](std::size_t layer, std::int64_t, double square) {
-      const auto group = static_cast<std::size_t>(plan_.layers[layer].spec.group);
-      sums[group * kStatistics + static_cast<std::size_t>(sum)] += square;
-    });
-  return sums;
-}
-
-// What the rule measured in every layer, its cells added in flat order.
-template <class T>
-typename Stepper<T>::LayerSums Stepper<T>::layer_sums() const {
-  LayerSums sums(plan_.layers.size());
-  for (int q = 0; q < kMaxSums; ++q)
-    for_each_cell(kStatistics + q, [&](std::size_t layer, std::int64_t, double number) {
-      sums[layer][static_cast<std::size_t>(q)] += number;
-    });
-  return sums;
-}
-
-// The first sum of every group's layers, in the form of statistics.
-template <class T>
-std::vector<double> Stepper<T>::sums_of_groups(const LayerSums& sums) const {
-  std::vector<double> of_groups(maker_.groups() * kStatistics, 0.0);
-  for (std::size_t i = 0; i < sums.size(); ++i)
-    of_groups[static_cast<std::size_t>(plan_.layers[i].spec.group) * kStatistics] += sums[i][0];
-  return of_groups;
-}
-
-// As every layer's last sum, the mean over the workers of the norms of their own gradients.
-template <class T>
-void Stepper<T>::add_mean_norms_of_workers(LayerSums& sums) const {
-  const int workers = static_cast<int>(arenas_.shards().size());
-  std::vector<double> squares(sums.size());
-  for (int k = 0; k < workers; ++k) {
-    std::fill(squares.begin(), squares.end(), 0.0);
-    for_each_cell(kStatistics + kMaxSums + k,
-                  [&](std::size_t layer, std::int64_t, double number) { squares[layer] += number; });
-    for (std::size_t i = 0; i < sums.size(); ++i) sums[i].back() += std::sqrt(squares[i]) / workers;
-  }
-}
-
 template <class T>
 void Stepper<T>::run_unfused(const Engine::Step& step, const LayerMarks& marks) {
   runs_ = maker_.for_step(step, marks.present, marks.updates);
@@ -344,14 +243,17 @@ void Stepper<T>::run_unfused(const Engine::Step& step, const LayerMarks& marks) 
 // The master weights are read as a sum over one source.
 template <class T>
 void Stepper<T>::load(const Workers& root, std::span<const Run<T>> runs) {
-  for (const Shard<T>& shard : arenas_.own_shards())
+  for (const int k : arenas_.carried()) {
+    const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(k)];
     walk<T>(load_pass<T>(), root, runs, shard, buffers_, {.mean = shard.w});
+  }
 }
 
 template <class T>
 void Stepper<T>::publish(std::span<const Run<T>> runs) {
-  for (const Shard<T>& shard : arenas_.own_shards())
-    walk<T>(publish_pass<T>(), arenas_.workers(), runs, shard, buffers_);
+  for (const int k : arenas_.carried())
+    walk<T>(publish_pass<T>(), arenas_.workers(), runs, arenas_.shards()[static_cast<std::size_t>(k)],
+            buffers_);
 }
 
 template <class T>

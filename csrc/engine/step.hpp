@@ -14,6 +14,7 @@
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
 #include "engine/projections.hpp"
+#include "engine/rails.hpp"
 #include "engine/runs.hpp"
 
 namespace xc {
@@ -33,12 +34,23 @@ struct LayerMarks {
   std::span<const std::int64_t> updates;
 };
 
-// The arithmetic of a step: which passes, over which memory.
+// Where the passes over one segment leave their sums.
+struct Sinks {
+  CellSums mean;
+  CellSums together;
+  CellSums measured;
+  CellSums own;
+  void finish();
+};
+
+// The arithmetic of a step: which passes, over which memory. With several teams (step_rails.cpp) passes over
+// own segments take the sum of the gradients from the rails, and what they give goes out by them.
 template <class T>
 class Stepper {
  public:
-  Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, std::int64_t tile,
-          bool streaming);
+  // Without `rails` there is one team.
+  Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
+          std::int64_t tile, bool streaming);
 
   // One pass; before it another if the step needs the gradient's norm or statistics, and one for each measure
   // of the rule. `meet` stands between passes: after it every rank's sums are visible to all.
@@ -52,6 +64,8 @@ class Stepper {
 
   // Collectives without a rule.
   void load(const Workers& root, std::span<const Run<T>> runs);
+  // Every team gets the master weights that one of them has loaded.
+  void spread_from(int team);
   void publish(std::span<const Run<T>> runs);
   void publish_to(std::byte* x, std::span<const Run<T>> runs);
 
@@ -68,9 +82,26 @@ class Stepper {
   Gradient gradient(const Engine::Step& step) const;
   bool remembers(const Run<T>& run) const;
   void recall(LayerSums& sums) const;
-  void walk_all(const Pass<T>& pass, Sums sums);
+  void sum_all(Gradient gradient, Sums sums);
+  void walk_own(const Pass<T>& pass, Sums sums);
+  void walk_segment(const Pass<T>& pass, Sums sums, std::size_t k, const Shard<T>& shard);
+  Sinks sinks(std::size_t k, Sums sums) const;
+  Kept<T> kept(Sinks& sinks);
   std::vector<double*> arrays(std::size_t k, int first, int count) const;
-  std::array<std::vector<double*>, 4> destinations(std::size_t k, Sums sums) const;
+  std::vector<double*> arrays_of_workers(std::size_t k) const;
+
+  bool must_wait_for_scalars(const Engine::Step& step) const;
+  void require_rails_suffice() const;
+  void collect_total();
+  void add_team(const Slice& slice, T* to);
+  void sum_over_rails(Gradient gradient, Sums sums);
+  void share_sums(Sums sums);
+  void last_pass_over_rails(const Engine::Step& step, Gradient how, Sums sums, const Meet& meet);
+  void publish_slice(const Slice& slice);
+  Shard<T> part(const Slice& slice) const;
+  T* total_of(std::size_t k);
+  T* carried_of(std::vector<T>& array, std::size_t k) const;
+
   double norm() const;
   std::vector<double> statistics() const;
   LayerSums layer_sums() const;
@@ -78,11 +109,22 @@ class Stepper {
   void add_mean_norms_of_workers(LayerSums& sums) const;
   // Calls visit(layer, begin, number) for every cell of one of the last pass's sums, in flat order.
   template <class Visit>
-  void for_each_cell(int sum, Visit visit) const;
+  void for_each_cell(int sum, Visit visit) const {
+    std::size_t layer = 0;
+    for (std::size_t k = 0; k < arenas_.shards().size(); ++k) {
+      const auto cells = cells_of(plan_, plan_.segments[k]);
+      const auto numbers = arenas_.sums(k, sum, set_);
+      for (std::size_t c = 0; c + 1 < cells.size(); ++c) {
+        while (cells[c] >= plan_.layers[layer].end) ++layer;
+        visit(layer, cells[c], numbers[c]);
+      }
+    }
+  }
 
   const Plan& plan_;
   const Arenas<T>& arenas_;
   const RunMaker<T>& maker_;
+  Rails<T>* rails_;
   bool streaming_;
   int set_ = 0;  // of sums, that the last summing pass wrote
   TileBuffers<T> buffers_;
@@ -94,6 +136,13 @@ class Stepper {
   LayerSums measured_along_;         // by the step before, if its rule lags
   std::vector<std::uint8_t> known_;  // of which layers; empty after forgetting
   std::vector<T> waiting_;           // the reduced gradient of this rank's shards, between unfused passes
+  // With several teams: the sum of all workers' gradients for own segments, and for all that are carried the
+  // mean gradient, if it displaces, and what gradients are multiplied with to displace.
+  std::vector<T> total_;
+  std::vector<T> mean_;
+  std::vector<T> factor_;
+  std::vector<std::size_t> places_;  // of each carried segment in those two
+  std::size_t carried_elements_ = 0;
 };
 
 }  // namespace xc

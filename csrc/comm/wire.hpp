@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace xc {
+
+// What carries bytes between ranks that do not share memory. Nothing blocks: a transfer is begun, and done()
+// says later whether it has ended. Nothing moves unless somebody asks: MPI makes progress only inside its
+// calls. Transfers between two ranks with the same tag arrive in the order in which they were begun. Errors
+// are std::runtime_error.
+class Wire {
+ public:
+  using Transfer = std::uint64_t;
+
+  virtual ~Wire() = default;
+  virtual Transfer send(const void* from, std::size_t bytes, int rank, int tag) = 0;
+  virtual Transfer receive(void* to, std::size_t bytes, int rank, int tag) = 0;
+  // Collective: numbers[i] becomes the largest of all ranks' i-th.
+  virtual Transfer max_of_all(double* numbers, std::size_t count) = 0;
+  // True once for each transfer; it is forgotten then.
+  virtual bool done(Transfer transfer) = 0;
+  // Moves what is under way.
+  virtual void progress() = 0;
+
+  // A word to another rank outside of all order, which needs no answer.
+  static constexpr std::size_t kNoticeBytes = 576;
+  virtual void notify(int rank, const void* bytes) = 0;
+  // Whether such a word was waiting, which is copied to `bytes` then.
+  virtual bool notice(void* bytes) = 0;
+};
+
+}  // namespace xc

@@ -1,0 +1,140 @@
+#include "wire/mpi_wire.hpp"
+
+#include <mpi.h>
+
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <stdexcept>
+#include <unordered_map>
+#include <vector>
+
+namespace xc {
+namespace {
+
+constexpr int kNoticeTag = 32767;  // the largest that every MPI has
+
+void check(int code, const char* doing) {
+  if (code == MPI_SUCCESS) return;
+  char words[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, words, &length);
+  throw std::runtime_error(std::string(doing) + " failed: " + std::string(words, std::size_t(length)));
+}
+
+class MpiWire final : public Wire {
+ public:
+  MpiWire(MPI_Comm comm, std::size_t largest) : comm_(comm), largest_(largest) {
+    check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  }
+
+  Transfer send(const void* from, std::size_t bytes, int rank, int tag) override {
+    return begin(bytes, [&](std::size_t offset, int count, MPI_Request* request) {
+      check(MPI_Isend(static_cast<const char*>(from) + offset, count, MPI_BYTE, rank, tag, comm_, request),
+            "MPI_Isend");
+    });
+  }
+
+  Transfer receive(void* to, std::size_t bytes, int rank, int tag) override {
+    return begin(bytes, [&](std::size_t offset, int count, MPI_Request* request) {
+      check(MPI_Irecv(static_cast<char*>(to) + offset, count, MPI_BYTE, rank, tag, comm_, request),
+            "MPI_Irecv");
+    });
+  }
+
+  Transfer max_of_all(double* numbers, std::size_t count) override {
+    Requests requests(1);
+    check(MPI_Iallreduce(MPI_IN_PLACE, numbers, static_cast<int>(count), MPI_DOUBLE, MPI_MAX, comm_,
+                         requests.data()),
+          "MPI_Iallreduce");
+    return keep(std::move(requests));
+  }
+
+  bool done(Transfer transfer) override {
+    const auto found = under_way_.find(transfer);
+    if (found == under_way_.end()) throw std::runtime_error("a transfer that is not under way was asked for");
+    int all = 0;
+    Requests& requests = found->second;
+    check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &all, MPI_STATUSES_IGNORE),
+          "MPI_Testall");
+    if (all) under_way_.erase(found);
+    return all != 0;
+  }
+
+  void progress() override {
+    int waiting = 0;
+    check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, MPI_STATUS_IGNORE), "MPI_Iprobe");
+  }
+
+  void notify(int rank, const void* bytes) override {
+    Word& word = words_.emplace_back();
+    std::memcpy(word.bytes, bytes, kNoticeBytes);
+    check(MPI_Isend(word.bytes, kNoticeBytes, MPI_BYTE, rank, kNoticeTag, comm_, &word.request), "MPI_Isend");
+    words_.remove_if([](Word& sent) {
+      int done = 0;
+      return MPI_Test(&sent.request, &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && done;
+    });
+  }
+
+  bool notice(void* bytes) override {
+    int waiting = 0;
+    MPI_Status status;
+    check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, &status), "MPI_Iprobe");
+    if (!waiting) return false;
+    check(MPI_Recv(bytes, kNoticeBytes, MPI_BYTE, status.MPI_SOURCE, kNoticeTag, comm_, MPI_STATUS_IGNORE),
+          "MPI_Recv");
+    return true;
+  }
+
+  // What nobody took yet must not lose its bytes under MPI's hands.
+  ~MpiWire() override {
+    if (!words_.empty()) new std::list<Word>(std::move(words_));
+  }
+
+ private:
+  using Requests = std::vector<MPI_Request>;
+  struct Word {
+    std::byte bytes[kNoticeBytes];
+    MPI_Request request = MPI_REQUEST_NULL;
+  };
+
+  template <class Begin>
+  Transfer begin(std::size_t bytes, Begin begin_piece) {
+    Requests requests;
+    for (std::size_t offset = 0; offset < bytes; offset += largest_)
+      begin_piece(offset, static_cast<int>(std::min(bytes - offset, largest_)),
+                  &requests.emplace_back(MPI_REQUEST_NULL));
+    return keep(std::move(requests));
+  }
+
+  Transfer keep(Requests requests) {
+    under_way_.emplace(++last_, std::move(requests));
+    return last_;
+  }
+
+  MPI_Comm comm_;
+  std::size_t largest_;
+  Transfer last_ = 0;
+  std::unordered_map<Transfer, Requests> under_way_;
+  std::list<Word> words_;
+};
+
+}  // namespace
+
+std::string mpi_compiled_for() {
+#if defined(OMPI_MAJOR_VERSION)
+  return "Open MPI " + std::to_string(OMPI_MAJOR_VERSION) + "." + std::to_string(OMPI_MINOR_VERSION);
+#elif defined(MPICH_VERSION)
+  return "MPICH " MPICH_VERSION;
+#else
+  return "MPI of an unknown make";
+#endif
+}
+
+std::size_t mpi_handle_size() { return sizeof(MPI_Comm); }
+
+std::shared_ptr<Wire> make_mpi_wire(const void* communicator, std::size_t largest) {
+  return std::make_shared<MpiWire>(*static_cast<const MPI_Comm*>(communicator), largest);
+}
+
+}  // namespace xc
