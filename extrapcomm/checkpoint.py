@@ -1,8 +1,8 @@
 """The engine's weights and state as torch.optim's dictionaries, and back; and the optimizer's methods for that."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     """The part of one parameter's weights and state that this rank updates."""
     begin, end = core.owned(i)
     names = ["master", *rule.slots[: core.slots]]
-    parts = {name: torch.from_numpy(core.read(i, slot)[begin:end].copy()) for slot, name in enumerate(names)}
+    parts = {name: torch.from_numpy(core.read(i, slot, (begin, end))) for slot, name in enumerate(names)}
     return {"range": (begin, end), "step": core.updates(i), **parts}
 
 
@@ -133,10 +133,21 @@ def _master_type(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+@contextmanager
+def collected(core: Core, only_rank: int | None = None) -> Iterator[None]:
+    """Collective where several hosts share the state: all of it can be read inside, by all ranks or by one."""
+    core.collect_state(only_rank)
+    try:
+        yield
+    finally:
+        core.forget_collected()
+
+
 def snapshot(core: Core, count: int) -> list[Layer]:
-    """Weights and state of an engine's first layers."""
+    """Collective: weights and state of an engine's first layers."""
     slots = range(1, core.slots + 1)
-    return [(core.read(i, 0), [core.read(i, s) for s in slots], core.updates(i)) for i in range(count)]
+    with collected(core):
+        return [(core.read(i, 0), [core.read(i, s) for s in slots], core.updates(i)) for i in range(count)]
 
 
 def restore(core: Core, saved: list[Layer], count: int) -> None:
@@ -150,15 +161,24 @@ def restore(core: Core, saved: list[Layer], count: int) -> None:
 class Checkpoints(BoundOptimizer):
     """What an optimizer here saves, loads and takes in later."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
 
         torch.optim's optimizer of the same name loads it. What a gain has measured is `["adascale"]`, what
-        `inner_lr="noise"` has, `["local_noise"]`. Not collective.
+        `inner_lr="noise"` has, `["local_noise"]`.
+        Not collective on one host. Ranks on several hosts must all call it, because each has a part of the state.
+
         The displacements are not in it: after loading, every worker starts from the master weights. An `inner_lr` that
         is a function is left out.
+
+        Args:
+            rank0_only: the other ranks take part but get a dict without `state`: less memory and traffic.
         """
-        return fill(self._packed_groups(), self._core, self._rule, self._binding.params) | self._saved_gain()
+        packed = self._packed_groups()
+        with collected(self._core, 0 if rank0_only else None):
+            if rank0_only and self.world.rank > 0:
+                return packed | self._saved_gain()
+            return fill(packed, self._core, self._rule, self._binding.params) | self._saved_gain()
 
     def _packed_groups(self) -> dict[str, Any]:
         packed = super().state_dict()

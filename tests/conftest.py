@@ -26,6 +26,24 @@ COMM = MPI.COMM_WORLD
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many ranks, few cores
 LIMITS = {"step_timeout": 60.0, "pass_timeout": 30.0, "warn_after": 20.0}
 
+# Ranks that share memory, where a run wants the suite's worlds cut into several teams (tests/run.py --teams).
+TEAM = int(os.environ.get("XC_TEST_TEAM", "0"))
+
+
+def in_teams(make):
+    """World.__init__ that cuts every world of more ranks into teams of so many, unless a test says otherwise."""
+
+    def __init__(self, comm=None, workers=1, **options):
+        if TEAM and isinstance(workers, int) and workers > 0:
+            options.setdefault("workers_per_team", TEAM * workers)
+        make(self, comm, workers, **options)
+
+    return __init__
+
+
+if TEAM:
+    xc.World.__init__ = in_teams(xc.World.__init__)
+
 # The same examples on every rank and in every run.
 settings.register_profile("ranks", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("ranks")

@@ -75,13 +75,16 @@ View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::
   return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides};
 }
 
-// A contiguous array of the master type, of the layer's elements in the order of memory.
-py::array read(const Engine& engine, std::size_t layer, int slot) {
+// A contiguous array of the master type, of the layer's elements in the order of memory, or of a part of them.
+py::array read(const Engine& engine, std::size_t layer, int slot,
+               std::optional<std::pair<std::int64_t, std::int64_t>> part) {
   const bool is_double = engine.plan().master == DType::f64;
-  py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(),
-                engine.plan().layers.at(layer).count);
+  const std::int64_t count = engine.plan().layers.at(layer).count;
+  const auto [from, to] = part.value_or(std::pair(std::int64_t{0}, count));
   if (slot < 0 || slot > engine.slots()) throw UsageError("there is no slot " + std::to_string(slot));
-  engine.read(layer, slot, out.mutable_data());
+  if (from < 0 || from > to || to > count) throw UsageError("a parameter has no such part");
+  py::array out(is_double ? py::dtype::of<double>() : py::dtype::of<float>(), to - from);
+  engine.read(layer, slot, from, to, out.mutable_data());
   return out;
 }
 
@@ -230,9 +233,9 @@ void register_engine_class(py::module_& module) {
       .def("updates", &Engine::updates, py::arg("layer"))
       .def_property_readonly("most_updates", &Engine::most_updates)
       .def_property_readonly("slots", &Engine::slots)
-      .def("collect_state", &Engine::collect_state, Free())
+      .def("collect_state", &Engine::collect_state, py::arg("only_rank"), Free())
       .def("forget_collected", &Engine::forget_collected)
-      .def("read", &read, py::arg("layer"), py::arg("slot"))
+      .def("read", &read, py::arg("layer"), py::arg("slot"), py::arg("part") = py::none())
       .def("close", &Engine::close, Free())
       .def_property_readonly("steps", &Engine::steps)
       .def_property_readonly("last_step_seconds", &Engine::last_step_seconds);

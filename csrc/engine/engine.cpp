@@ -85,9 +85,9 @@ class EngineOf final : public Engine {
   void show_master(int v) override;
   void hide_master(int v) override;
   void keep_master(int v) override { hidden_.erase(v); }
-  void collect_state() override;
+  void collect_state(std::optional<int> only_rank) override;
   void forget_collected() override { collected_.clear(); }
-  void read(std::size_t layer, int slot, void* out) const override;
+  void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const override;
   std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const override;
   void close() override;
 
@@ -163,13 +163,13 @@ void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* t
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   exchange_.collective({Operation::load, steps_, hash}, [&](const Agreed&) {
-    for (const int k : arenas_.carried())
+    for (const Shard<T>& shard : arenas_.own_shards())
       for (std::size_t i = 0; i < layers.size(); ++i) {
-        const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(k)];
         if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
         for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
-          if (shard.slots[s]) copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
+          copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
       }
+    stepper_.spread_from_owners();
     stepper_.publish(runs_.plain());
   });
   stepper_.forget();
@@ -324,32 +324,30 @@ void EngineOf<T>::hide_master(int v) {
 }
 
 template <class T>
-void EngineOf<T>::collect_state() {
+void EngineOf<T>::collect_state(std::optional<int> only_rank) {
   if (!rails_) return;
   require_settled();
-  exchange_.collective({Operation::collect_state, steps_}, [&](const Agreed&) {
-    collected_.assign(static_cast<std::size_t>(slots()), {});
-    for (std::size_t s = 0; s < collected_.size(); ++s) {
-      collected_[s].resize(static_cast<std::size_t>(plan_.length));
-      for (const Shard<T>& shard : arenas_.own_shards())
-        std::copy_n(shard.slots[s], shard.end - shard.begin, collected_[s].data() + shard.begin);
-      rails_->gather_everywhere(collected_[s]);
-    }
+  const std::uint64_t wanted = only_rank ? std::uint64_t(*only_rank) + 1 : 0;
+  exchange_.collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) {
+    const bool here = !only_rank || *only_rank == team().rank();
+    collected_.assign(static_cast<std::size_t>(slots()), std::vector<T>(here ? std::size_t(plan_.length) : 0));
+    for (std::size_t s = 0; s < collected_.size(); ++s)
+      rails_->collect([&](int k) { return arenas_.shards()[std::size_t(k)].slots[s]; }, collected_[s], only_rank);
   });
 }
 
 template <class T>
-void EngineOf<T>::read(std::size_t layer, int slot, void* out) const {
+void EngineOf<T>::read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const {
   require_settled();
-  const std::int64_t begin = plan_.layers[layer].begin, end = begin + plan_.layers[layer].count;
+  const std::int64_t begin = plan_.layers[layer].begin + from, end = plan_.layers[layer].begin + to;
   for (const Shard<T>& shard : arenas_.shards()) {
     const std::int64_t first = std::max(begin, shard.begin), last = std::min(end, shard.end);
     if (first >= last) continue;
-    const T* from = slot == 0 ? shard.w : shard.slots[slot - 1];
-    if (!from && collected_.empty())
-      throw UsageError("other hosts have a part of the state: collect_state() brings it, on all ranks");
-    if (!from) from = collected_[static_cast<std::size_t>(slot - 1)].data() + shard.begin;
-    std::copy_n(from + (first - shard.begin), last - first, static_cast<T*>(out) + (first - begin));
+    const T* at = slot == 0 ? shard.w : shard.slots[slot - 1];
+    if (!at && (collected_.empty() || collected_.front().empty()))
+      throw UsageError("another host has this part of the state, and it was not collected");
+    if (!at) at = collected_[static_cast<std::size_t>(slot - 1)].data() + shard.begin;
+    std::copy_n(at + (first - shard.begin), last - first, static_cast<T*>(out) + (first - begin));
   }
 }
 

@@ -153,13 +153,13 @@ class Engine {
   virtual void hide_master(int v) = 0;
   // Forgets what hide_master would restore: what X holds now stays.
   virtual void keep_master(int v) = 0;
-  // Collective, with several teams: brings the other teams' part of the state here, for read() to find until
-  // it is forgotten. With one team nothing is missing and nothing is done.
-  virtual void collect_state() = 0;
+  // Collective, with several teams: brings the other teams' part of the state to all ranks, or to one, for
+  // read() to find until it is forgotten. With one team nothing is missing and nothing is done.
+  virtual void collect_state(std::optional<int> only_rank) = 0;
   virtual void forget_collected() = 0;
-  // Copies a layer's values into `out`, an array of the master type: of w (slot 0) or of the rule's slots (1,
-  // 2).
-  virtual void read(std::size_t layer, int slot, void* out) const = 0;
+  // Copies a layer's elements from, ..., to - 1 into `out`, an array of the master type: of w (slot 0) or of
+  // the rule's slots (1, 2).
+  virtual void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const = 0;
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.
   virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;

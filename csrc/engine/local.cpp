@@ -64,9 +64,12 @@ template <class T>
 void LocalPhase<T>::begin(std::span<const std::int64_t> updates) {
   std::vector<T> whole(copies_.empty() ? 0 : static_cast<std::size_t>(plan_.length));
   for (std::size_t s = 0; s < copies_.size(); ++s) {
-    for (const Shard<T>& shard : arenas_.shards())
-      if (shard.slots[s]) std::copy(shard.slots[s], shard.slots[s] + (shard.end - shard.begin), whole.data() + shard.begin);
-    if (rails_) rails_->gather_everywhere(whole);
+    const auto state = [&](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].slots[s]; };
+    if (rails_)
+      rails_->collect(state, whole);
+    else
+      for (const Segment& segment : plan_.segments)
+        std::copy_n(state(segment.owner), segment.count(), whole.data() + segment.begin);
     for (const Shard<T>& copy : own_) std::copy(whole.begin(), whole.end(), copy.slots[s]);
   }
   updates_.assign(own_.size(), {updates.begin(), updates.end()});

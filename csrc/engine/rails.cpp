@@ -283,21 +283,21 @@ void Rails<T>::largest_of_all(std::vector<double>& numbers) {
   wait([&] { return wire_.done(transfer); }, [this] { return topology_.others(); });
 }
 
-// Owners send to all ranks that are not of their team; inside a team the arrays lie in shared memory, but are
-// wanted in private, so its members send to one another, too.
+// The array is private, so members of one team send to one another, too.
 template <class T>
-void Rails<T>::gather_everywhere(std::vector<T>& array) {
+void Rails<T>::collect(const Array& own, std::vector<T>& to, std::optional<int> only_rank) {
   std::vector<Pending> under_way;
+  const auto wants = [&](int rank) { return !only_rank || rank == *only_rank; };
   for (const Segment& segment : plan_.segments) {
     const int owner = topology_.owner(segment.owner);
-    T* const at = array.data() + segment.begin;
     const std::int64_t bytes = segment.count() * std::int64_t{sizeof(T)};
     if (owner != topology_.rank()) {
-      receive(at, bytes, owner, kGathered, under_way);
+      if (wants(topology_.rank())) receive(to.data() + segment.begin, bytes, owner, kGathered, under_way);
       continue;
     }
     for (int rank = 0; rank < topology_.size(); ++rank)
-      if (rank != owner) send(at, bytes, rank, kGathered, under_way);
+      if (rank != owner && wants(rank)) send(own(segment.owner), bytes, rank, kGathered, under_way);
+    if (wants(owner)) std::copy_n(own(segment.owner), segment.count(), to.data() + segment.begin);
   }
   finish(under_way);
 }

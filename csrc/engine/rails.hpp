@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -64,8 +65,8 @@ class Rails {
   void gather(const Work& work, const std::vector<Array>& arrays, int from_team = -1) {
     run(work, arrays, from_team);
   }
-  // The gathering leg to every rank, of one array as long as the plan.
-  void gather_everywhere(std::vector<T>& array);
+  // Brings the owners' arrays to every rank, or to one, as one array as long as the plan.
+  void collect(const Array& own, std::vector<T>& to, std::optional<int> only_rank = {});
   // Everybody's copy of the arrays of numbers that belong to segments becomes the owner's.
   void share(const std::function<std::span<double>(int segment)>& numbers);
   // The same, the owner's being the tree sum over the teams' first.

@@ -64,8 +64,9 @@ class Stepper {
 
   // Collectives without a rule.
   void load(const Workers& root, std::span<const Run<T>> runs);
-  // Every team gets the master weights that one of them has loaded.
+  // Every team gets the master weights that one of them has loaded, or that each owner has.
   void spread_from(int team);
+  void spread_from_owners() { spread_from(-1); }
   void publish(std::span<const Run<T>> runs);
   void publish_to(std::byte* x, std::span<const Run<T>> runs);
 
