@@ -51,12 +51,6 @@ std::string plain(Seconds seconds) {
   return text;
 }
 
-const char* name_of(Failure why) {
-  static constexpr const char* kNames[] = {"none",        "died",      "left",       "silent",
-                                           "interrupted", "abandoned", "unreachable"};
-  return kNames[static_cast<std::size_t>(why)];
-}
-
 const char* words_for(Failure why) {
   switch (why) {
     case Failure::died:
@@ -78,6 +72,12 @@ const char* words_for(Failure why) {
 }
 
 }  // namespace
+
+const char* name_of(Failure why) {
+  static constexpr const char* kNames[] = {"none",        "died",      "left",       "silent",
+                                           "interrupted", "abandoned", "unreachable"};
+  return kNames[static_cast<std::size_t>(why)];
+}
 
 struct Meeting::Wait {
   const char* where;

@@ -40,6 +40,9 @@ struct Company {
   Seconds spin{20e-6};
 };
 
+// The kind of a PeerError.
+const char* name_of(Failure why);
+
 class Meeting {
  public:
   Meeting(OutcomeWord& outcome, std::vector<ArrivalWord*> arrivals, Company company);

@@ -16,8 +16,6 @@ class Wire {
   virtual ~Wire() = default;
   virtual Transfer send(const void* from, std::size_t bytes, int rank, int tag) = 0;
   virtual Transfer receive(void* to, std::size_t bytes, int rank, int tag) = 0;
-  // Collective: numbers[i] becomes the largest of all ranks' i-th.
-  virtual Transfer max_of_all(double* numbers, std::size_t count) = 0;
   // True once for each transfer; it is forgotten then.
   virtual bool done(Transfer transfer) = 0;
   // Moves what is under way.

@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "comm/largest.hpp"
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
 #include "core/hash.hpp"
@@ -161,13 +162,18 @@ Exchange::Agreed Exchange::agree_in_team(const Call& call, std::span<const Post>
 }
 
 void Exchange::largest_of_all(std::vector<double>& numbers, std::int64_t step) {
-  Wire& wire = *team_->wire();
-  const Wire::Transfer transfer = wire.max_of_all(numbers.data(), numbers.size());
-  const auto done = [&] { return wire.done(transfer); };
-  const auto others = [this] { return team_->topology().others(); };
-  const bool unsettled = std::exchange(unsettled_, true);  // others may go on to write where this rank fails
-  meeting_.wait_until(done, others, "the agreement of all teams", step, meeting_.limits().between_steps);
+  LargestOfAll largest(*team_->wire(), team_->topology(), tag_of(channel(), Tag::agreement), numbers);
+  const auto done = [&] { return largest.done(); };
+  const auto awaited = [&] { return largest.awaited(); };
+  const bool unsettled = std::exchange(unsettled_, true);  // others may go on to write where this rank fails,
+  try {
+    meeting_.wait_until(done, awaited, "the agreement of all teams", step, meeting_.limits().between_steps);
+  } catch (const PeerError& error) {
+    if (error.kind == name_of(Failure::departed)) unsettled_ = unsettled;  // but not without one that left
+    throw;
+  }
   unsettled_ = unsettled;
+  numbers = largest.numbers();
 }
 
 Exchange::Agreed Exchange::agree_over_wire(const Call& call, const Post& mine, bool complains) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "comm/largest.hpp"
 #include "core/dtype.hpp"
 #include "stages/tables.hpp"
 
@@ -11,9 +12,6 @@ namespace {
 
 constexpr std::int64_t kBufferBytes = std::int64_t{64} << 20;  // of all chunks under way, about
 constexpr std::int64_t kLongestChunk = std::int64_t{1} << 17;
-constexpr int kTags = 8000;  // channels before tags are used again
-constexpr int kTagsPerChannel = 4;
-enum Tag { kPartial, kGathered, kNumbers, kPartialNumbers };
 
 constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
 constexpr DType wire_type(double, bool) { return DType::f64; }
@@ -68,7 +66,7 @@ Rails<T>::Rails(const Team& team, const Plan& plan, const RailOptions& options, 
       plan_(plan),
       narrow_(options.narrow),
       window_(options.window),
-      tag_(static_cast<int>(channel % kTags) * kTagsPerChannel),
+      channel_(channel),
       wait_(std::move(wait)),
       memory_(std::move(memory)),
       carried_(topology_.carried(topology_.rank())),
@@ -151,7 +149,7 @@ void Rails<T>::begin_chunk(std::int64_t chunk, const Work& work, const std::vect
     if (source(k, from_team) == topology_.rank()) continue;
     for (const Array& array : arrays)
       receive(array(k) + (slice.begin - plan_.segments[static_cast<std::size_t>(k)].begin),
-              slice.count() * std::int64_t{sizeof(T)}, source(k, from_team), kGathered, flight.gathered);
+              slice.count() * std::int64_t{sizeof(T)}, source(k, from_team), Tag::gathered, flight.gathered);
   }
   std::size_t number = 0;
   for (const int k : carried_)
@@ -164,7 +162,7 @@ void Rails<T>::receive_partials(const Slice& slice, Flight& flight, std::size_t 
   const auto others = static_cast<std::size_t>(topology_.team_count() - 1);
   T* to = flight.incoming.data() + number * others * static_cast<std::size_t>(chunk_);
   for (const int rank : carriers(slice.segment, topology_.team())) {
-    receive(to, wire_bytes(slice.count()), rank, kPartial, flight.partials);
+    receive(to, wire_bytes(slice.count()), rank, Tag::partial, flight.partials);
     to += chunk_;
   }
 }
@@ -174,7 +172,7 @@ void Rails<T>::send_partial(const Slice& slice, Flight& flight, std::size_t numb
   T* const sum = flight.outgoing.data() + number * static_cast<std::size_t>(chunk_);
   work.partial(slice, sum);
   if (narrow_) shorten(sum, slice.count());
-  send(sum, wire_bytes(slice.count()), topology_.owner(slice.segment), kPartial, flight.sent);
+  send(sum, wire_bytes(slice.count()), topology_.owner(slice.segment), Tag::partial, flight.sent);
 }
 
 // Own segments: adds up, settles, and sends what follows. It is published while that travels.
@@ -191,7 +189,7 @@ void Rails<T>::settle_chunk(std::int64_t chunk, const Work& work, const std::vec
     for (const Array& array : arrays)
       for (const int rank : carriers(k, topology_.team()))
         send(array(k) + (slice.begin - plan_.segments[static_cast<std::size_t>(k)].begin),
-             slice.count() * std::int64_t{sizeof(T)}, rank, kGathered, flight.sent);
+             slice.count() * std::int64_t{sizeof(T)}, rank, Tag::gathered, flight.sent);
     if (work.publish && slice.count() > 0) work.publish(slice);
     wire_.progress();
   }
@@ -239,10 +237,10 @@ void Rails<T>::share(const std::function<std::span<double>(int)>& numbers) {
     const std::span<double> at = numbers(k);
     const auto bytes = static_cast<std::int64_t>(at.size_bytes());
     if (topology_.owner(k) != topology_.rank()) {
-      receive(at.data(), bytes, topology_.owner(k), kNumbers, under_way);
+      receive(at.data(), bytes, topology_.owner(k), Tag::numbers, under_way);
       continue;
     }
-    for (const int rank : carriers(k, topology_.team())) send(at.data(), bytes, rank, kNumbers, under_way);
+    for (const int rank : carriers(k, topology_.team())) send(at.data(), bytes, rank, Tag::numbers, under_way);
   }
   finish(under_way);
 }
@@ -255,11 +253,11 @@ void Rails<T>::add_up(const std::function<std::span<double>(int)>& numbers) {
     const std::span<double> at = numbers(k);
     const auto bytes = static_cast<std::int64_t>(at.size_bytes());
     if (topology_.owner(k) != topology_.rank()) {
-      send(at.data(), bytes, topology_.owner(k), kPartialNumbers, under_way);
+      send(at.data(), bytes, topology_.owner(k), Tag::partial_numbers, under_way);
       continue;
     }
     for (const int rank : carriers(k, topology_.team()))
-      receive(received.emplace_back(at.size()).data(), bytes, rank, kPartialNumbers, under_way);
+      receive(received.emplace_back(at.size()).data(), bytes, rank, Tag::partial_numbers, under_way);
   }
   finish(under_way);
   auto next = received.begin();
@@ -279,8 +277,9 @@ void Rails<T>::add_up(const std::function<std::span<double>(int)>& numbers) {
 
 template <class T>
 void Rails<T>::largest_of_all(std::vector<double>& numbers) {
-  const Wire::Transfer transfer = wire_.max_of_all(numbers.data(), numbers.size());
-  wait([&] { return wire_.done(transfer); }, [this] { return topology_.others(); });
+  LargestOfAll largest(wire_, topology_, tag_of(channel_, Tag::numbers), std::move(numbers));
+  wait([&] { return largest.done(); }, [&] { return largest.awaited(); });
+  numbers = largest.numbers();
 }
 
 // The array is private, so members of one team send to one another, too.
@@ -292,11 +291,11 @@ void Rails<T>::collect(const Array& own, std::vector<T>& to, std::optional<int> 
     const int owner = topology_.owner(segment.owner);
     const std::int64_t bytes = segment.count() * std::int64_t{sizeof(T)};
     if (owner != topology_.rank()) {
-      if (wants(topology_.rank())) receive(to.data() + segment.begin, bytes, owner, kGathered, under_way);
+      if (wants(topology_.rank())) receive(to.data() + segment.begin, bytes, owner, Tag::gathered, under_way);
       continue;
     }
     for (int rank = 0; rank < topology_.size(); ++rank)
-      if (rank != owner && wants(rank)) send(own(segment.owner), bytes, rank, kGathered, under_way);
+      if (rank != owner && wants(rank)) send(own(segment.owner), bytes, rank, Tag::gathered, under_way);
     if (wants(owner)) std::copy_n(own(segment.owner), segment.count(), to.data() + segment.begin);
   }
   finish(under_way);
@@ -305,13 +304,13 @@ void Rails<T>::collect(const Array& own, std::vector<T>& to, std::optional<int> 
 // ---- transfers ----
 
 template <class T>
-void Rails<T>::send(const void* from, std::int64_t bytes, int rank, int tag, std::vector<Pending>& sent) {
-  if (bytes > 0) sent.push_back({wire_.send(from, static_cast<std::size_t>(bytes), rank, tag_ + tag), rank});
+void Rails<T>::send(const void* from, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& sent) {
+  if (bytes > 0) sent.push_back({wire_.send(from, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
 }
 
 template <class T>
-void Rails<T>::receive(void* to, std::int64_t bytes, int rank, int tag, std::vector<Pending>& received) {
-  if (bytes > 0) received.push_back({wire_.receive(to, static_cast<std::size_t>(bytes), rank, tag_ + tag), rank});
+void Rails<T>::receive(void* to, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& received) {
+  if (bytes > 0) received.push_back({wire_.receive(to, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
 }
 
 template <class T>

@@ -21,6 +21,13 @@ namespace xc {
 // chunk, and several are under way at once: while one is summed, others travel. Nothing travels by itself, so
 // the rails ask the wire to move between any two slices.
 
+// Tags of transfers, a few for each channel; they are used again after many channels.
+enum class Tag { agreement, partial, gathered, numbers, partial_numbers };
+inline int tag_of(std::int64_t channel, Tag tag) {
+  constexpr int kChannels = 4000, kTags = 8;
+  return static_cast<int>(channel % kChannels) * kTags + static_cast<int>(tag);
+}
+
 struct RailOptions {
   std::int64_t chunk = 0;  // elements of a segment; 0: as many as suit the buffers
   int window = 2;          // chunks that a leg may be behind the one before it
@@ -95,8 +102,8 @@ class Rails {
   void receive_partials(const Slice& slice, Flight& flight, std::size_t number);
   void send_partial(const Slice& slice, Flight& flight, std::size_t number, const Work& work);
   void settle(const Slice& slice, Flight& flight, std::size_t number, const Work& work);
-  void send(const void* from, std::int64_t bytes, int rank, int tag, std::vector<Pending>& sent);
-  void receive(void* to, std::int64_t bytes, int rank, int tag, std::vector<Pending>& received);
+  void send(const void* from, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& sent);
+  void receive(void* to, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& received);
   void finish(std::vector<Pending>& pending);
   void wait(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited);
 
@@ -111,7 +118,7 @@ class Rails {
   const Plan& plan_;
   bool narrow_;
   int window_;
-  int tag_;
+  std::int64_t channel_;
   Wait wait_;
   Shared memory_;
   bool broken_ = false;  // a wait has failed

@@ -42,14 +42,6 @@ class MpiWire final : public Wire {
     });
   }
 
-  Transfer max_of_all(double* numbers, std::size_t count) override {
-    Requests requests(1);
-    check(MPI_Iallreduce(MPI_IN_PLACE, numbers, static_cast<int>(count), MPI_DOUBLE, MPI_MAX, comm_,
-                         requests.data()),
-          "MPI_Iallreduce");
-    return keep(std::move(requests));
-  }
-
   bool done(Transfer transfer) override {
     const auto found = under_way_.find(transfer);
     if (found == under_way_.end()) throw std::runtime_error("a transfer that is not under way was asked for");

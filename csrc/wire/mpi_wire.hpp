@@ -14,8 +14,7 @@ std::string mpi_compiled_for();
 std::size_t mpi_handle_size();
 
 // The wire over a communicator, given by the address of its handle. The communicator must outlive the wire's
-// use and be for it and for collectives that all ranks call in the same order. Messages of more than `largest`
-// bytes travel in several.
+// use and be for it alone. Messages of more than `largest` bytes travel in several.
 std::shared_ptr<Wire> make_mpi_wire(const void* communicator, std::size_t largest);
 
 }  // namespace xc
