@@ -32,9 +32,9 @@ def measure(comm: MPI.Intracomm, parameters: int, rounds: int) -> dict[str, Any]
 
 def measure_machine(comm: MPI.Intracomm, parameters: int, rounds: int) -> Machine:
     overhead = message_overhead(comm, rounds)
-    small, large = (one_way(comm, size, rounds) for size in (0, LARGE))
-    latency = max(0.0, small - 2 * overhead)
-    return Machine(LARGE / (large - small), latency, overhead, memory_rate(comm, parameters, rounds))
+    latency = max(0.0, one_way(comm, rounds) - 2 * overhead)
+    nothing, much = (both_ways(comm, size, rounds) for size in (0, LARGE))
+    return Machine(LARGE / (much - nothing), latency, overhead, memory_rate(comm, parameters, rounds))
 
 
 def count_nodes(comm: MPI.Intracomm) -> int:
@@ -44,19 +44,31 @@ def count_nodes(comm: MPI.Intracomm) -> int:
     return int(nodes)
 
 
-def one_way(comm: MPI.Comm, size: int, rounds: int) -> float:
-    """Seconds of a message of `size` bytes: half of a round trip, the median of the rounds."""
-    buffer, last = np.zeros(size, np.uint8), comm.size - 1
+def one_way(comm: MPI.Comm, rounds: int) -> float:
+    """Seconds of a message of no length: half of a round trip, the median of the rounds."""
+    nothing, last = np.zeros(0, np.uint8), comm.size - 1
 
     def exchange() -> None:
         if comm.rank == 0:
-            comm.Send(buffer, last)
-            comm.Recv(buffer, last)
+            comm.Send(nothing, last)
+            comm.Recv(nothing, last)
         elif comm.rank == last:
-            comm.Recv(buffer, 0)
-            comm.Send(buffer, 0)
+            comm.Recv(nothing, 0)
+            comm.Send(nothing, 0)
 
     return median(comm, exchange, rounds) / 2
+
+
+def both_ways(comm: MPI.Comm, size: int, rounds: int) -> float:
+    """Seconds in which two ranks send each other `size` bytes, as the nodes of a step do."""
+    there, back = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    other = comm.size - 1 - comm.rank
+
+    def exchange() -> None:
+        if comm.rank in (0, comm.size - 1):
+            comm.Sendrecv(there, other, 0, back, other, 0)
+
+    return median(comm, exchange, rounds)
 
 
 def message_overhead(comm: MPI.Comm, rounds: int) -> float:
@@ -90,7 +102,8 @@ def memory_rate(comm: MPI.Intracomm, parameters: int, rounds: int) -> float:
 
 def step_seconds(world: xc.World, parameters: int, rounds: int) -> float:
     """Of EXTRAP-SGD with momentum and constant gradients."""
-    rule: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "extrapolation": "local", "inner_lr": 1e-2}
+    rule: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9}
+    rule |= {"extrapolation": "local", "displacement": "raw", "inner_lr": 1e-2}
     with closing(xc.Engine(world, {"w": np.ones(parameters, np.float32)}, **rule)) as engine:
         engine.grads["w"][:] = 0.25
         return median(world.comm, engine.step, rounds)

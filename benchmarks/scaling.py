@@ -325,13 +325,12 @@ def run_hosts(args: argparse.Namespace) -> None:
 
 
 def case_of(found: dict[str, Any]) -> dict[str, Any]:
-    """What compare reads, of what measure wrote."""
+    """What compare reads, of what was measured."""
     return {
         "hosts": found["nodes"],
         "ranks_per_host": found["ranks"] // found["nodes"],
-        "rate_bits": 8 * found["wire"],
         "latency_s": found["latency"],
-        **{name: found[name] for name in ("parameters", "memory", "overhead", "seconds")},
+        **{name: found[name] for name in ("rate_bits", "parameters", "memory", "overhead", "seconds")},
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests" / "clusters"))
 
@@ -24,7 +25,12 @@ def measure_on_hosts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with Hosts(count) as hosts:
             for ranks, rate in itertools.product(args.ranks_per_host, args.rate):
                 hosts.shape(rate=rate, delay=1e-6 * args.delay)
-                yield measured(hosts, ranks, args)
+                yield measured(hosts, ranks, args) | {"rate_bits": bits(rate)}
+
+
+def bits(rate: str) -> float:
+    """Per second, of a rate as tc spells it: the set rate, which short measurements on busy cores miss."""
+    return float(rate[:-4]) * UNITS[rate[-4:]]
 
 
 def measured(hosts: Hosts, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
