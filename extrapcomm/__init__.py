@@ -13,6 +13,7 @@ from .adascale import AdaScale
 from .collectives import ArenaArray, all_gather, all_reduce, arena_array, broadcast, reduce_scatter
 from .engine import Engine
 from .errors import CommError, DeviceError, Error, MismatchError, PeerError, UsageError
+from .wire import WireOptions
 from .world import World
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ __all__ = [
     "VRLAMB",
     "VRLARS",
     "VRSGD",
+    "WireOptions",
     "World",
     "__version__",
     "all_gather",

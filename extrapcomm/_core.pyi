@@ -31,6 +31,8 @@ class Team:
         *,
         topology: Topology,
         wire: Wire | None,
+        first_channel: int,
+        rails: tuple[int, int, bool],
         all_gather: Callable[[bytes], list[bytes]],
         warn: Callable[[str], None],
         step_timeout: float,
@@ -38,6 +40,7 @@ class Team:
         warn_after: float,
         provider: str,
     ) -> None: ...
+    channels: int
     def alive(self, place: int) -> bool: ...
     def departed(self, place: int) -> bool: ...
     def farewell(self, place: int) -> str: ...
@@ -66,7 +69,6 @@ class Engine:
         tile: int,
         version: str,
         streaming: bool | None = None,
-        rails: tuple[int, int, bool] = (0, 2, False),
     ) -> None: ...
     def weights(self, worker: int, layer: int) -> View: ...
     def gradients(self, worker: int, layer: int) -> View: ...

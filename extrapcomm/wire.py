@@ -1,5 +1,7 @@
 """The module that carries bytes between hosts: one for each MPI, and it must be mpi4py's."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,90 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["built_wires", "wire_over"]
+__all__ = ["Line", "WireOptions", "built_wires", "take_line", "wire_over"]
 
 _FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich"}
 _LARGEST = 1 << 30  # bytes of one message; MPI counts them in 31 bits
 
 
+@dataclass(frozen=True)
+class WireOptions:
+    """How partial sums and new weights travel between teams; alike on all ranks.
+
+    Args:
+        dtype: of partial sums on the wire. "bfloat16" halves the bytes of that way and rounds each team's sum, so the
+            result depends on how workers are spread over teams. New weights always travel in the master type, and
+            float64 stays as it is.
+        chunk: elements of each worker's segment that travel together, rounded up to 1024; by default what suits MPI's
+            short messages and the number of teams.
+        window: how many chunks may be under way before the first of them must have arrived.
+
+    Raises:
+        UsageError: for values that cannot be.
+    """
+
+    dtype: str = "float32"
+    chunk: int | None = None
+    window: int = 8
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"the wire's dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
+        if self.chunk is not None and not (_is_whole(self.chunk) and self.chunk > 0):
+            raise UsageError(f"the wire's chunk must be a number of elements, not {self.chunk!r}")
+        if not (_is_whole(self.window) and 0 < self.window <= 1024):
+            raise UsageError(f"the wire's window must be 1 to 1024 chunks, not {self.window!r}")
+
+    def for_core(self) -> tuple[int, int, bool]:
+        """As the engine takes it."""
+        return self.chunk or 0, self.window, self.dtype == "bfloat16"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def built_wires() -> list[str]:
     """The MPIs for which this installation has a wire."""
     return sorted(path.name.split(".")[0].removeprefix("_mpi_") for path in Path(__file__).parent.glob("_mpi_*.so"))
+
+
+@dataclass
+class Line:
+    """A communicator for wires alone. It is never freed, but used again by the next world of the same processes.
+
+    A rank that leaves says so to ranks that may not be listening any more; to free a communicator in which a message
+    lies unread is a mistake that some MPIs answer with a hang. Channels go on counting, so old messages are not taken
+    for new ones.
+    """
+
+    comm: "MPI.Intracomm"
+    number: int
+    channels: int = 0
+    taken: bool = True
+
+
+_lines: dict[tuple[int, ...], list[Line]] = {}
+
+
+def take_line(
+    comm: "MPI.Intracomm",
+    all_gather: Callable[[bytes], list[bytes]],
+    duplicate: Callable[[], "MPI.Intracomm"],
+) -> Line:
+    """Collective: a line of the communicator's processes that is free on all of them, or a new one."""
+    from mpi4py import MPI
+
+    group, whole = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    lines = _lines.setdefault(tuple(group.Translate_ranks(None, whole)), [])
+    free = [line for line in lines if not line.taken]
+    offers = {offer.decode() for offer in all_gather(str(free[0].number if free else -1).encode())}
+    if free and offers == {str(free[0].number)}:
+        free[0].taken = True
+        return free[0]
+    numbers = all_gather(str(max((line.number for line in lines), default=-1) + 1).encode())
+    lines.append(Line(duplicate(), max(int(number) for number in numbers)))
+    return lines[-1]
 
 
 def wire_over(comm: "MPI.Intracomm") -> _core.Wire:

@@ -15,7 +15,7 @@ import numpy as np
 from . import _core, errors
 from .errors import CommError, PeerError, UsageError
 from .launch import require_launchers_mpi, singleton_warning
-from .wire import wire_over
+from .wire import Line, WireOptions, take_line, wire_over
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,6 +43,7 @@ class World:
         workers: how many workers each rank drives.
         workers_per_team: at most so many workers share memory; the ranks of one host then make several teams, in
             their order. For hosts whose parts are far from each other, and to try on one machine what several do.
+        wire: how sums travel between teams.
         step_timeout: seconds that a rank may be late for a step before the others raise PeerError.
         pass_timeout: the same inside a step, when all have come.
         warn_after: seconds of waiting after which a warning names who is awaited.
@@ -66,6 +67,7 @@ class World:
         workers: int = 1,
         *,
         workers_per_team: int | None = None,
+        wire: WireOptions | None = None,
         step_timeout: float = 1800.0,
         pass_timeout: float = 60.0,
         warn_after: float = 60.0,
@@ -80,22 +82,28 @@ class World:
         self.rank: int = self.comm.Get_rank()
         self.size: int = self.comm.Get_size()
         self.workers = workers
-        self._wire_comm: MPI.Intracomm | None = None
+        self._line: Line | None = None
         error: Exception | None = None
         try:
             _check_arguments(workers, workers_per_team, (step_timeout, pass_timeout, warn_after), provider)
+            if not isinstance(wire, WireOptions | None):
+                raise UsageError(f"wire must be WireOptions, not {wire!r}")
             if comm is None:
                 require_launchers_mpi(self.size, _library())
         except Exception as caught:
             error = caught
         limit = "" if workers_per_team is None else f", {workers_per_team} per team"
-        self.agree(error, f"World of {workers} workers per rank{limit}")
+        way = "" if wire is None else f", {wire}"
+        self.agree(error, f"World of {workers} workers per rank{limit}{way}")
         if comm is None and (warning := singleton_warning(self.size)):
             log.warning(warning)
         topology = self._find_teams(workers_per_team)
+        several = len(topology.teams) > 1
         self._team = _core.Team(
             topology=topology,
-            wire=self._make_wire() if len(topology.teams) > 1 else None,
+            wire=self._make_wire() if several else None,
+            first_channel=self._line.channels if self._line else 0,
+            rails=(wire or WireOptions()).for_core(),
             all_gather=self._all_gather,
             warn=log.warning,
             step_timeout=step_timeout,
@@ -156,8 +164,6 @@ class World:
         """
         if self._leave() and not self._lost and os.getpid() == self._pid:
             _free(self.comm)
-            if self._wire_comm is not None:
-                _free(self._wire_comm)
 
     def _require_member(self) -> None:
         if os.getpid() != self._pid:
@@ -173,6 +179,8 @@ class World:
         if self._team is None:
             return False
         self._team.leave(_words(error or sys.exc_info()[1]))
+        if self._line:
+            self._line.channels, self._line.taken = self._team.channels, False
         self._team = None
         _open_worlds.discard(self)
         return True
@@ -198,6 +206,9 @@ class World:
         if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
             raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        return self._copy(comm)
+
+    def _copy(self, comm: "MPI.Intracomm") -> "MPI.Intracomm":
         duplicate, request = comm.Idup()
         self._wait(request, duplicate)
         return duplicate
@@ -214,13 +225,10 @@ class World:
         return _core.Topology(rank=self.rank, workers=self.workers, teams=sorted(teams), hosts=names)
 
     def _make_wire(self) -> _core.Wire:
-        """A communicator of its own, so that no other traffic can be taken for the wire's."""
-        duplicate, request = self.comm.Idup()
-        self._wait(request, duplicate)
-        self._wire_comm = duplicate
         error: Exception | None = None
+        self._line = take_line(self.comm, self._all_gather, lambda: self._copy(self.comm))
         try:
-            wire = wire_over(duplicate)
+            wire = wire_over(self._line.comm)
         except Exception as caught:
             error = caught
         self.agree(error, "wire")

@@ -38,12 +38,18 @@ std::function<void(const std::string&)> warn_through(const py::function& callbac
   };
 }
 
-std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire,
+// (elements of a chunk or 0, chunks under way, narrow)
+using RailTuple = std::tuple<std::int64_t, int, bool>;
+
+std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t first_channel, const RailTuple& rails,
                                 const py::function& all_gather, const py::function& warn, double step_timeout,
                                 double pass_timeout, double warn_after, const std::string& provider) {
   TeamOptions options;
   options.topology = topology;
   options.wire = std::move(wire);
+  options.first_channel = first_channel;
+  const auto& [chunk, window, narrow] = rails;
+  options.rails = {chunk, window, narrow};
   options.provider = provider == "posix" ? Provider::posix : Provider::memfd;
   options.limits = {Seconds(step_timeout), Seconds(pass_timeout), Seconds(warn_after)};
   options.all_gather = all_gather_through(all_gather);
@@ -62,9 +68,10 @@ void register_comm(py::module_& module) {
       .def_property_readonly("teams", &Topology::teams)
       .def_property_readonly("keeps_order", &Topology::keeps_order);
   py::class_<Team, std::shared_ptr<Team>>(module, "Team", "The ranks that opened each other's memory.")
-      .def(py::init(&make_team), py::kw_only(), py::arg("topology"), py::arg("wire"), py::arg("all_gather"),
+      .def(py::init(&make_team), py::kw_only(), py::arg("topology"), py::arg("wire"), py::arg("first_channel"), py::arg("rails"), py::arg("all_gather"),
            py::arg("warn"), py::arg("step_timeout"), py::arg("pass_timeout"), py::arg("warn_after"),
            py::arg("provider"))
+      .def_property_readonly("channels", &Team::channels)
       .def("alive", &Team::alive, py::arg("place"))
       .def("departed", &Team::departed, py::arg("place"))
       .def("farewell", &Team::farewell, py::arg("place"))

@@ -41,23 +41,18 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
 // (name, in units of the rule's steps, clipped, seed)
 using ExtrapolationTuple = std::tuple<std::string, bool, bool, std::uint64_t>;
 
-// (elements of a chunk or 0, chunks under way, narrow)
-using RailTuple = std::tuple<std::int64_t, int, bool>;
-
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
                                     const std::string& rule, const ExtrapolationTuple& extrapolation,
                                     std::int64_t tile, const std::string& version,
-                                    std::optional<bool> streaming, const RailTuple& rails) {
+                                    std::optional<bool> streaming) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
-  const auto& [chunk, window, narrow] = rails;
   const EngineOptions options{.rule = rule,
                               .extrapolation = {name, scaled, clipped, seed},
                               .groups = groups_from(groups),
                               .tile = tile,
                               .streaming = streaming,
-                              .rails = {chunk, window, narrow},
                               .version = version};
   const py::gil_scoped_release nogil;
   return Engine::create(std::move(team), specs, options);
@@ -195,8 +190,7 @@ void register_engine_class(py::module_& module) {
       .value("along", Observe::along);
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
-           py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none(),
-           py::arg("rails") = RailTuple{0, 2, false})
+           py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
       .def("weights", [](const Engine& e, int v,
                          std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
       .def("gradients",

@@ -8,16 +8,15 @@
 namespace xc {
 
 std::int64_t Herald::open_channel() {
-  calls_.push_back(0);
-  left_.push_back(false);
-  return static_cast<std::int64_t>(calls_.size()) - 1;
+  open_.emplace_back();
+  return channels() - 1;
 }
 
 // A wire that is broken, too, leaves the others to their deadlines.
 void Herald::tell(std::int64_t channel, Failure why, int about, const std::string& reason) {
-  if (!wire_ || left_[static_cast<std::size_t>(channel)]) return;
-  left_[static_cast<std::size_t>(channel)] = about == topology_.rank();
-  News news{channel, calls_[static_cast<std::size_t>(channel)], about, why, {}};
+  if (!wire_ || at(channel).left) return;
+  at(channel).left = about == topology_.rank();
+  News news{channel, at(channel).call, about, why, {}};
   reason.copy(news.reason, whole_characters(reason, kReasonBytes - 1));
   std::byte bytes[Wire::kNoticeBytes] = {};
   std::memcpy(bytes, &news, sizeof news);
@@ -32,8 +31,8 @@ void Herald::tell(std::int64_t channel, Failure why, int about, const std::strin
 }
 
 void Herald::leave(const std::string& reason) {
-  for (std::size_t channel = 0; channel < calls_.size(); ++channel)
-    tell(static_cast<std::int64_t>(channel), Failure::departed, topology_.rank(), reason);
+  for (std::int64_t channel = first_; channel < channels(); ++channel)
+    tell(channel, Failure::departed, topology_.rank(), reason);
 }
 
 std::optional<Herald::News> Herald::heard(std::int64_t channel) {
@@ -41,7 +40,7 @@ std::optional<Herald::News> Herald::heard(std::int64_t channel) {
   std::byte bytes[Wire::kNoticeBytes];
   while (wire_->notice(bytes)) std::memcpy(&heard_.emplace_back(), bytes, sizeof(News));
   for (const News& news : heard_)
-    if (news.channel == channel && news.call <= calls_[static_cast<std::size_t>(channel)]) return news;
+    if (news.channel == channel && news.call <= at(channel).call) return news;
   return std::nullopt;
 }
 

@@ -28,12 +28,13 @@ class Herald {
   };
   static_assert(sizeof(News) <= Wire::kNoticeBytes);
 
-  Herald(const Topology& topology, std::shared_ptr<Wire> wire)
-      : topology_(topology), wire_(std::move(wire)) {}
+  Herald(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t first_channel)
+      : topology_(topology), wire_(std::move(wire)), first_(first_channel) {}
 
   std::int64_t open_channel();
+  std::int64_t channels() const { return first_ + static_cast<std::int64_t>(open_.size()); }
   // This rank is in that call of a channel, or comes to it next.
-  void set_call(std::int64_t channel, std::uint64_t call) { calls_[static_cast<std::size_t>(channel)] = call; }
+  void set_call(std::int64_t channel, std::uint64_t call) { at(channel).call = call; }
   // Says that `about` takes no part in the present call of the channel, nor in any later one; of this rank
   // itself once.
   void tell(std::int64_t channel, Failure why, int about, const std::string& reason = {});
@@ -43,10 +44,16 @@ class Herald {
   std::optional<News> heard(std::int64_t channel);
 
  private:
+  struct Channel {
+    std::uint64_t call = 0;
+    bool left = false;  // this rank has said so
+  };
+  Channel& at(std::int64_t channel) { return open_[static_cast<std::size_t>(channel - first_)]; }
+
   const Topology& topology_;
   std::shared_ptr<Wire> wire_;
-  std::vector<std::uint64_t> calls_;  // of each channel
-  std::vector<bool> left_;            // whether this rank has said that it left it
+  std::int64_t first_;
+  std::vector<Channel> open_;
   std::vector<News> heard_;
 };
 

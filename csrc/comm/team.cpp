@@ -37,7 +37,7 @@ Team::Team(TeamOptions options)
     : options_(std::move(options)),
       members_(topology().members()),
       place_(topology().place()),
-      herald_(options_.topology, options_.wire),
+      herald_(options_.topology, options_.wire, options_.first_channel),
       beacon_(is_local() ? Provider::memfd : options_.provider) {
   greet();
   processors_ = count_processors(team_gather(own_processors()));

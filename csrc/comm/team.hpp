@@ -23,6 +23,8 @@ namespace xc {
 struct TeamOptions {
   Topology topology = Topology::one_team(0, 1, 1);
   std::shared_ptr<Wire> wire;  // none with one team
+  std::int64_t first_channel = 0;  // others have been used on this wire before
+  RailOptions rails;
   Provider provider = Provider::memfd;
   Limits limits;
   // Gives every rank's bytes to every rank, in the order of ranks; of all teams.
@@ -52,6 +54,8 @@ class Team {
   const Limits& limits() const { return options_.limits; }
   // The wire to the other teams; null if there are none.
   Wire* wire() const { return options_.wire.get(); }
+  std::int64_t channels() const { return herald_.channels(); }  // used on the wire so far
+  const RailOptions& rails() const { return options_.rails; }
 
   // Collective. Each rank brings `bytes` of its own, zeroed, and sees its team's.
   Shared share(std::size_t bytes) { return is_local() ? share_locally(bytes) : share_files(bytes); }

@@ -28,4 +28,11 @@ class Wire {
   virtual bool notice(void* bytes) = 0;
 };
 
+// How sums between teams are cut for the wire.
+struct RailOptions {
+  std::int64_t chunk = 0;  // elements of a segment; 0: as many as suit the buffers
+  int window = 2;          // chunks that a leg may be behind the one before it
+  bool narrow = false;     // partial sums travel as bfloat16
+};
+
 }  // namespace xc

@@ -49,7 +49,7 @@ class EngineOf final : public Engine {
         arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
                 Exchange::control_bytes(names_.size(), plan_.layers.size())),
         exchange_(team, arenas_.control(), names_, plan_.layers.size()),
-        rails_(rails_for<T>(exchange_, plan_, options.rails, arenas_.memory())),
+        rails_(rails_for<T>(exchange_, plan_, arenas_.memory())),
         stepper_(plan_, arenas_, runs_, rails_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}

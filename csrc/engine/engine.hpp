@@ -11,7 +11,6 @@
 
 #include "comm/team.hpp"
 #include "engine/plan.hpp"
-#include "engine/rails.hpp"
 
 namespace xc {
 
@@ -42,7 +41,6 @@ struct EngineOptions {
   std::int64_t tile = 512;
   std::optional<bool>
       streaming;        // publish past the cache; by default when a step moves more than the cache holds
-  RailOptions rails = {};
   std::string version;  // of the library, part of the signature
 };
 

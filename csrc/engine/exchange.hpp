@@ -89,14 +89,12 @@ class Exchange {
 
 // The rails of an engine or array that goes by this exchange; none with one team.
 template <class T>
-std::unique_ptr<Rails<T>> rails_for(Exchange& exchange, const Plan& plan, const RailOptions& options,
-                                    Shared memory) {
+std::unique_ptr<Rails<T>> rails_for(Exchange& exchange, const Plan& plan, Shared memory) {
   if (!exchange.team().wire()) return nullptr;
   const auto wait = [&exchange](const auto& done, const auto& awaited) {
     exchange.wait_for_wire(done, awaited);
   };
-  return std::make_unique<Rails<T>>(exchange.team(), plan, options, exchange.channel(), wait,
-                                    std::move(memory));
+  return std::make_unique<Rails<T>>(exchange.team(), plan, exchange.channel(), wait, std::move(memory));
 }
 
 }  // namespace xc

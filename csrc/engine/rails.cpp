@@ -10,8 +10,8 @@
 namespace xc {
 namespace {
 
-constexpr std::int64_t kBufferBytes = std::int64_t{64} << 20;  // of all chunks under way, about
-constexpr std::int64_t kLongestChunk = std::int64_t{1} << 17;
+constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;  // of all chunks under way, about
+constexpr std::int64_t kShortMessage = std::int64_t{60} << 10;  // bytes that MPIs send without asking first
 
 constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
 constexpr DType wire_type(double, bool) { return DType::f64; }
@@ -53,19 +53,18 @@ template <class T>
 std::int64_t suitable_chunk(const Topology& topology, int flights) {
   const std::int64_t slices = 2 * topology.workers() * (topology.team_count() - 1) * flights;
   const std::int64_t most = kBufferBytes / (slices * std::int64_t{sizeof(T)});
-  return std::clamp(most / kNormGrid * kNormGrid, kNormGrid, kLongestChunk);
+  return std::clamp(most / kNormGrid * kNormGrid, kNormGrid, kShortMessage / std::int64_t{sizeof(T)});
 }
 
 }  // namespace
 
 template <class T>
-Rails<T>::Rails(const Team& team, const Plan& plan, const RailOptions& options, std::int64_t channel, Wait wait,
-                Shared memory)
+Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait, Shared memory)
     : topology_(team.topology()),
       wire_(*team.wire()),
       plan_(plan),
-      narrow_(options.narrow),
-      window_(options.window),
+      narrow_(team.rails().narrow),
+      window_(team.rails().window),
       channel_(channel),
       wait_(std::move(wait)),
       memory_(std::move(memory)),
@@ -76,7 +75,7 @@ Rails<T>::Rails(const Team& team, const Plan& plan, const RailOptions& options, 
   std::int64_t longest = 0;
   for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
   const std::int64_t wanted =
-      options.chunk > 0 ? options.chunk : suitable_chunk<T>(topology_, static_cast<int>(flights_.size()));
+      team.rails().chunk > 0 ? team.rails().chunk : suitable_chunk<T>(topology_, static_cast<int>(flights_.size()));
   chunk_ = std::max<std::int64_t>(1, std::min((wanted + kNormGrid - 1) / kNormGrid * kNormGrid, longest));
   chunks_ = (longest + chunk_ - 1) / chunk_;
   const auto others = static_cast<std::size_t>(topology_.team_count() - 1);

@@ -28,12 +28,6 @@ inline int tag_of(std::int64_t channel, Tag tag) {
   return static_cast<int>(channel % kChannels) * kTags + static_cast<int>(tag);
 }
 
-struct RailOptions {
-  std::int64_t chunk = 0;  // elements of a segment; 0: as many as suit the buffers
-  int window = 2;          // chunks that a leg may be behind the one before it
-  bool narrow = false;     // partial sums travel as bfloat16
-};
-
 // A slice of one segment.
 struct Slice {
   int segment;
@@ -58,7 +52,7 @@ class Rails {
                                   const std::function<std::vector<int>()>& awaited)>;
 
   // `memory` is where arrays lie that the wire may still write to when something failed.
-  Rails(const Team& team, const Plan& plan, const RailOptions& options, std::int64_t channel, Wait wait,
+  Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait,
         Shared memory);
   ~Rails();
   Rails(const Rails&) = delete;

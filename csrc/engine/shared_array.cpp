@@ -56,9 +56,9 @@ SharedArray::SharedArray(std::shared_ptr<Team> team, DType dtype, std::int64_t c
     for (std::size_t v = 0; v < static_cast<std::size_t>(team->workers_per_rank()); ++v)
       arrays_.push_back(memory->data() + control_bytes_ + v * stride_);
   if (dtype_ == DType::f64)
-    wide_rails_ = rails_for<double>(exchange_, plan_, {}, {});
+    wide_rails_ = rails_for<double>(exchange_, plan_, {});
   else
-    rails_ = rails_for<float>(exchange_, plan_, {}, {});
+    rails_ = rails_for<float>(exchange_, plan_, {});
 }
 
 // Of a worker of this team.

@@ -114,12 +114,13 @@ void Stepper<T>::last_pass_over_rails(const Engine::Step& step, Gradient how, Su
   how.received = true;
   const bool by_mean = any([](const Run<T>& run) { return run.extrapolation->by_mean(); });
   const bool by_filter = any([](const Run<T>& run) { return run.extrapolation->per_filter; });
+  const bool scaled = maker_.scaled() && any([](const Run<T>& run) { return run.kernel->factor != nullptr; });
   mean_.resize(by_mean ? carried_elements_ : 0);
-  factor_.resize(maker_.scaled() ? carried_elements_ : 0);
+  factor_.resize(scaled ? carried_elements_ : 0);
 
   Sums of_mean = sums;
   of_mean.workers = false;
-  const Pass<T> pass = apply_pass<T>(how, of_mean, maker_.scaled());
+  const Pass<T> pass = apply_pass<T>(how, of_mean, scaled);
   std::vector<Sinks> own;
   for (std::size_t v = 0; v < arenas_.own_shards().size(); ++v)
     own.push_back(sinks(arenas_.first_worker() + v, of_mean));
