@@ -200,6 +200,7 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 
 template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
+  if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
   const auto here = present_here(step.present);
@@ -226,7 +227,6 @@ template <class T>
 Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
   const auto meet = [&](bool touched) { exchange_.meet_between_passes(steps_ + 1, touched); };
   if (step.fused) return stepper_.run(step, marks, meet);
-  if (rails_) throw UsageError("an unfused step works inside one team");
   stepper_.run_unfused(step, marks);
   return {};
 }
@@ -370,8 +370,12 @@ void EngineOf<T>::close() {
   exchange_.close();
 }
 
-void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& options) {
+void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& options, const Topology& teams) {
   if (family_index(options.rule) < 0) throw UsageError("there is no rule '" + options.rule + "'");
+  if (teams.team_count() > 1 && families()[std::size_t(family_index(options.rule))].compares_workers)
+    throw UsageError("rule '" + options.rule +
+                     "' compares all workers' gradients element by element, which must lie in one team; between "
+                     "hosts take another rule");
   if (extrapolation_index(options.extrapolation.name) < 0)
     throw UsageError("there is no extrapolation '" + options.extrapolation.name + "'");
   if (options.tile < 1) throw UsageError("tile must be at least one element");
@@ -402,7 +406,7 @@ std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<con
   Plan plan;
   std::size_t least = 0;
   team->agree<UsageError>(complaint_of([&] {
-    check_arguments(layers, options);
+    check_arguments(layers, options, team->topology());
     least = bytes_of(layers);
   }));
   team->agree(complaint_of([&] { require_obtainable(least); }));

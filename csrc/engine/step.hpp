@@ -92,13 +92,18 @@ class Stepper {
   std::vector<double*> arrays_of_workers(std::size_t k) const;
 
   bool must_wait_for_scalars(const Engine::Step& step) const;
-  void require_rails_suffice() const;
   void collect_total();
   void add_team(const Slice& slice, T* to);
   void sum_over_rails(Gradient gradient, Sums sums);
   void share_sums(Sums sums);
   void last_pass_over_rails(const Engine::Step& step, Gradient how, Sums sums, const Meet& meet);
+  void sum_workers(Sums sums);
+  bool has_factor() const;
+  std::vector<typename Rails<T>::Array> make_ready_to_gather();
+  void keep_displacement(const Slice& slice, Kept<T>& kept);
+  void apply_slice(const Pass<T>& pass, const Slice& slice, const T* total, Sinks& sinks);
   void publish_slice(const Slice& slice);
+  void publish_with_filters(const Meet& meet);
   Shard<T> part(const Slice& slice) const;
   T* total_of(std::size_t k);
   T* carried_of(std::vector<T>& array, std::size_t k) const;

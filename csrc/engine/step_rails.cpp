@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "core/error.hpp"
-
 // The step with several teams. If nothing has to be known of the whole gradient first, each chunk goes through
 // everything at once: its total comes in, the rule is applied, the new weights go out. Otherwise all totals
 // come in first and wait; passes over them sum; and the last pass lets the new weights out.
@@ -13,15 +11,6 @@ namespace xc {
 template <class T>
 bool Stepper<T>::must_wait_for_scalars(const Engine::Step& step) const {
   return step.wants_norm() || step.observe == Observe::before || maker_.measures() > 0;
-}
-
-// A rule that compares the workers' gradients element by element would need all of them at the owner.
-template <class T>
-void Stepper<T>::require_rails_suffice() const {
-  if (any([](const Run<T>& run) { return run.kernel->extra == Extra::spread; }))
-    throw UsageError(
-        "this rule compares all workers' gradients element by element, which must lie in one team: use it on "
-        "one host, or another rule between hosts");
 }
 
 // Null for segments of others.
@@ -58,7 +47,6 @@ void Stepper<T>::add_team(const Slice& slice, T* to) {
 
 template <class T>
 void Stepper<T>::collect_total() {
-  require_rails_suffice();
   const auto own = arenas_.own_shards();
   total_.resize(static_cast<std::size_t>(own.back().end - own.front().begin));
   rails_->reduce({.partial = [this](const Slice& slice, T* to) { add_team(slice, to); },
@@ -79,11 +67,15 @@ void Stepper<T>::sum_over_rails(Gradient gradient, Sums sums) {
   Sums of_mean = sums;
   of_mean.workers = of_mean.own_squares = false;
   if (of_mean.any()) walk_own(summing_pass<T>(gradient, of_mean), of_mean);
-  if (of_workers.any())
-    for (const int k : arenas_.carried())
-      walk_segment(summing_pass<T>({.needed = false}, of_workers), of_workers, static_cast<std::size_t>(k),
-                   arenas_.shards()[static_cast<std::size_t>(k)]);
+  if (of_workers.any()) sum_workers(of_workers);
   share_sums(sums);
+}
+
+template <class T>
+void Stepper<T>::sum_workers(Sums sums) {
+  for (const int k : arenas_.carried())
+    walk_segment(summing_pass<T>({.needed = false}, sums), sums, static_cast<std::size_t>(k),
+                 arenas_.shards()[static_cast<std::size_t>(k)]);
 }
 
 // After it and the team's next meeting every rank has the sums of all cells.
@@ -98,69 +90,83 @@ void Stepper<T>::share_sums(Sums sums) {
     for (int q = 0; q < kMaxSums; ++q) rails_->share(numbers(kStatistics + q));
 }
 
+// What displaces beside each worker's own gradient is known to the owner only, and travels with the weights.
 template <class T>
-void Stepper<T>::publish_slice(const Slice& slice) {
+bool Stepper<T>::has_factor() const {
+  return maker_.scaled() && any([](const Run<T>& run) { return run.kernel->factor != nullptr; });
+}
+
+template <class T>
+std::vector<typename Rails<T>::Array> Stepper<T>::make_ready_to_gather() {
+  const bool by_mean = any([](const Run<T>& run) { return run.extrapolation->by_mean(); });
+  mean_.resize(by_mean ? carried_elements_ : 0);
+  factor_.resize(has_factor() ? carried_elements_ : 0);
+  std::vector<typename Rails<T>::Array> arrays = {
+      [this](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].w; }};
+  for (std::vector<T>* const array : {&mean_, &factor_})
+    if (!array->empty())
+      arrays.push_back([this, array](int k) { return carried_of(*array, static_cast<std::size_t>(k)); });
+  return arrays;
+}
+
+// What a pass over a slice leaves behind for those who publish it.
+template <class T>
+void Stepper<T>::keep_displacement(const Slice& slice, Kept<T>& kept) {
   const auto k = static_cast<std::size_t>(slice.segment);
   const std::int64_t offset = slice.begin - plan_.segments[k].begin;
-  Kept<T> kept{.filters = &filters_};
   if (!mean_.empty()) kept.mean = carried_of(mean_, k) + offset;
   if (!factor_.empty()) kept.factor = carried_of(factor_, k) + offset;
+}
+
+template <class T>
+void Stepper<T>::publish_slice(const Slice& slice) {
+  Kept<T> kept{.filters = &filters_};
+  keep_displacement(slice, kept);
   walk<T>(publication_pass<T>(streaming_), arenas_.workers(), runs_, part(slice), buffers_, kept);
 }
 
 template <class T>
-void Stepper<T>::last_pass_over_rails(const Engine::Step& step, Gradient how, Sums sums, const Meet& meet) {
-  require_rails_suffice();
-  how.received = true;
-  const bool by_mean = any([](const Run<T>& run) { return run.extrapolation->by_mean(); });
-  const bool by_filter = any([](const Run<T>& run) { return run.extrapolation->per_filter; });
-  const bool scaled = maker_.scaled() && any([](const Run<T>& run) { return run.kernel->factor != nullptr; });
-  mean_.resize(by_mean ? carried_elements_ : 0);
-  factor_.resize(scaled ? carried_elements_ : 0);
+void Stepper<T>::apply_slice(const Pass<T>& pass, const Slice& slice, const T* total, Sinks& sinks) {
+  Kept<T> kept = this->kept(sinks);
+  kept.received = total;
+  keep_displacement(slice, kept);
+  walk<T>(pass, arenas_.workers(), runs_, part(slice), buffers_, kept);
+}
 
+template <class T>
+void Stepper<T>::last_pass_over_rails(const Engine::Step& step, Gradient how, Sums sums, const Meet& meet) {
+  how.received = true;
+  const auto arrays = make_ready_to_gather();
   Sums of_mean = sums;
   of_mean.workers = false;
-  const Pass<T> pass = apply_pass<T>(how, of_mean, scaled);
+  const Pass<T> pass = apply_pass<T>(how, of_mean, has_factor());
+  const std::size_t first = arenas_.first_worker();
   std::vector<Sinks> own;
-  for (std::size_t v = 0; v < arenas_.own_shards().size(); ++v)
-    own.push_back(sinks(arenas_.first_worker() + v, of_mean));
+  for (std::size_t v = 0; v < arenas_.own_shards().size(); ++v) own.push_back(sinks(first + v, of_mean));
   const auto settle = [&](const Slice& slice, const T* total) {
-    const auto k = static_cast<std::size_t>(slice.segment);
-    const std::int64_t offset = slice.begin - plan_.segments[k].begin;
-    Kept<T> kept = this->kept(own[k - arenas_.first_worker()]);
-    kept.received = total;
-    if (by_mean) kept.mean = carried_of(mean_, k) + offset;
-    if (!factor_.empty()) kept.factor = carried_of(factor_, k) + offset;
-    walk<T>(pass, arenas_.workers(), runs_, part(slice), buffers_, kept);
+    apply_slice(pass, slice, total, own[static_cast<std::size_t>(slice.segment) - first]);
   };
-  std::vector<typename Rails<T>::Array> arrays = {
-      [this](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].w; }};
-  if (by_mean) arrays.push_back([this](int k) { return carried_of(mean_, static_cast<std::size_t>(k)); });
-  if (!factor_.empty())
-    arrays.push_back([this](int k) { return carried_of(factor_, static_cast<std::size_t>(k)); });
-  const auto partial = [this](const Slice& slice, T* to) { add_team(slice, to); };
-  const auto publish = [this](const Slice& slice) { publish_slice(slice); };
-  const std::function<void(const Slice&)> later;
+  const bool by_filter = any([](const Run<T>& run) { return run.extrapolation->per_filter; });
+  std::function<void(const Slice&)> publish;
+  if (!by_filter) publish = [this](const Slice& slice) { publish_slice(slice); };
 
   if (must_wait_for_scalars(step)) {
-    for (std::size_t v = 0; v < own.size(); ++v) {
-      const std::size_t k = arenas_.first_worker() + v;
-      const Segment& segment = plan_.segments[k];
-      settle({static_cast<int>(k), segment.begin, segment.end}, total_of(k));
-    }
-    rails_->gather({.partial = {}, .settle = {}, .publish = by_filter ? later : publish}, arrays);
+    for (std::size_t k = first; k < first + own.size(); ++k)
+      settle({static_cast<int>(k), plan_.segments[k].begin, plan_.segments[k].end}, total_of(k));
+    rails_->gather({.partial = {}, .settle = {}, .publish = publish}, arrays);
   } else {
-    rails_->reduce_and_gather({partial, settle, by_filter ? later : publish}, arrays);
+    const auto partial = [this](const Slice& slice, T* to) { add_team(slice, to); };
+    rails_->reduce_and_gather({partial, settle, publish}, arrays);
   }
-  for (Sinks& sums_of : own) sums_of.finish();
-  if (sums.workers) {
-    const Sums of_workers{.workers = true};
-    for (const int k : arenas_.carried())
-      walk_segment(summing_pass<T>({.needed = false}, of_workers), of_workers, static_cast<std::size_t>(k),
-                   arenas_.shards()[static_cast<std::size_t>(k)]);
-  }
+  for (Sinks& sinks : own) sinks.finish();
+  if (sums.workers) sum_workers({.workers = true});
   share_sums(sums);
-  if (!by_filter) return;
+  if (by_filter) publish_with_filters(meet);
+}
+
+// Filters may reach over segments, so their norms wait for all new weights.
+template <class T>
+void Stepper<T>::publish_with_filters(const Meet& meet) {
   meet(true);
   filters_.forget();
   for (const int k : arenas_.carried()) {

@@ -163,7 +163,8 @@ std::vector<FamilyInfo> infos(Families<F...>) {
                      measures_of<typename F::template Member<float, 0>>(),
                      Projecting<typename F::template Member<float, 0>>,
                      kHasFactor<typename F::template Member<float, 0>, float>,
-                     Revising<typename F::template Member<float, 0>>, &F::member}...};
+                     Revising<typename F::template Member<float, 0>>,
+                     extra_of<typename F::template Member<float, 0>>() == Extra::spread, &F::member}...};
 }
 
 }  // namespace

@@ -162,6 +162,7 @@ struct FamilyInfo {
   bool projects;
   bool has_factor;
   bool revises;
+  bool compares_workers;  // element by element, so that all their gradients must lie in one place
   unsigned (*member)(unsigned flags, Hyper hyper);
 };
 
