@@ -32,7 +32,7 @@ class Team:
         topology: Topology,
         wire: Wire | None,
         first_channel: int,
-        rails: tuple[int, int, bool],
+        rails: tuple[int, int, bool, str, float, float, float],
         all_gather: Callable[[bytes], list[bytes]],
         warn: Callable[[str], None],
         step_timeout: float,
@@ -54,6 +54,7 @@ class Observe:
 Revise = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
 class Engine:
+    way: str
     steps: int
     slots: int
     last_step_seconds: float

@@ -164,6 +164,11 @@ class Engine(Gained):
         return self._core.steps
 
     @property
+    def way(self) -> str:
+        """How sums travel between teams: "direct" or "halving" (see `WireOptions`); "none" with one team."""
+        return self._core.way
+
+    @property
     def last_step_seconds(self) -> float:
         """How long the last step took inside the compiled part, in seconds, waiting included."""
         return self._core.last_step_seconds

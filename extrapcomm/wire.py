@@ -1,5 +1,6 @@
 """The module that carries bytes between hosts: one for each MPI, and it must be mpi4py's."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +30,13 @@ class WireOptions:
         chunk: elements of each worker's segment that travel together, rounded up to 1024; by default what suits MPI's
             short messages and the number of teams.
         window: how many chunks may be under way before the first of them must have arrived.
+        way: "direct" sends every partial sum to its owner at once: 2 (M - 1) messages per rank and chunk with M teams.
+            "halving" goes by halves in 2 log2 M messages, one after the other, where M is a power of two and teams
+            are equal (otherwise it is "direct"). "auto" takes what should need less time, by the next three.
+            Both keep the order of summation.
+        latency: seconds that a short message travels.
+        overhead: seconds that a rank needs to begin one.
+        bandwidth: bytes per second of one rank. `python -m extrapcomm tune` measures all three.
 
     Raises:
         UsageError: for values that cannot be.
@@ -37,6 +45,10 @@ class WireOptions:
     dtype: str = "float32"
     chunk: int | None = None
     window: int = 8
+    way: str = "auto"
+    latency: float = 20e-6
+    overhead: float = 1e-6
+    bandwidth: float = 1e9
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -46,9 +58,33 @@ class WireOptions:
         if not (_is_whole(self.window) and 0 < self.window <= 1024):
             raise UsageError(f"the wire's window must be 1 to 1024 chunks, not {self.window!r}")
 
-    def for_core(self) -> tuple[int, int, bool]:
+        if self.way not in ("auto", "direct", "halving"):
+            raise UsageError(f"the wire's way must be 'auto', 'direct' or 'halving', not {self.way!r}")
+        for name in ("latency", "overhead", "bandwidth"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise UsageError(f"the wire's {name} must be a positive number, not {value!r}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "WireOptions":
+        """The options that `python -m extrapcomm tune` has written.
+
+        Raises:
+            UsageError: if the file is not there or holds something else.
+        """
+        try:
+            values = json.loads(Path(path).read_text())["wire"]
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} does not hold the wire's options: {error}; make it with `mpirun ... python -m extrapcomm "
+                f"tune -o {path}`"
+            ) from error
+
+    def for_core(self) -> tuple[int, int, bool, str, float, float, float]:
         """As the engine takes it."""
-        return self.chunk or 0, self.window, self.dtype == "bfloat16"
+        costs = (float(self.latency), float(self.overhead), float(self.bandwidth))
+        return self.chunk or 0, self.window, self.dtype == "bfloat16", self.way, *costs
 
 
 def _is_whole(value: Any) -> bool:

@@ -38,8 +38,16 @@ std::function<void(const std::string&)> warn_through(const py::function& callbac
   };
 }
 
-// (elements of a chunk or 0, chunks under way, narrow)
-using RailTuple = std::tuple<std::int64_t, int, bool>;
+// (elements of a chunk or 0, chunks under way, narrow, way, latency, overhead, bandwidth)
+using RailTuple = std::tuple<std::int64_t, int, bool, std::string, double, double, double>;
+
+RailOptions rails_from(const RailTuple& tuple) {
+  const auto& [chunk, window, narrow, way, latency, overhead, bandwidth] = tuple;
+  const auto which = way == "direct"    ? RailOptions::Way::direct
+                     : way == "halving" ? RailOptions::Way::halving
+                                        : RailOptions::Way::automatic;
+  return {chunk, window, narrow, which, latency, overhead, bandwidth};
+}
 
 std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t first_channel, const RailTuple& rails,
                                 const py::function& all_gather, const py::function& warn, double step_timeout,
@@ -48,8 +56,7 @@ std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> 
   options.topology = topology;
   options.wire = std::move(wire);
   options.first_channel = first_channel;
-  const auto& [chunk, window, narrow] = rails;
-  options.rails = {chunk, window, narrow};
+  options.rails = rails_from(rails);
   options.provider = provider == "posix" ? Provider::posix : Provider::memfd;
   options.limits = {Seconds(step_timeout), Seconds(pass_timeout), Seconds(warn_after)};
   options.all_gather = all_gather_through(all_gather);

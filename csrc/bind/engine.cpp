@@ -231,6 +231,7 @@ void register_engine_class(py::module_& module) {
       .def("forget_collected", &Engine::forget_collected)
       .def("read", &read, py::arg("layer"), py::arg("slot"), py::arg("part") = py::none())
       .def("close", &Engine::close, Free())
+      .def_property_readonly("way", &Engine::way)
       .def_property_readonly("steps", &Engine::steps)
       .def_property_readonly("last_step_seconds", &Engine::last_step_seconds);
 }

@@ -33,6 +33,12 @@ struct RailOptions {
   std::int64_t chunk = 0;  // elements of a segment; 0: as many as suit the buffers
   int window = 2;          // chunks that a leg may be behind the one before it
   bool narrow = false;     // partial sums travel as bfloat16
+  // From all to all, or by halves where teams are equal and a power of two; or what takes less time, given
+  // seconds for a message to travel and for a rank to begin it, and bytes per second.
+  enum class Way { automatic, direct, halving } way = Way::automatic;
+  double latency = 20e-6;
+  double overhead = 1e-6;
+  double bandwidth = 1e9;
 };
 
 }  // namespace xc

@@ -64,6 +64,7 @@ class EngineOf final : public Engine {
   std::int64_t most_updates() const override {
     return updates_.empty() ? 0 : *std::max_element(updates_.begin(), updates_.end());
   }
+  const char* way() const override { return !rails_ ? "none" : rails_->halves() ? "halving" : "direct"; }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 

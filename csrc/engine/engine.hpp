@@ -164,6 +164,8 @@ class Engine {
   virtual std::int64_t updates(std::size_t layer) const = 0;
   virtual std::int64_t most_updates() const = 0;  // of any layer
 
+  // How sums travel between teams: "direct" or "halving"; "none" with one team.
+  virtual const char* way() const = 0;
   virtual std::int64_t steps() const = 0;
   virtual double last_step_seconds() const = 0;
   // Leaves w in every X of this rank and ends its part in the engine. Not collective, idempotent.

@@ -1,6 +1,7 @@
 #include "engine/rails.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "comm/largest.hpp"
@@ -15,27 +16,6 @@ constexpr std::int64_t kShortMessage = std::int64_t{60} << 10;  // bytes that MP
 
 constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
 constexpr DType wire_type(double, bool) { return DType::f64; }
-
-// In place: the first half of the array's bytes holds the shorter numbers.
-void shorten(float* numbers, std::int64_t count) {
-  auto* to = reinterpret_cast<std::byte*>(numbers);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Bf16 shorter = narrow<Bf16>(numbers[i]);
-    std::memcpy(to + i * 2, &shorter, sizeof shorter);
-  }
-}
-void shorten(double*, std::int64_t) {}
-
-// In place, from the last to the first.
-void lengthen(float* numbers, std::int64_t count) {
-  const auto* from = reinterpret_cast<const std::byte*>(numbers);
-  for (std::int64_t i = count - 1; i >= 0; --i) {
-    Bf16 shorter;
-    std::memcpy(&shorter, from + i * 2, sizeof shorter);
-    numbers[i] = widen(shorter);
-  }
-}
-void lengthen(double*, std::int64_t) {}
 
 template <class T>
 constexpr DType master_type() {
@@ -58,6 +38,24 @@ std::int64_t suitable_chunk(const Topology& topology, int flights) {
 
 }  // namespace
 
+void shorten(float* numbers, std::int64_t count) {
+  auto* to = reinterpret_cast<std::byte*>(numbers);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Bf16 shorter = narrow<Bf16>(numbers[i]);
+    std::memcpy(to + i * 2, &shorter, sizeof shorter);
+  }
+}
+
+// From the last to the first, so that nothing is overwritten that is still to be read.
+void lengthen(float* numbers, std::int64_t count) {
+  const auto* from = reinterpret_cast<const std::byte*>(numbers);
+  for (std::int64_t i = count - 1; i >= 0; --i) {
+    Bf16 shorter;
+    std::memcpy(&shorter, from + i * 2, sizeof shorter);
+    numbers[i] = widen(shorter);
+  }
+}
+
 template <class T>
 Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait, Shared memory)
     : topology_(team.topology()),
@@ -76,8 +74,10 @@ Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait w
   for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
   const std::int64_t wanted =
       team.rails().chunk > 0 ? team.rails().chunk : suitable_chunk<T>(topology_, static_cast<int>(flights_.size()));
-  chunk_ = std::max<std::int64_t>(1, std::min((wanted + kNormGrid - 1) / kNormGrid * kNormGrid, longest));
-  chunks_ = (longest + chunk_ - 1) / chunk_;
+  cut(wanted, longest);
+  halving_ = should_halve(team.rails());
+  if (halving_ && team.rails().chunk == 0)
+    cut(kBufferBytes / (2 * static_cast<std::int64_t>(carried_.size()) * std::int64_t{sizeof(T)}), longest);
   const auto others = static_cast<std::size_t>(topology_.team_count() - 1);
   const auto elements = static_cast<std::size_t>(chunk_);
   for (Flight& flight : flights_) {
@@ -86,6 +86,13 @@ Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait w
   }
   sums_.resize(2 * elements);
   scratch_.resize(static_cast<std::size_t>(reduce_scratch_tiles(topology_.team_count())) * elements);
+}
+
+// Into chunks of about so many elements of the longest segment.
+template <class T>
+void Rails<T>::cut(std::int64_t wanted, std::int64_t longest) {
+  chunk_ = std::max<std::int64_t>(1, std::min((wanted + kNormGrid - 1) / kNormGrid * kNormGrid, longest));
+  chunks_ = (longest + chunk_ - 1) / chunk_;
 }
 
 // What a transfer that never ended may still write to stays where it is.
@@ -125,8 +132,31 @@ std::int64_t Rails<T>::wire_bytes(std::int64_t count) const {
 
 // ---- one leg after the other, chunk by chunk ----
 
+// Which way takes less time, by what a message costs to begin and to travel, and a byte. From all to all, the
+// messages of a rank are under way at once; by halves it waits for each.
+template <class T>
+bool Rails<T>::should_halve(const RailOptions& options) const {
+  if (!can_halve(topology_) || options.way == RailOptions::Way::direct) return false;
+  if (options.way == RailOptions::Way::halving) return true;
+  const double others = topology_.team_count() - 1;
+  const double rounds = std::countr_zero(static_cast<unsigned>(topology_.team_count()));
+  const auto chunks = static_cast<double>(chunks_);
+  const double bytes = others * static_cast<double>(own_.size()) * chunks * static_cast<double>(chunk_) * sizeof(T);
+  const double travel = 2 * bytes / options.bandwidth;
+  const double direct =
+      2 * options.latency +
+      std::max(travel, 2 * others * static_cast<double>(own_.size()) * chunks * options.overhead);
+  return 2 * rounds * (options.latency + options.overhead) + travel < direct;
+}
+
 template <class T>
 void Rails<T>::run(const Work& work, const std::vector<Array>& arrays, int from_team) {
+  if (halving_ && from_team < 0) return run_by_halves(work, arrays);
+  run_in_chunks(work, arrays, from_team);
+}
+
+template <class T>
+void Rails<T>::run_in_chunks(const Work& work, const std::vector<Array>& arrays, int from_team) {
   for (std::int64_t i = 0; i < chunks_ + 2 * window_; ++i) {
     if (i < chunks_) begin_chunk(i, work, arrays, from_team);
     if (i >= window_ && i < chunks_ + window_) settle_chunk(i - window_, work, arrays, from_team);

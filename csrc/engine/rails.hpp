@@ -72,6 +72,8 @@ class Rails {
   void share(const std::function<std::span<double>(int segment)>& numbers);
   // The same, the owner's being the tree sum over the teams' first.
   void add_up(const std::function<std::span<double>(int segment)>& numbers);
+  // Whether sums go by halves rather than from all to all.
+  bool halves() const { return halving_; }
   // numbers[i] becomes the largest of all ranks' i-th.
   void largest_of_all(std::vector<double>& numbers);
 
@@ -90,6 +92,18 @@ class Rails {
   };
 
   void run(const Work& work, const std::vector<Array>& arrays, int from_team);
+  void run_in_chunks(const Work& work, const std::vector<Array>& arrays, int from_team);
+
+  static bool can_halve(const Topology& topology);
+  void cut(std::int64_t wanted, std::int64_t longest);
+  bool should_halve(const RailOptions& options) const;
+  void run_by_halves(const Work& work, const std::vector<Array>& arrays);
+  void reduce_by_halves(std::int64_t chunk, const std::vector<int>& order, const Work& work);
+  void gather_by_doubles(std::int64_t chunk, const std::vector<int>& order, const Array& array);
+  void swap(int round, const T* from, T* to, std::int64_t count, bool narrow);
+  int partner(int round) const;
+  std::vector<int> order_of_halves() const;
+
   void begin_chunk(std::int64_t chunk, const Work& work, const std::vector<Array>& arrays, int from_team);
   void settle_chunk(std::int64_t chunk, const Work& work, const std::vector<Array>& arrays, int from_team);
   void publish_chunk(std::int64_t chunk, const Work& work, int from_team);
@@ -123,6 +137,15 @@ class Rails {
   std::vector<Flight> flights_;
   std::vector<T> sums_;     // own team's partial sum, the total, and what wide copies of narrow sums take
   std::vector<T> scratch_;  // of the tree
+  bool halving_;
+  std::vector<T> halves_;  // of all carried segments a chunk, and what a partner sends of it
+  std::vector<T> others_;
 };
+
+// Numbers as bfloat16 in the first half of their own bytes, and back; double stays double.
+void shorten(float* numbers, std::int64_t count);
+void lengthen(float* numbers, std::int64_t count);
+inline void shorten(double*, std::int64_t) {}
+inline void lengthen(double*, std::int64_t) {}
 
 }  // namespace xc
