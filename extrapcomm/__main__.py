@@ -1,4 +1,7 @@
-"""`python -m extrapcomm info`: what was built, what was loaded, and what will hurt. Run it under mpirun as well."""
+"""`python -m extrapcomm info`: what was built, what was loaded, and what will hurt; `tune`: what the wire costs.
+
+Run both under mpirun.
+"""
 
 import argparse
 import json
@@ -11,6 +14,7 @@ from . import _core
 from ._version import __version__
 from .errors import Error
 from .launch import cores_here, machine_limits, singleton_warning
+from .tune import save, tune
 from .world import World
 
 _PACKAGES = ("numpy", "mpi4py", "torch", "cupy", "pybind11")
@@ -22,8 +26,31 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what was built, loaded and found on this machine")
     info.add_argument("--json", action="store_true", help="machine-readable")
+    tuning = commands.add_parser("tune", help="measure what messages between hosts cost, and choose by it")
+    tuning.add_argument("-o", "--output", help="a JSON file for xc.WireOptions.load()")
+    tuning.add_argument("--parameters", type=int, default=1_000_000, help="of the step that is timed")
+    tuning.add_argument("--rounds", type=int, default=11, help="of each measurement")
+    tuning.add_argument("--workers-per-team", type=int, help="cut the ranks of a host into teams of so many")
     options = parser.parse_args(arguments)
-    return show_info(options.json)
+    return show_info(options.json) if options.command == "info" else show_tuning(options)
+
+
+def show_tuning(options: argparse.Namespace) -> int:
+    """Collective; rank 0 prints and writes."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    try:
+        found = tune(comm, options.parameters, options.rounds, options.workers_per_team)
+    except (Error, OSError) as error:
+        if comm.rank == 0:
+            print(f"extrapcomm {__version__}: {error}", file=sys.stderr)
+        return 1
+    if comm.rank == 0:
+        print(json.dumps(found, indent=2))
+        if options.output:
+            save(found, options.output)
+    return 0
 
 
 def show_info(as_json: bool) -> int:

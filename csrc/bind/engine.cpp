@@ -70,7 +70,8 @@ View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::
   return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides};
 }
 
-// A contiguous array of the master type, of the layer's elements in the order of memory, or of a part of them.
+// A contiguous array of the master type, of the layer's elements in the order of memory, or of a part of
+// them.
 py::array read(const Engine& engine, std::size_t layer, int slot,
                std::optional<std::pair<std::int64_t, std::int64_t>> part) {
   const bool is_double = engine.plan().master == DType::f64;

@@ -15,8 +15,8 @@ namespace xc {
 // Bad news between teams. Inside a team everybody sees who is dead or gone; other teams would only see that
 // nothing comes over the wire any more. So whoever finds a failure tells one rank of every other team, which
 // makes its own team fail. News concern one CHANNEL (an engine or array, numbered in the order in which all
-// ranks construct them) from a CALL on: calls before it were completed, and a rank that is still busy with one
-// pays no heed.
+// ranks construct them) from a CALL on: calls before it were completed, and a rank that is still busy with
+// one pays no heed.
 class Herald {
  public:
   struct News {

@@ -23,7 +23,7 @@ class LargestOfAll {
   LargestOfAll(const LargestOfAll&) = delete;
   LargestOfAll& operator=(const LargestOfAll&) = delete;
 
-  bool done();                      // moves it on
+  bool done();                       // moves it on
   std::vector<int> awaited() const;  // ranks that have not been heard
   const std::vector<double>& numbers() const { return state_->numbers; }
 

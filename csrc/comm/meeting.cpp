@@ -230,8 +230,8 @@ void Meeting::meet(const char* where, std::int64_t step, Seconds deadline) {
   }
 }
 
-// Asking is what moves the wire, so it goes on all the time, but gives way to others: soon to whoever may want
-// this processor, later to sleep.
+// Asking is what moves the wire, so it goes on all the time, but gives way to others: soon to whoever may
+// want this processor, later to sleep.
 void Meeting::wait_until(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited,
                          const char* where, std::int64_t step, Seconds deadline) {
   Wait wait{where, step, deadline};

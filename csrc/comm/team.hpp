@@ -22,7 +22,7 @@ namespace xc {
 
 struct TeamOptions {
   Topology topology = Topology::one_team(0, 1, 1);
-  std::shared_ptr<Wire> wire;  // none with one team
+  std::shared_ptr<Wire> wire;      // none with one team
   std::int64_t first_channel = 0;  // others have been used on this wire before
   RailOptions rails;
   Provider provider = Provider::memfd;

@@ -11,9 +11,9 @@ namespace xc {
 // some of them. A rank's index in its team is its PLACE.
 //
 // Every worker owns one segment of the flat parameters, whose update is its rank's work. On each other team
-// one rank CARRIES that segment: it sums its own team's gradients there, sends the sum to the owner, takes the
-// new weights back and gives them to its team. Where teams are of one size this is the rank of the owner's
-// place, so that the ranks of one place, a RAIL, talk only among themselves.
+// one rank CARRIES that segment: it sums its own team's gradients there, sends the sum to the owner, takes
+// the new weights back and gives them to its team. Where teams are of one size this is the rank of the
+// owner's place, so that the ranks of one place, a RAIL, talk only among themselves.
 class Topology {
  public:
   // `teams` hold all ranks from 0 on, each team's in ascending order, the teams in the order of their first
@@ -22,8 +22,8 @@ class Topology {
   // All `size` ranks in one team.
   static Topology one_team(int rank, int size, int workers);
 
-  int rank() const { return rank_; }        // this process's
-  int workers() const { return workers_; }  // of each rank
+  int rank() const { return rank_; }                              // this process's
+  int workers() const { return workers_; }                        // of each rank
   int size() const { return static_cast<int>(team_of_.size()); }  // ranks
   int worker_count() const { return size() * workers_; }
   int team_count() const { return static_cast<int>(teams_.size()); }

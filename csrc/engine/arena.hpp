@@ -35,7 +35,8 @@ class ArenaLayout {
   std::size_t gradients(std::size_t worker) const { return stream(2 * worker + 1); }
 
   std::size_t state_bytes() const { return state_bytes_; }
-  // Of the carried segment number `index`. Slot 0 is W itself, slots 1.. are the rule's, of own segments only.
+  // Of the carried segment number `index`. Slot 0 is W itself, slots 1.. are the rule's, of own segments
+  // only.
   std::size_t master(std::size_t index, std::size_t slot) const;
   std::size_t sums(std::size_t index) const { return sums_offset_[index]; }
   std::size_t progress(std::size_t worker) const;

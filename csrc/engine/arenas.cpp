@@ -7,8 +7,9 @@ namespace {
 
 ArenaLayout layout_of(const Topology& topology, const Plan& plan, int rank, int slots, int sums,
                       std::int64_t tile, std::size_t control_bytes) {
-  return {plan,  rank * topology.workers(), topology.workers(), topology.carried(rank), slots, sums,
-          tile,  control_bytes};
+  return {
+      plan,         rank * topology.workers(), topology.workers(), topology.carried(rank), slots, sums, tile,
+      control_bytes};
 }
 
 }  // namespace

@@ -34,8 +34,8 @@ class Arenas {
   std::size_t first_source() const { return place_ * own_workers_; }
   // X of a worker of this team.
   std::byte* target_of(int worker) const;
-  // The segments of all workers of all teams, in the order of workers, which is that of offsets. State is only
-  // that of the team's own.
+  // The segments of all workers of all teams, in the order of workers, which is that of offsets. State is
+  // only that of the team's own.
   std::span<const Shard<T>> shards() const { return shards_; }
   std::span<const Shard<T>> own_shards() const { return shards().subspan(first_worker_, own_workers_); }
   // The numbers of those that this rank carries, its own among them.

@@ -29,10 +29,10 @@ double CellSums::tree_sum(std::size_t first, std::size_t count) {
 void CellSums::finish() {
   if (cells_.size() > 1)
     for (std::size_t s = 0, count = 1; s < arrays_.size(); s += count) {
-      count = static_cast<std::size_t>(
-          std::find_if(arrays_.begin() + std::ptrdiff_t(s), arrays_.end(),
-                       [&](const double* array) { return array != arrays_[s]; }) -
-          (arrays_.begin() + std::ptrdiff_t(s)));
+      count =
+          static_cast<std::size_t>(std::find_if(arrays_.begin() + std::ptrdiff_t(s), arrays_.end(),
+                                                [&](const double* array) { return array != arrays_[s]; }) -
+                                   (arrays_.begin() + std::ptrdiff_t(s)));
       arrays_[s][cell_] += tree_sum(s, count);
     }
   std::fill(lanes_.begin(), lanes_.end(), 0.0);

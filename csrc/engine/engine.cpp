@@ -113,7 +113,8 @@ class EngineOf final : public Engine {
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
-  std::vector<std::vector<T>> collected_;  // each slot as all teams have it, between collecting and forgetting
+  std::vector<std::vector<T>>
+      collected_;  // each slot as all teams have it, between collecting and forgetting
   std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
@@ -242,8 +243,7 @@ template <class T>
 void EngineOf<T>::begin_local() {
   exchange_.collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
   local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
-  exchange_.collective({Operation::begin_local, steps_ + 1},
-                       [&](const Agreed&) { local_->begin(updates_); });
+  exchange_.collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
 }
 
@@ -331,9 +331,11 @@ void EngineOf<T>::collect_state(std::optional<int> only_rank) {
   const std::uint64_t wanted = only_rank ? std::uint64_t(*only_rank) + 1 : 0;
   exchange_.collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) {
     const bool here = !only_rank || *only_rank == team().rank();
-    collected_.assign(static_cast<std::size_t>(slots()), std::vector<T>(here ? std::size_t(plan_.length) : 0));
+    collected_.assign(static_cast<std::size_t>(slots()),
+                      std::vector<T>(here ? std::size_t(plan_.length) : 0));
     for (std::size_t s = 0; s < collected_.size(); ++s)
-      rails_->collect([&](int k) { return arenas_.shards()[std::size_t(k)].slots[s]; }, collected_[s], only_rank);
+      rails_->collect([&](int k) { return arenas_.shards()[std::size_t(k)].slots[s]; }, collected_[s],
+                      only_rank);
   });
 }
 
@@ -374,9 +376,10 @@ void EngineOf<T>::close() {
 void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& options, const Topology& teams) {
   if (family_index(options.rule) < 0) throw UsageError("there is no rule '" + options.rule + "'");
   if (teams.team_count() > 1 && families()[std::size_t(family_index(options.rule))].compares_workers)
-    throw UsageError("rule '" + options.rule +
-                     "' compares all workers' gradients element by element, which must lie in one team; between "
-                     "hosts take another rule");
+    throw UsageError(
+        "rule '" + options.rule +
+        "' compares all workers' gradients element by element, which must lie in one team; between "
+        "hosts take another rule");
   if (extrapolation_index(options.extrapolation.name) < 0)
     throw UsageError("there is no extrapolation '" + options.extrapolation.name + "'");
   if (options.tile < 1) throw UsageError("tile must be at least one element");

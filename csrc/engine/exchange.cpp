@@ -197,8 +197,7 @@ void Exchange::settle_differences(const Call& call, const Post& mine, Agreed& ag
   const std::size_t doubles = call.doubles.size();
   std::vector<double> numbers;
   for (const double x : call.doubles)
-    numbers.insert(numbers.end(),
-                   {x, -x, team_->rank() == 0 ? x : -std::numeric_limits<double>::infinity()});
+    numbers.insert(numbers.end(), {x, -x, team_->rank() == 0 ? x : -std::numeric_limits<double>::infinity()});
   numbers.insert(numbers.end(), call.present.begin(), call.present.end());
   largest_of_all(numbers, call.step);
   for (std::size_t i = 0; i < doubles; ++i) {

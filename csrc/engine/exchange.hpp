@@ -17,8 +17,9 @@ namespace xc {
 // Otherwise each does its part of the work and comes to meeting B, after which every store of every rank is
 // visible to all.
 //
-// Meetings are those of one team. Between A and the work the teams compare what their ranks are about to do by
-// one small all-reduce over the wire: hashes, which are alike as a rule. Only if they are not, more is sent.
+// Meetings are those of one team. Between A and the work the teams compare what their ranks are about to do
+// by one small all-reduce over the wire: hashes, which are alike as a rule. Only if they are not, more is
+// sent.
 class Exchange {
  public:
   struct Call {

@@ -3,11 +3,11 @@
 
 #include "engine/rails.hpp"
 
-// Both legs by halving: recursive halving of the sums, recursive doubling of what follows (Thakur, Rabenseifner
-// and Gropp 2005, section 4.3). In round s a carrier talks to that of its place in the team whose number
-// differs in bit s: it sends the sums of the segments whose owners lie on the other side, and adds what it gets
-// to its own. Neighbours are paired first, so the sums are those of the tree. It takes 2 log2 M messages
-// where all to all takes 2 (M - 1); a chunk goes all the way before the next begins.
+// Both legs by halving: recursive halving of the sums, recursive doubling of what follows (Thakur,
+// Rabenseifner and Gropp 2005, section 4.3). In round s a carrier talks to that of its place in the team
+// whose number differs in bit s: it sends the sums of the segments whose owners lie on the other side, and
+// adds what it gets to its own. Neighbours are paired first, so the sums are those of the tree. It takes 2
+// log2 M messages where all to all takes 2 (M - 1); a chunk goes all the way before the next begins.
 
 namespace xc {
 namespace {
@@ -93,7 +93,8 @@ void Rails<T>::reduce_by_halves(std::int64_t chunk, const std::vector<int>& orde
 template <class T>
 void Rails<T>::gather_by_doubles(std::int64_t chunk, const std::vector<int>& order, const Array& array) {
   const auto at = [&](const Slice& slice) {
-    return array(slice.segment) + (slice.begin - plan_.segments[static_cast<std::size_t>(slice.segment)].begin);
+    return array(slice.segment) +
+           (slice.begin - plan_.segments[static_cast<std::size_t>(slice.segment)].begin);
   };
   auto count = static_cast<std::int64_t>(own_.size()) * chunk_;
   const auto first = std::find(order.begin(), order.end(), own_.front()) - order.begin();

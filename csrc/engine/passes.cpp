@@ -348,7 +348,7 @@ void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> r
 #define XC_INSTANTIATE(T)                                                                         \
   template Pass<T> summing_pass<T>(Gradient, Sums);                                               \
   template Pass<T> step_pass<T>(Gradient, Sums, Publication);                                     \
-  template Pass<T> apply_pass<T>(Gradient, Sums, bool);                                                \
+  template Pass<T> apply_pass<T>(Gradient, Sums, bool);                                           \
   template Pass<T> publication_pass<T>(bool);                                                     \
   template Pass<T> partial_pass<T>();                                                             \
   template std::vector<Pass<T>> unfused_passes<T>();                                              \

@@ -77,9 +77,9 @@ class Filters;
 // What passes may leave behind, and read beside the workers' arrays.
 template <class T>
 struct Kept {
-  T* mean = nullptr;    // the shard's reduced gradient, instead of in a buffer of the tile's size
-  T* factor = nullptr;  // the same of factors
-  const T* received = nullptr;         // the sum of all workers' gradients, of the shard
+  T* mean = nullptr;            // the shard's reduced gradient, instead of in a buffer of the tile's size
+  T* factor = nullptr;          // the same of factors
+  const T* received = nullptr;  // the sum of all workers' gradients, of the shard
   CellSums* mean_squares = nullptr;    // of the mean gradient
   CellSums* worker_squares = nullptr;  // of each worker's
   CellSums* measured = nullptr;        // what the rule measures

@@ -35,8 +35,7 @@ void require_same_doubles(const Post& first, const Post& other, const std::strin
   for (std::size_t i = 0; i < names.size(); ++i) {
     const double a = first.doubles()[i], b = other.doubles()[i];
     if (!alike(a, b))
-      throw MismatchError(names[i] + " is " + number(a) + " on rank 0 but " + number(b) + " on " +
-                          rank);
+      throw MismatchError(names[i] + " is " + number(a) + " on rank 0 but " + number(b) + " on " + rank);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace xc {
 namespace {
 
-constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;  // of all chunks under way, about
+constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;   // of all chunks under way, about
 constexpr std::int64_t kShortMessage = std::int64_t{60} << 10;  // bytes that MPIs send without asking first
 
 constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
@@ -25,7 +25,8 @@ constexpr DType master_type() {
 // The same tree as over workers.
 template <class T>
 void add_tree(const std::vector<const std::byte*>& parts, std::int64_t count, T* sum, T* scratch) {
-  reduce_kernel<T>(master_type<T>())(parts.data(), static_cast<int>(parts.size()), 0, count, T(1), sum, scratch);
+  reduce_kernel<T>(master_type<T>())(parts.data(), static_cast<int>(parts.size()), 0, count, T(1), sum,
+                                     scratch);
 }
 
 // Elements of a chunk: what all buffers of the chunks under way together may take, in cells.
@@ -72,8 +73,9 @@ Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait w
     if (topology_.owner(k) == topology_.rank()) own_.push_back(k);
   std::int64_t longest = 0;
   for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
-  const std::int64_t wanted =
-      team.rails().chunk > 0 ? team.rails().chunk : suitable_chunk<T>(topology_, static_cast<int>(flights_.size()));
+  const std::int64_t wanted = team.rails().chunk > 0
+                                  ? team.rails().chunk
+                                  : suitable_chunk<T>(topology_, static_cast<int>(flights_.size()));
   cut(wanted, longest);
   halving_ = should_halve(team.rails());
   if (halving_ && team.rails().chunk == 0)
@@ -141,11 +143,11 @@ bool Rails<T>::should_halve(const RailOptions& options) const {
   const double others = topology_.team_count() - 1;
   const double rounds = std::countr_zero(static_cast<unsigned>(topology_.team_count()));
   const auto chunks = static_cast<double>(chunks_);
-  const double bytes = others * static_cast<double>(own_.size()) * chunks * static_cast<double>(chunk_) * sizeof(T);
+  const double bytes =
+      others * static_cast<double>(own_.size()) * chunks * static_cast<double>(chunk_) * sizeof(T);
   const double travel = 2 * bytes / options.bandwidth;
-  const double direct =
-      2 * options.latency +
-      std::max(travel, 2 * others * static_cast<double>(own_.size()) * chunks * options.overhead);
+  const double direct = 2 * options.latency + std::max(travel, 2 * others * static_cast<double>(own_.size()) *
+                                                                   chunks * options.overhead);
   return 2 * rounds * (options.latency + options.overhead) + travel < direct;
 }
 
@@ -269,7 +271,8 @@ void Rails<T>::share(const std::function<std::span<double>(int)>& numbers) {
       receive(at.data(), bytes, topology_.owner(k), Tag::numbers, under_way);
       continue;
     }
-    for (const int rank : carriers(k, topology_.team())) send(at.data(), bytes, rank, Tag::numbers, under_way);
+    for (const int rank : carriers(k, topology_.team()))
+      send(at.data(), bytes, rank, Tag::numbers, under_way);
   }
   finish(under_way);
 }
@@ -295,8 +298,8 @@ void Rails<T>::add_up(const std::function<std::span<double>(int)>& numbers) {
     const std::vector<double> mine(at.begin(), at.end());
     std::vector<const std::byte*> parts;
     for (int team = 0; team < topology_.team_count(); ++team)
-      parts.push_back(reinterpret_cast<const std::byte*>(team == topology_.team() ? mine.data()
-                                                                                  : (next++)->data()));
+      parts.push_back(
+          reinterpret_cast<const std::byte*>(team == topology_.team() ? mine.data() : (next++)->data()));
     std::vector<double> scratch(static_cast<std::size_t>(reduce_scratch_tiles(topology_.team_count())) *
                                 at.size());
     add_tree(parts, static_cast<std::int64_t>(at.size()), at.data(), scratch.data());
@@ -334,12 +337,15 @@ void Rails<T>::collect(const Array& own, std::vector<T>& to, std::optional<int> 
 
 template <class T>
 void Rails<T>::send(const void* from, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& sent) {
-  if (bytes > 0) sent.push_back({wire_.send(from, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
+  if (bytes > 0)
+    sent.push_back({wire_.send(from, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
 }
 
 template <class T>
 void Rails<T>::receive(void* to, std::int64_t bytes, int rank, Tag tag, std::vector<Pending>& received) {
-  if (bytes > 0) received.push_back({wire_.receive(to, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
+  if (bytes > 0)
+    received.push_back(
+        {wire_.receive(to, static_cast<std::size_t>(bytes), rank, tag_of(channel_, tag)), rank});
 }
 
 template <class T>

@@ -11,11 +11,11 @@
 
 namespace xc {
 
-// RAILS carry a step between teams. For every segment, each team's carrier sends its team's partial sum to the
-// owner (the REDUCING leg), which adds the partial sums of all teams as a tree, in the order of teams; the
-// owner sends back what follows, the new weights, to the carriers (the GATHERING leg). A team so sends every
-// element of others' segments once, and of its own once to every other team: with M equal teams and N elements
-// 2 (M - 1) / M N in all, however many ranks it has.
+// RAILS carry a step between teams. For every segment, each team's carrier sends its team's partial sum to
+// the owner (the REDUCING leg), which adds the partial sums of all teams as a tree, in the order of teams;
+// the owner sends back what follows, the new weights, to the carriers (the GATHERING leg). A team so sends
+// every element of others' segments once, and of its own once to every other team: with M equal teams and N
+// elements 2 (M - 1) / M N in all, however many ranks it has.
 //
 // Segments are cut into chunks. A chunk is the same slice of every segment, so that all ranks work on every
 // chunk, and several are under way at once: while one is summed, others travel. Nothing travels by itself, so
@@ -41,9 +41,9 @@ class Rails {
  public:
   // What stands around the legs, slice by slice.
   struct Work {
-    std::function<void(const Slice&, T* to)> partial;           // the team's sum
-    std::function<void(const Slice&, const T* total)> settle;   // of an own segment: all teams' sum is there
-    std::function<void(const Slice&)> publish;                  // what was gathered is there
+    std::function<void(const Slice&, T* to)> partial;          // the team's sum
+    std::function<void(const Slice&, const T* total)> settle;  // of an own segment: all teams' sum is there
+    std::function<void(const Slice&)> publish;                 // what was gathered is there
   };
   // Where segment k's array lies that the gathering leg sends or receives; one function for each such array.
   using Array = std::function<T*(int segment)>;
@@ -52,8 +52,7 @@ class Rails {
                                   const std::function<std::vector<int>()>& awaited)>;
 
   // `memory` is where arrays lie that the wire may still write to when something failed.
-  Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait,
-        Shared memory);
+  Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait, Shared memory);
   ~Rails();
   Rails(const Rails&) = delete;
   Rails& operator=(const Rails&) = delete;
@@ -129,7 +128,7 @@ class Rails {
   std::int64_t channel_;
   Wait wait_;
   Shared memory_;
-  bool broken_ = false;  // a wait has failed
+  bool broken_ = false;       // a wait has failed
   std::vector<int> own_;      // segments
   std::vector<int> carried_;  // own and others'
   std::int64_t chunk_;

@@ -103,9 +103,13 @@ void SharedArray::ride(double scale, int root) {
   for (const int k : topology.carried(topology.rank()))
     carried[k].resize(static_cast<std::size_t>(block(k).count()));
   const auto part = [&](const Slice& slice) {
-    return Shard<T>{slice.begin, slice.end, carried[slice.segment].data() + (slice.begin - block(slice.segment).begin), {}};
+    return Shard<T>{slice.begin,
+                    slice.end,
+                    carried[slice.segment].data() + (slice.begin - block(slice.segment).begin),
+                    {}};
   };
-  const auto walk_part = [&](const Pass<T>& pass, const Workers& of, const Slice& slice, const Kept<T>& kept) {
+  const auto walk_part = [&](const Pass<T>& pass, const Workers& of, const Slice& slice,
+                             const Kept<T>& kept) {
     walk<T>(pass, of, std::span(&run, 1), part(slice), buffers, kept);
   };
   const auto load = [&](int k, const std::byte* from) {
@@ -113,11 +117,13 @@ void SharedArray::ride(double scale, int root) {
     walk_part(partial_pass<T>(), {{from}, {}, {}}, all, {.mean = part(all).w});
   };
   const typename Rails<T>::Work work = {
-      .partial = [&](const Slice& slice, T* to) { walk_part(partial_pass<T>(), workers, slice, {.mean = to}); },
-      .settle = [&](const Slice& slice, const T* total) {
-        walk_part(summing_pass<T>({.received = true}, {}), workers, slice,
-                  {.mean = part(slice).w, .received = total});
-      },
+      .partial = [&](const Slice& slice,
+                     T* to) { walk_part(partial_pass<T>(), workers, slice, {.mean = to}); },
+      .settle =
+          [&](const Slice& slice, const T* total) {
+            walk_part(summing_pass<T>({.received = true}, {}), workers, slice,
+                      {.mean = part(slice).w, .received = total});
+          },
       .publish = [&](const Slice& slice) { walk_part(publish_pass<T>(), workers, slice, {}); }};
   const std::vector<typename Rails<T>::Array> arrays = {[&](int k) { return carried[k].data(); }};
   const int first = team().first_worker();
@@ -127,7 +133,8 @@ void SharedArray::ride(double scale, int root) {
     case Operation::reduce_scatter:
       rails.reduce(work);
       for (int k = first; k < first + topology.workers(); ++k)
-        walk_part(publish_pass<T>(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end}, {});
+        walk_part(publish_pass<T>(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end},
+                  {});
       return;
     case Operation::all_gather:
       for (int k = first; k < first + topology.workers(); ++k) load(k, array_of(k));
@@ -152,7 +159,9 @@ Rails<double>& SharedArray::rails<double>() {
 
 void SharedArray::run(Operation operation, std::uint64_t hash, double scale, int root) {
   operation_ = operation;
-  const auto in_type = [&]<class T>(T) { return team().wire() ? ride<T>(scale, root) : walk_blocks<T>(scale, root); };
+  const auto in_type = [&]<class T>(T) {
+    return team().wire() ? ride<T>(scale, root) : walk_blocks<T>(scale, root);
+  };
   exchange_.collective({operation, ++calls_, hash}, [&](const Exchange::Agreed&) {
     return dtype_ == DType::f64 ? in_type(double()) : in_type(float());
   });

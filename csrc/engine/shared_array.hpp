@@ -16,16 +16,14 @@ enum class Reduction : std::uint8_t { sum, mean };
 
 // One array per worker, all of the same size and type, in shared memory, with the plain collectives on them.
 // They are the engine's stages without a rule: each worker sums, or copies, its own block and publishes it.
-// In place; sums are the same tree over the workers as in a step, in the master type. Between teams they go by
-// the rails.
+// In place; sums are the same tree over the workers as in a step, in the master type. Between teams they go
+// by the rails.
 class SharedArray {
  public:
   SharedArray(std::shared_ptr<Team> team, DType dtype, std::int64_t count);  // collective
 
   std::shared_ptr<std::byte> view(int v) const;
-  const Segment& block(int worker) const {
-    return plan_.segments[static_cast<std::size_t>(worker)];
-  }
+  const Segment& block(int worker) const { return plan_.segments[static_cast<std::size_t>(worker)]; }
   Team& team() const { return exchange_.team(); }
   DType dtype() const { return dtype_; }
   std::int64_t count() const { return count_; }
@@ -53,8 +51,8 @@ class SharedArray {
   std::size_t stride_;
   Shared memory_;
   Exchange exchange_;
-  Plan plan_;                      // of segments alone: worker k's block is the k-th
-  std::vector<std::byte*> arrays_;  // of the team's workers
+  Plan plan_;                            // of segments alone: worker k's block is the k-th
+  std::vector<std::byte*> arrays_;       // of the team's workers
   std::unique_ptr<Rails<float>> rails_;  // of one of them, with several teams
   std::unique_ptr<Rails<double>> wide_rails_;
   Operation operation_{};

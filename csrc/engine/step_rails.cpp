@@ -1,10 +1,10 @@
-#include "engine/step.hpp"
-
 #include <algorithm>
 
-// The step with several teams. If nothing has to be known of the whole gradient first, each chunk goes through
-// everything at once: its total comes in, the rule is applied, the new weights go out. Otherwise all totals
-// come in first and wait; passes over them sum; and the last pass lets the new weights out.
+#include "engine/step.hpp"
+
+// The step with several teams. If nothing has to be known of the whole gradient first, each chunk goes
+// through everything at once: its total comes in, the rule is applied, the new weights go out. Otherwise all
+// totals come in first and wait; passes over them sum; and the last pass lets the new weights out.
 
 namespace xc {
 

@@ -1,7 +1,7 @@
-#include "engine/step.hpp"
-
 #include <algorithm>
 #include <cmath>
+
+#include "engine/step.hpp"
 
 // The sums of a step: where passes leave them, cell by cell, and what they come to.
 
@@ -118,10 +118,9 @@ void Stepper<T>::add_mean_norms_of_workers(LayerSums& sums) const {
   const std::size_t workers = arenas_.shards().size(), layers = sums.size();
   std::vector<double> squares(workers * layers, 0.0);
   for (const std::uint32_t k : arenas_.workers().numbers)
-    for_each_cell(kStatistics + kMaxSums + static_cast<int>(k),
-                  [&](std::size_t layer, std::int64_t, double number) {
-                    squares[k * layers + layer] += number;
-                  });
+    for_each_cell(
+        kStatistics + kMaxSums + static_cast<int>(k),
+        [&](std::size_t layer, std::int64_t, double number) { squares[k * layers + layer] += number; });
   if (rails_) rails_->largest_of_all(squares);
   for (std::size_t k = 0; k < workers; ++k)
     for (std::size_t i = 0; i < layers; ++i)
