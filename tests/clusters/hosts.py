@@ -12,10 +12,11 @@ All hosts live in the process namespace of the head, whose first process ends wh
 ends, the kernel ends every process of every host and removes their networks and mounts; nothing is left to clean up.
 """
 
-import contextlib
 import functools
 import os
 import re
+import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 NAMESPACES = ["--net", "--uts", "--ipc", "--pid", "--mount"]
 TOOLS = ["ip", "tc", "nsenter", "unshare"]
+PREFIX = "extrapcomm-hosts-"
 PATIENCE = 20.0  # seconds for anything but a job
 
 
@@ -68,26 +70,41 @@ class Host:
     def __init__(self, name, folder, within=()):
         self.name = name
         command = ["unshare", *NAMESPACES, "--fork", HERE / "host.sh", name, folder]
-        self.process = subprocess.Popen(
-            [*within, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        said = [self.process.stdout.readline().decode().strip() for _ in range(2)]
-        if said[1] != "ready":
+        self.process = piped([*within, *command])
+        said = line_of(self.process)
+        if not said.isdigit():
             self.close()
-            raise HostsError(f"{name} did not start: {' '.join(said)}")
-        self.first = int(said[0])
-        (folder / name).write_text(said[0])
+            raise HostsError(f"{name} did not start: {said}")
+        self.first = int(said)
+        (folder / name).write_text(said)
 
     def close(self):
         """Ends every process of the host and waits for that."""
-        self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE)
-        self.process.stdout.close()
+        end_of_input(self.process)
+
+
+def piped(command, **options):
+    """A process that ends when we close its input, or end ourselves."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
+def line_of(process):
+    """The first line that a process prints; empty if it does not in time."""
+    readable, _, _ = select.select([process.stdout], [], [], PATIENCE)
+    return process.stdout.readline().decode().strip() if readable else ""
+
+
+def end_of_input(process):
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(PATIENCE)
 
 
 class Job:
@@ -132,13 +149,21 @@ class Job:
             self.hosts.run(index, "kill -9 -1", check=False)
 
 
+def remove_stale_folders():
+    """Those of processes that were killed; hosts have nothing else that outlives them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Hosts:
     """So many hosts, `node0` and on, with a switched network between them; a context manager."""
 
     def __init__(self, count=2):
         self.names = [f"node{i}" for i in range(count)]
         self.alive = set(range(count))
-        self.folder = Path(tempfile.mkdtemp(prefix="extrapcomm-hosts-"))
+        remove_stale_folders()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.jobs, self.wire = [], None
         self.head, self.nodes = None, []
         try:
@@ -157,9 +182,10 @@ class Hosts:
         """Ends every job and every host."""
         if self.head is not None:
             self.head.close()  # the kernel kills the nodes, the wire and the jobs with it
-        for process in [*(n.process for n in self.nodes), *(j.process for j in self.jobs), self.wire]:
-            if process is not None:
-                process.wait(PATIENCE)
+        for process in [*(node.process for node in self.nodes), *filter(None, [self.wire])]:
+            end_of_input(process)
+        for job in self.jobs:
+            job.process.wait(PATIENCE)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- the network ----
@@ -197,7 +223,8 @@ class Hosts:
 
     def run(self, index, command, *, check=True, timeout=PATIENCE):
         """The output of a shell command on a host; HostsError if it fails."""
-        return self._head(_quoted(HERE / "enter.sh", self.names[index], command), check=check, timeout=timeout)
+        entered = shlex.join([str(HERE / "enter.sh"), self.names[index], command])
+        return self._head(entered, check=check, timeout=timeout)
 
     def start(self, ranks, *command, options=(), env=None):
         """A Job: mpirun, on the head, of a command on the hosts.
@@ -248,8 +275,7 @@ class Hosts:
 
     def _set_wire(self, delay, loss):
         if self.wire is not None:
-            self.wire.stdin.close()
-            self.wire.wait(PATIENCE)
+            end_of_input(self.wire)
             self.wire = None
         ports = [f"data{index}" for index in sorted(self.alive)]
         switch = "nomaster" if delay or loss else "master data"
@@ -259,11 +285,10 @@ class Hosts:
 
     def _started_wire(self, delay, loss, ports):
         command = self._on_head('exec "$@"', "sh", sys.executable, HERE / "wire.py", delay, loss, *ports)
-        wire = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=self._environment({})
-        )
-        if wire.stdout.readline() != b"ready\n":
-            raise HostsError("the wire did not start")
+        wire = piped(command)
+        if (said := line_of(wire)) != "ready":
+            end_of_input(wire)
+            raise HostsError(f"the wire did not start: {said}")
         return wire
 
     def _counters(self, index):
@@ -286,7 +311,8 @@ class Hosts:
     def _environment(self, more):
         """Ours, without what an mpirun above us may have set, with what launchers need here."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PMIX_", "OMPI_COMM", "PMI_"))}
-        return {**inherited, **SETTINGS, "TMPDIR": str(self.folder / "tmp"), "EXTRAPCOMM_HOSTS": str(self.folder), **more}
+        here = {"EXTRAPCOMM_HOSTS": str(self.folder), "TMPDIR": str(self.folder / "tmp")}
+        return {**inherited, **SETTINGS, **here, **more}
 
 
 # One MPI does not read the settings of the other.
@@ -324,7 +350,3 @@ def _rated(interface, rate):
     if rate is None:
         return f"tc qdisc delete dev {interface} root 2>/dev/null || true"
     return f"tc qdisc replace dev {interface} root tbf rate {rate} burst 128kb latency 100ms"
-
-
-def _quoted(*words):
-    return " ".join("'" + str(word).replace("'", "'\\''") + "'" for word in words)
