@@ -115,7 +115,12 @@ class Job:
         self.log = Path(hosts.folder, f"job-{len(hosts.jobs)}.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     @property
@@ -128,7 +133,9 @@ class Job:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.end()
-            raise TimeoutError(f"the job did not end in {timeout:g} s; so far it said:\n{self.output}") from None
+            raise TimeoutError(
+                f"the job did not end in {timeout:g} s; so far it said:\n{self.output}"
+            ) from None
         return Ended(code, self.output, time.monotonic() - self.since)
 
     def wait_for(self, text, timeout=30.0):
@@ -238,7 +245,9 @@ class Hosts:
         counts = [ranks] * len(self.names) if isinstance(ranks, int) else list(ranks)
         used = [(name, n) for name, n in zip(self.names, counts, strict=True) if n]
         launch = ["mpirun", *_placement(used), *options, *map(str, command)]
-        job = Job(self, self._on_head('cd "$0" && exec "$@"', Path.cwd(), *launch), self._environment(env or {}))
+        job = Job(
+            self, self._on_head('cd "$0" && exec "$@"', Path.cwd(), *launch), self._environment(env or {})
+        )
         self.jobs.append(job)
         return job
 
@@ -259,7 +268,9 @@ class Hosts:
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "10.1.0.254 head", *lines, ""]))
         (self.folder / "tmp").mkdir()
         self.head = Host("head", self.folder)
-        self._head("ip link add mgmt type bridge && ip link add data type bridge && ip link set data up")
+        # With an address of its own: else it is that of some port, and changes when that port's host is killed.
+        self._head("ip link add mgmt address 02:00:00:00:00:fe type bridge")
+        self._head("ip link add data type bridge && ip link set data up")
         self._head("ip address add 10.1.0.254/24 dev mgmt && ip link set mgmt up")
         for index, name in enumerate(self.names):
             self.nodes.append(Host(name, self.folder, self._on_head('exec "$@"', "sh")))
@@ -269,7 +280,9 @@ class Hosts:
     def _plug(self, index, switch, interface, address):
         """A cable from a switch of the head to an interface of a host."""
         port = f"{switch}{index}"
-        self._head(f"ip link add {port} master {switch} type veth peer {interface} netns {self.nodes[index].first}")
+        self._head(
+            f"ip link add {port} master {switch} type veth peer {interface} netns {self.nodes[index].first}"
+        )
         self._head(f"ip link set {port} up")
         self.run(index, f"ip address add {address}/24 dev {interface} && ip link set {interface} up")
 

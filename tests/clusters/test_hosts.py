@@ -1,4 +1,4 @@
-"""The hosts that other tests run on: they start, count what they carry, and keep to the rate, delay and loss asked for."""
+"""The hosts that other tests run on: they start, count bytes, and keep to the rate, delay and loss asked for."""
 
 import re
 import shlex
@@ -247,7 +247,9 @@ def test_nothing_outlives_a_killed_maker():
         os.kill(os.getpid(), signal.SIGKILL)
     """
     before = folders()
-    made = subprocess.run(python(script), cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=30)
+    made = subprocess.run(
+        python(script), cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=30
+    )
     pids = made.stdout.split()
     assert made.returncode == -signal.SIGKILL and len(pids) == 4
     deadline = time.monotonic() + 10
