@@ -138,11 +138,14 @@ class Job:
             ) from None
         return Ended(code, self.output, time.monotonic() - self.since)
 
-    def wait_for(self, text, timeout=30.0):
-        """Returns as soon as the job's output has the text."""
+    def wait_for(self, text, times=1, timeout=30.0):
+        """Returns as soon as the job's output has the text so many times."""
         deadline = time.monotonic() + timeout
-        while text not in self.output:
-            if time.monotonic() > deadline or self.process.poll() is not None:
+        while True:
+            over = time.monotonic() > deadline or self.process.poll() is not None
+            if self.output.count(text) >= times:
+                return
+            if over:
                 self.end()
                 raise TimeoutError(f"the job did not say {text!r}; it said:\n{self.output}")
             time.sleep(0.02)
