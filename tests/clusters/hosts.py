@@ -248,9 +248,8 @@ class Hosts:
         counts = [ranks] * len(self.names) if isinstance(ranks, int) else list(ranks)
         used = [(name, n) for name, n in zip(self.names, counts, strict=True) if n]
         launch = ["mpirun", *_placement(used), *options, *map(str, command)]
-        job = Job(
-            self, self._on_head('cd "$0" && exec "$@"', Path.cwd(), *launch), self._environment(env or {})
-        )
+        command = self.on_head('cd "$0" && exec "$@"', Path.cwd(), *launch)
+        job = Job(self, command, self.environment({**LAUNCHING, **(env or {})}))
         self.jobs.append(job)
         return job
 
@@ -276,7 +275,7 @@ class Hosts:
         self._head("ip link add data type bridge && ip link set data up")
         self._head("ip address add 10.1.0.254/24 dev mgmt && ip link set mgmt up")
         for index, name in enumerate(self.names):
-            self.nodes.append(Host(name, self.folder, self._on_head('exec "$@"', "sh")))
+            self.nodes.append(Host(name, self.folder, self.on_head('exec "$@"', "sh")))
             self._plug(index, "mgmt", "mgmt", f"10.1.0.{index + 1}")
             self._plug(index, "data", "eth0", f"10.2.0.{index + 1}")
 
@@ -300,7 +299,7 @@ class Hosts:
             self.wire = self._started_wire(delay, loss, ports)
 
     def _started_wire(self, delay, loss, ports):
-        command = self._on_head('exec "$@"', "sh", sys.executable, HERE / "wire.py", delay, loss, *ports)
+        command = self.on_head('exec "$@"', "sh", sys.executable, HERE / "wire.py", delay, loss, *ports)
         wire = piped(command)
         if (said := line_of(wire)) != "ready":
             end_of_input(wire)
@@ -311,45 +310,49 @@ class Hosts:
         found = re.search(r"eth0:(.*)", self.run(index, "cat /proc/net/dev"))
         return [int(number) for number in found[1].split()]
 
-    def _on_head(self, script, *arguments):
+    def on_head(self, script, *arguments):
         """The command that runs a shell script on the head."""
         enter = ["nsenter", "--target", self.head.first, "--net", "--uts", "--ipc", "--pid", "--mount"]
         return [str(word) for word in (*enter, "sh", "-c", script, *arguments)]
 
     def _head(self, script, *, check=True, timeout=PATIENCE):
         done = subprocess.run(
-            self._on_head(script), capture_output=True, text=True, timeout=timeout, env=self._environment({})
+            self.on_head(script), capture_output=True, text=True, timeout=timeout, env=self.environment({})
         )
         if check and done.returncode:
             raise HostsError(f"{script}: {done.stderr.strip()}")
         return done.stdout
 
-    def _environment(self, more):
-        """Ours, without what an mpirun above us may have set, with what launchers need here."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PMIX_", "OMPI_COMM", "PMI_"))}
+    def environment(self, more):
+        """Ours, without what an mpirun above us or `make` may have set for launchers, with what MPI needs here."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         here = {"EXTRAPCOMM_HOSTS": str(self.folder), "TMPDIR": str(self.folder / "tmp")}
         return {**inherited, **SETTINGS, **here, **more}
 
 
-# One MPI does not read the settings of the other.
+LAUNCHERS = ("PMIX_", "OMPI_COMM", "PMI_", "PRTE_MCA_", "OMPI_MCA_rmaps", "OMPI_MCA_hwloc", "HYDRA_", "SLURM_")
+
+# One MPI does not read the settings of the other. First what holds under any launcher, then what mpirun needs here.
 SETTINGS = {
-    "PRTE_MCA_plm_ssh_agent": str(HERE / "enter.sh"),
-    "PRTE_MCA_prte_if_include": "mgmt",
     "PRTE_ALLOW_RUN_AS_ROOT": "1",
     "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_MCA_pml": "ob1",
     "OMPI_MCA_btl": "self,sm,tcp",
     "OMPI_MCA_btl_tcp_if_include": "eth0",
     "OMPI_MCA_osc": "^ucx",
     "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share one set of cores, of which MPI does not know
-    "HYDRA_LAUNCHER": "ssh",
-    "HYDRA_LAUNCHER_EXEC": str(HERE / "enter.sh"),
-    "HYDRA_IFACE": "mgmt",
     "FI_PROVIDER": "tcp",
     "FI_TCP_IFACE": "eth0",
     "OMP_NUM_THREADS": "1",
+}
+LAUNCHING = {
+    "PRTE_MCA_plm_ssh_agent": str(HERE / "enter.sh"),
+    "PRTE_MCA_prte_if_include": "mgmt",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "HYDRA_LAUNCHER": "ssh",
+    "HYDRA_LAUNCHER_EXEC": str(HERE / "enter.sh"),
+    "HYDRA_IFACE": "mgmt",
 }
 
 
