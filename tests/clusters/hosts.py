@@ -12,6 +12,8 @@ All hosts live in the process namespace of the head, whose first process ends wh
 ends, the kernel ends every process of every host and removes their networks and mounts; nothing is left to clean up.
 """
 
+import contextlib
+import fcntl
 import functools
 import os
 import re
@@ -159,11 +161,21 @@ class Job:
             self.hosts.run(index, "kill -9 -1", check=False)
 
 
+def locked_folder():
+    """(path, lock): a folder that is known to be in use as long as the lock is open."""
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    lock = (folder / "new").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "lock")
+    return folder, lock
+
+
 def remove_stale_folders():
     """Those of processes that were killed; hosts have nothing else that outlives them."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        if not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError), path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent)
 
 
 class Hosts:
@@ -173,7 +185,7 @@ class Hosts:
         self.names = [f"node{i}" for i in range(count)]
         self.alive = set(range(count))
         remove_stale_folders()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        self.folder, self.lock = locked_folder()
         self.jobs, self.wire = [], None
         self.head, self.nodes = None, []
         try:
@@ -197,6 +209,7 @@ class Hosts:
         for job in self.jobs:
             job.process.wait(PATIENCE)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
 
     # ---- the network ----
 

@@ -1,8 +1,8 @@
 """A Slurm cluster on the hosts of hosts.py: `with Hosts(2) as hosts: slurm = Slurm(hosts); slurm.sbatch("job.sh")`.
 
-The controller runs on the head, one slurmd on every node, each with a munged of its own; all of them end with their hosts.
-Needed are the daemons of Debian's `slurm-wlm` and `munge`; no service needs to be set up and nothing outside the hosts'
-folder is read or written. Tasks are not bound and not confined to cgroups, which containers do not lend.
+The controller runs on the head, one slurmd on every node, each with a munged of its own; all of them end with their
+hosts. Needed are the programs of Debian's `slurm-wlm` and `munge`; no service needs to be set up, and nothing outside the
+hosts' folder is read or written. Tasks are neither bound nor confined to cgroups, which containers do not lend.
 
     python tests/clusters/slurm.py srun --mpi=pmi2 -n 2 python examples/digits.py     # one command on a new cluster
 """
@@ -37,7 +37,6 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 MpiDefault=none
-SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2
 KillWait=2
 NodeName=node[0-{last}] CPUs=4 CoresPerSocket=4 State=UNKNOWN
