@@ -13,7 +13,8 @@ from typing import Any
 from . import _core
 from ._version import __version__
 from .errors import Error
-from .launch import cores_here, machine_limits, singleton_warning
+from .launch import machine_limits, singleton_warning
+from .placement import place_here, placement_warnings, ranges
 from .tune import save, tune
 from .world import World
 
@@ -69,8 +70,7 @@ def gather_facts() -> dict[str, Any]:
     """Everything that `info` knows, the same on every rank."""
     from mpi4py import MPI
 
-    mine = {"host": os.uname().nodename, "pid": os.getpid(), "cores": cores_here()}
-    team = MPI.COMM_WORLD.allgather(mine)
+    team = MPI.COMM_WORLD.allgather(place_here())
     World(MPI.COMM_WORLD).close()  # proves that the ranks can open each other's memory
     facts: dict[str, Any] = {
         "extrapcomm": __version__,
@@ -89,17 +89,8 @@ def gather_facts() -> dict[str, Any]:
 def warnings_about(facts: dict[str, Any]) -> list[str]:
     """What will hurt, and what to do about it."""
     team, limits = facts["team"], facts["limits"]
-    warnings = [text for text in [singleton_warning(len(team))] if text]
-    cores = [core for member in team for core in member["cores"]]
-    if len(team) > len(set(cores)):
-        warnings.append(
-            f"{len(team)} ranks share {len(set(cores))} cores: steps stay correct but wait for one another"
-        )
-    elif len(team) > 1 and any(len(member["cores"]) == 1 for member in team):
-        warnings.append(
-            "ranks are bound to one core each, so torch has one thread: --bind-to none (Open MPI) or "
-            "-bind-to none (MPICH) frees them"
-        )
+    alone = singleton_warning(len(team), facts["mpi"])
+    warnings = [*([alone] if alone else []), *placement_warnings(team)]
     limit = limits["cgroup_memory_max"]
     if limit is not None and limit < (limits["memory_available"] or 0):
         warnings.append(
@@ -121,7 +112,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{_size(limits['dev_shm_size'])}, huge pages for shared memory: {limits['shmem_huge_pages']}",
         f"  team            {len(facts['team'])} rank(s), one team through shared memory",
         *(
-            f"    rank {m['rank']}: {m['host']}, process {m['pid']}, cores {_ranges(m['cores'])}"
+            f"    rank {m['rank']}: {m['host']}, process {m['pid']}, cores {ranges(m['cores'])}"
             for m in facts["team"]
         ),
         *(f"  WARNING: {text}" for text in facts["warnings"]),
@@ -138,21 +129,6 @@ def _version(package: str) -> str | None:
 
 def _size(count: int | None) -> str:
     return "unlimited" if count is None else f"{count / 1e9:.1f} GB"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Consecutive numbers as ranges.
-
-    >>> _ranges([0, 1, 2, 5])
-    '0-2,5'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 if __name__ == "__main__":

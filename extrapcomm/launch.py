@@ -1,12 +1,22 @@
 """What the launcher says about this process, and what the machine will allow it."""
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
 
-__all__ = ["cores_here", "launcher_size", "machine_limits", "require_launchers_mpi", "singleton_warning"]
+__all__ = [
+    "cores_allowed",
+    "cores_here",
+    "launcher_size",
+    "machine_limits",
+    "memory_domains",
+    "require_launchers_mpi",
+    "singleton_warning",
+]
 
 # Set by the launchers of one MPI for the processes of that MPI.
 _LAUNCHERS = {
@@ -27,32 +37,64 @@ def launcher_size() -> tuple[int, str] | None:
 
 
 def require_launchers_mpi(mpi_size: int, library: str) -> None:
-    """UsageError if an MPI launcher started several processes of which this MPI sees only its own.
+    """UsageError if a launcher started several processes of which this MPI sees only its own.
 
     Args:
         mpi_size: processes in MPI.COMM_WORLD.
         library: what mpi4py loaded, in the library's own words.
     """
     launched = launcher_size()
-    if launched is None or launched[1] not in _LAUNCHERS or mpi_size > 1 or launched[0] == 1:
+    if launched is None or mpi_size > 1 or launched[0] == 1 or not _starts_ranks(launched[1]):
         return
     size, variable = launched
     raise UsageError(
-        f"{_LAUNCHERS[variable]} started {size} processes ({variable}), but mpi4py has loaded {_first_line(library)}, "
-        "which sees this one alone: start them with the mpirun of the MPI that mpi4py loads, or install an mpi4py "
-        "for the launcher's MPI. To train alone in each process, say so: World(comm=MPI.COMM_SELF)"
+        f"{_name(variable)} started {size} processes ({variable}), but mpi4py has loaded {_first_line(library)}, "
+        f"which sees this one alone: {_how_to_start(library)}. "
+        "To train alone in each process, say so: World(comm=MPI.COMM_SELF)"
     )
 
 
-def singleton_warning(mpi_size: int) -> str | None:
+def singleton_warning(mpi_size: int, library: str = "") -> str | None:
     """What to do when MPI counts fewer processes than the launcher; None if all is well."""
     launched = launcher_size()
     if launched is None or mpi_size >= launched[0]:
         return None
     return (
-        f"the launcher started {launched[0]} processes ({launched[1]}) but MPI sees only {mpi_size}: every process "
-        "trains alone. The launcher belongs to another MPI than the one mpi4py loads; use the mpirun of that MPI "
-        "(`python -m extrapcomm info` names it), or srun with a --mpi that it understands"
+        f"{_name(launched[1])} started {launched[0]} processes ({launched[1]}) but MPI sees only {mpi_size}, so they "
+        f"do not train together: {_how_to_start(library)}"
+    )
+
+
+def _starts_ranks(variable: str) -> bool:
+    """Whether what sets the variable starts that many copies of this program for certain.
+
+    Under `srun --pty` only one task reaches the terminal, and Flux sets its variable for a shell as well.
+    """
+    return variable in _LAUNCHERS or (
+        variable == "SLURM_STEP_NUM_TASKS" and "SLURM_PTY_PORT" not in os.environ
+    )
+
+
+def _name(variable: str) -> str:
+    if variable == "PMI_SIZE" and {"SLURM_STEP_NUM_TASKS", "PMI_JOBID"} <= os.environ.keys():
+        return "srun --mpi=pmi2"
+    return {**_LAUNCHERS, **_TASK_MANAGERS}[variable]
+
+
+def _how_to_start(library: str) -> str:
+    """In words that follow a colon, for the MPI that is loaded."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return (
+            "start them with the mpirun of the MPI that mpi4py loads (`python -m extrapcomm info` names it), or "
+            "install an mpi4py for the launcher's MPI"
+        )
+    if "Open MPI" in library:
+        return "start Open MPI's ranks with its mpirun inside sbatch or salloc; srun can only where --mpi=pmix works"
+    if "MPICH" in library or "Intel" in library:
+        return "start MPICH's ranks with srun --mpi=pmi2, or with its mpirun inside sbatch or salloc"
+    return (
+        "start them inside sbatch or salloc with the mpirun of the MPI that mpi4py loads (`python -m extrapcomm info` "
+        "names it), or with an srun --mpi=... that this MPI understands (MPICH: pmi2; Open MPI: pmix)"
     )
 
 
@@ -61,8 +103,40 @@ def _first_line(text: str) -> str:
 
 
 def cores_here() -> list[int]:
-    """The processors that this process may use."""
+    """The processors that this process is bound to."""
     return sorted(os.sched_getaffinity(0))
+
+
+def cores_allowed() -> list[int]:
+    """The processors that it could be bound to: all that its container, or its batch job, may use."""
+    allowed: set[int] = set()
+
+    def ask() -> None:
+        """The kernel grants what is allowed of what is asked for; the binding is this thread's and ends with it."""
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
+        allowed.update(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return sorted(allowed)
+
+
+def memory_domains(cores: list[int]) -> list[int]:
+    """The NUMA nodes to which these processors belong; empty if the kernel does not say."""
+    nodes = Path("/sys/devices/system/node").glob("node[0-9]*")
+    return sorted(int(node.name[4:]) for node in nodes if set(cores) & _processors(node / "cpulist"))
+
+
+def _processors(file: Path) -> set[int]:
+    """The numbers in a list such as 0-3,8."""
+    found: set[int] = set()
+    for part in _read(str(file)).split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def machine_limits() -> dict[str, Any]:

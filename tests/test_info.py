@@ -1,6 +1,8 @@
 """What `python -m extrapcomm info` says, and when it warns."""
 
 import json
+import os
+import re
 
 import pytest
 from conftest import COMM
@@ -8,7 +10,15 @@ from mpi4py import MPI
 
 import extrapcomm as xc
 from extrapcomm.__main__ import main, warnings_about
-from extrapcomm.launch import launcher_size, require_launchers_mpi, singleton_warning
+from extrapcomm.launch import (
+    cores_allowed,
+    cores_here,
+    launcher_size,
+    memory_domains,
+    require_launchers_mpi,
+    singleton_warning,
+)
+from extrapcomm.placement import placement_warnings
 
 
 def test_info_names_mpi_build_and_every_rank(capfd):
@@ -35,17 +45,48 @@ def test_info_for_people_has_a_line_for_every_rank(capfd):
 @pytest.fixture
 def unlaunched(monkeypatch):
     """The environment without what any launcher may have put there."""
-    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(variable, raising=False)
+    for variable in os.environ:
+        if variable.startswith(
+            ("OMPI_COMM_WORLD_SIZE", "PMI_", "MV2_COMM_WORLD_SIZE", "SLURM_", "PALS_", "FLUX_")
+        ):
+            monkeypatch.delenv(variable)
     return monkeypatch
 
 
-def test_singleton_under_a_task_manager_is_warned_of(unlaunched):
-    unlaunched.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert launcher_size() == (4, "SLURM_STEP_NUM_TASKS")
-    assert "MPI sees only 1" in singleton_warning(1)
+def test_fewer_ranks_than_the_launcher_started_are_warned_of(unlaunched):
+    unlaunched.setenv("FLUX_JOB_SIZE", "4")
+    assert launcher_size() == (4, "FLUX_JOB_SIZE")
+    assert "MPI sees only 1, so they do not train together" in singleton_warning(1)
     assert singleton_warning(4) is None
     require_launchers_mpi(1, "an MPI")
+
+
+@pytest.mark.parametrize(
+    ("library", "remedy"),
+    [
+        ("Open MPI v5.0.11, package", "with its mpirun inside sbatch or salloc; srun can only where"),
+        ("MPICH Version: 5.0.2", "with srun --mpi=pmi2, or with its mpirun"),
+        ("another", "MPICH: pmi2; Open MPI: pmix"),
+    ],
+)
+def test_singleton_under_srun_is_refused_with_the_way_to_start_this_mpi(unlaunched, library, remedy):
+    unlaunched.setenv("SLURM_JOB_ID", "7")
+    unlaunched.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(xc.UsageError, match=f"srun started 4 processes .*{remedy}.*COMM_SELF"):
+        require_launchers_mpi(1, library)
+    assert remedy in singleton_warning(1, library)
+    unlaunched.setenv("PMI_SIZE", "4")
+    unlaunched.setenv("PMI_JOBID", "7.0")
+    with pytest.raises(xc.UsageError, match=f"srun --mpi=pmi2 started 4 processes .*{remedy}"):
+        require_launchers_mpi(1, library)
+    require_launchers_mpi(4, library)
+
+
+def test_task_of_srun_that_has_the_terminal_to_itself_may_train_alone(unlaunched):
+    unlaunched.setenv("SLURM_STEP_NUM_TASKS", "4")
+    unlaunched.setenv("SLURM_PTY_PORT", "33787")
+    require_launchers_mpi(1, "an MPI")
+    assert "MPI sees only 1" in singleton_warning(1)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +112,69 @@ def test_world_of_a_lost_singleton_must_be_asked_for(unlaunched):
     assert main(["info"]) == 0
 
 
-def test_crowded_and_bound_ranks_are_warned_of():
+def test_memory_limit_below_the_machines_is_warned_of():
     limits = {"cgroup_memory_max": 10**9, "memory_available": 10**10}
-    crowded = {"team": [{"cores": [0, 1]}] * 3, "limits": limits}
-    assert any("3 ranks share 2 cores" in text for text in warnings_about(crowded))
-    assert any("memory limit is 1.0 GB" in text for text in warnings_about(crowded))
-    bound = {"team": [{"cores": [0]}, {"cores": [1]}], "limits": limits}
-    assert any("bound to one core" in text for text in warnings_about(bound))
+    facts = {"team": [place()], "limits": limits, "mpi": "an MPI"}
+    assert any("memory limit is 1.0 GB" in text for text in warnings_about(facts))
+
+
+def place(cores=range(8), host="a", allowed=range(8), domains=(0,), threads=1):
+    return {
+        "host": host,
+        "pid": 1,
+        "cores": list(cores),
+        "allowed": list(allowed),
+        "domains": list(domains),
+        "threads": threads,
+    }
+
+
+WELL = {
+    "a rank alone": [place(threads=None)],
+    "free ranks with few threads": [place(threads=2)] * 4,
+    "a core for each": [place([core]) for core in range(8)],
+    "disjoint halves": [place(range(4), threads=None), place(range(4, 8), threads=None)],
+    "the same cores of two hosts": [place(host="a", threads=8), place(host="b", threads=8)],
+}
+ILL = {
+    "5 ranks share 2 cores of a: .* start 2 there": [place([0, 1], allowed=[0, 1])] * 5,
+    "2 ranks on a are bound to the core 3 while it has 8: .*--bind-to core": [
+        place([3]),
+        place([3]),
+        place([1]),
+    ],
+    "3 ranks on b are bound to the cores 0-1 while": [place(), *[place([0, 1], "b")] * 3],
+    "bound to one core each.* 6 cores are idle: .*PE=4": [place([0]), place([1])],
+    "OMP_NUM_THREADS is not set, .*4 ranks on a .*32 threads on 8 cores: OMP_NUM_THREADS=2$": [
+        place(threads=None)
+    ]
+    * 4,
+    "OMP_NUM_THREADS is 8, .*16 threads on 8 cores: OMP_NUM_THREADS=4$": [place(threads=8)] * 2,
+    "ranks on a may run in 2 NUMA domains.*--bind-to numa": [place(domains=[0, 1])] * 2,
+}
+
+
+@pytest.mark.parametrize("team", WELL.values(), ids=WELL)
+def test_ranks_with_cores_enough_are_not_warned_of(team):
+    assert placement_warnings(team) == []
+
+
+@pytest.mark.parametrize(("text", "team"), ILL.items())
+def test_ranks_that_get_into_each_others_way_are_warned_of(text, team):
+    (warning,) = placement_warnings(team)
+    assert re.search(text, warning), warning
+
+
+def test_allowed_cores_are_found_without_changing_the_binding():
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert set(cores_allowed()) >= before
+        assert cores_here() == [min(before)]
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_memory_domains_are_those_of_the_cores():
+    assert memory_domains([]) == []
+    assert len(memory_domains(cores_here())) <= len(cores_here())

@@ -343,7 +343,16 @@ class Hosts:
         return {**inherited, **SETTINGS, **here, **more}
 
 
-LAUNCHERS = ("PMIX_", "OMPI_COMM", "PMI_", "PRTE_MCA_", "OMPI_MCA_rmaps", "OMPI_MCA_hwloc", "HYDRA_", "SLURM_")
+LAUNCHERS = (
+    "PMIX_",
+    "OMPI_COMM",
+    "PMI_",
+    "PRTE_MCA_",
+    "OMPI_MCA_rmaps",
+    "OMPI_MCA_hwloc",
+    "HYDRA_",
+    "SLURM_",
+)
 
 # One MPI does not read the settings of the other. First what holds under any launcher, then what mpirun needs here.
 SETTINGS = {

@@ -1,8 +1,8 @@
 """A Slurm cluster on the hosts of hosts.py: `with Hosts(2) as hosts: slurm = Slurm(hosts); slurm.sbatch("job.sh")`.
 
 The controller runs on the head, one slurmd on every node, each with a munged of its own; all of them end with their
-hosts. Needed are the programs of Debian's `slurm-wlm` and `munge`; no service needs to be set up, and nothing outside the
-hosts' folder is read or written. Tasks are neither bound nor confined to cgroups, which containers do not lend.
+hosts. Needed are the programs of Debian's `slurm-wlm` and `munge`; no service needs to be set up, and nothing outside
+the hosts' folder is read or written. Tasks are neither bound nor confined to cgroups, which containers do not lend.
 
     python tests/clusters/slurm.py srun --mpi=pmi2 -n 2 python examples/digits.py     # one command on a new cluster
 """
@@ -62,11 +62,15 @@ class Slurm:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         self.environment = hosts.environment({"SLURM_CONF": str(self.folder / "slurm.conf")})
-        munged = f"munged --force --key-file={key} --socket={private}/munge.socket --pid-file={private}/munge.pid"
+        munged = (
+            f"munged --force --key-file={key} --socket={private}/munge.socket --pid-file={private}/munge.pid"
+        )
         munged += f" --log-file={private}/munge.log --seed-file={private}/munge.seed"
         self.on_head(f"mkdir {private}/state && {munged} && slurmctld")
         for index in sorted(hosts.alive):
-            hosts.run(index, f"mkdir {private}/spool && {munged} && SLURM_CONF={self.folder}/slurm.conf slurmd")
+            hosts.run(
+                index, f"mkdir {private}/spool && {munged} && SLURM_CONF={self.folder}/slurm.conf slurmd"
+            )
         self._wait_until_idle()
 
     def on_head(self, script, timeout=PATIENCE):
