@@ -16,6 +16,7 @@ from .errors import Error
 from .launch import machine_limits, singleton_warning
 from .placement import place_here, placement_warnings, ranges
 from .tune import save, tune
+from .wire import built_wires
 from .world import World
 
 _PACKAGES = ("numpy", "mpi4py", "torch", "cupy", "pybind11")
@@ -71,7 +72,8 @@ def gather_facts() -> dict[str, Any]:
     from mpi4py import MPI
 
     team = MPI.COMM_WORLD.allgather(place_here())
-    World(MPI.COMM_WORLD).close()  # proves that the ranks can open each other's memory
+    with World(MPI.COMM_WORLD) as world:  # proves that the ranks of a host can open each other's memory
+        teams = world.teams
     facts: dict[str, Any] = {
         "extrapcomm": __version__,
         "python": sys.version.split()[0],
@@ -80,6 +82,8 @@ def gather_facts() -> dict[str, Any]:
         "mpi": MPI.Get_library_version().split("\0")[0].splitlines()[0],
         "mpi_standard": ".".join(map(str, MPI.Get_version())),
         "team": [{"rank": rank, **member} for rank, member in enumerate(team)],
+        "teams": teams,
+        "wires": built_wires(),
         "limits": machine_limits(),
     }
     facts["warnings"] = warnings_about(facts)
@@ -110,7 +114,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"  memory          {_size(limits['memory_available'])} available, container limit "
         f"{_size(limits['cgroup_memory_max'])}, /dev/shm {_size(limits['dev_shm_free'])} free of "
         f"{_size(limits['dev_shm_size'])}, huge pages for shared memory: {limits['shmem_huge_pages']}",
-        f"  team            {len(facts['team'])} rank(s), one team through shared memory",
+        f"  between hosts   {' and '.join(facts['wires']) or 'nothing: it was built without an mpicxx'}",
+        f"  team            {_teams(facts['teams'])}",
         *(
             f"    rank {m['rank']}: {m['host']}, process {m['pid']}, cores {ranges(m['cores'])}"
             for m in facts["team"]
@@ -118,6 +123,15 @@ def as_text(facts: dict[str, Any]) -> str:
         *(f"  WARNING: {text}" for text in facts["warnings"]),
     ]
     return "\n".join(lines)
+
+
+def _teams(teams: list[list[int]]) -> str:
+    ranks = f"{sum(map(len, teams))} rank(s)"
+    if len(teams) == 1:
+        return f"{ranks}, one team through shared memory"
+    return f"{ranks} in {len(teams)} teams; shared memory inside, MPI between: " + " | ".join(
+        map(ranges, teams)
+    )
 
 
 def _version(package: str) -> str | None:

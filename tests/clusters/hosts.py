@@ -363,6 +363,7 @@ SETTINGS = {
     "OMPI_MCA_btl_tcp_if_include": "eth0",
     "OMPI_MCA_osc": "^ucx",
     "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share one set of cores, of which MPI does not know
+    "UCX_NET_DEVICES": "eth0",
     "FI_PROVIDER": "tcp",
     "FI_TCP_IFACE": "eth0",
     "OMP_NUM_THREADS": "1",
