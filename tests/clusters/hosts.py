@@ -110,15 +110,20 @@ def end_of_input(process):
 
 
 class Job:
-    """An mpirun that is running. Its output goes to a file, so that it can be looked at meanwhile."""
+    """An mpirun that is running. Its output goes to a file, so that it can be looked at meanwhile.
+
+    What a rank appends to the file $EXTRAPCOMM_TEST_REPORT stands before the rest: launchers forward nothing more once
+    they have lost a host.
+    """
 
     def __init__(self, hosts, command, environment):
         self.hosts, self.since = hosts, time.monotonic()
-        self.log = Path(hosts.folder, f"job-{len(hosts.jobs)}.log")
+        self.report, self.log = (hosts.folder / f"job-{len(hosts.jobs)}.{kind}" for kind in ("report", "log"))
+        self.report.touch()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
-                env=environment,
+                env={**environment, "EXTRAPCOMM_TEST_REPORT": str(self.report)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -127,7 +132,7 @@ class Job:
 
     @property
     def output(self):
-        return self.log.read_text(errors="replace")
+        return "".join(file.read_text(errors="replace") for file in (self.report, self.log))
 
     def wait(self, timeout=60.0):
         """Ended, when the job has; TimeoutError, when it takes longer, and then every process of it is killed."""
@@ -249,6 +254,10 @@ class Hosts:
         entered = shlex.join([str(HERE / "enter.sh"), self.names[index], command])
         return self._head(entered, check=check, timeout=timeout)
 
+    def running(self, index):
+        """The names of the programs that run on a host."""
+        return self.run(index, "cat /proc/[0-9]*/comm 2>/dev/null || true").split()
+
     def start(self, ranks, *command, options=(), env=None):
         """A Job: mpirun, on the head, of a command on the hosts.
 
@@ -271,10 +280,15 @@ class Hosts:
         return self.start(ranks, *command, options=options, env=env).wait(timeout)
 
     def kill(self, index):
-        """Ends every process of a host at once, and with them its network. It does not come back."""
+        """Ends every process of a host at once; its connections are closed. It does not come back."""
         self.alive.discard(index)
         self._head(f"kill -9 {self.nodes[index].first}")
         self.nodes[index].process.wait(PATIENCE)
+
+    def cut_power(self, index):
+        """The same, but nobody is told: connections stay open and no answers come."""
+        self._head(f"ip link set mgmt{index} down && ip link set data{index} down")
+        self.kill(index)
 
     # ---- what these are made of ----
 

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite"),
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm (Debian: slurm-wlm, munge): {MISSING}"),
 ]
-SHORT = "--workers 2 --batch 8 --epochs 2"
+SHORT = "--workers 2 --batch 8 --epochs 1"
 
 
 @pytest.fixture(scope="module")
