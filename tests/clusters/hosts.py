@@ -10,8 +10,11 @@ is where mpirun runs and both switches stand; it does no work.
 
 All hosts live in the process namespace of the head, whose first process ends when its input does. So however a test
 ends, the kernel ends every process of every host and removes their networks and mounts; nothing is left to clean up.
+
+    python tests/clusters/hosts.py --ranks 2 2 --rate 1gbit -- python benchmarks/step.py -b 40M -e 40M
 """
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -406,3 +409,30 @@ def _rated(interface, rate):
     if rate is None:
         return f"tc qdisc delete dev {interface} root 2>/dev/null || true"
     return f"tc qdisc replace dev {interface} root tbf rate {rate} burst 128kb latency 100ms"
+
+
+def main():
+    """Runs one command on new hosts and tells what each of them sent."""
+    parser = argparse.ArgumentParser(
+        description="Run a command under mpirun on several hosts of this machine."
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 2], help="of each host (default: 2 2)")
+    parser.add_argument("--rate", help="of each link, as tc spells it: 1gbit")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds from host to host")
+    parser.add_argument("--loss", type=float, default=0.0, help="part of all frames that is lost")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that the command may take")
+    parser.add_argument("command", nargs="+", help="after --")
+    options = parser.parse_args()
+    if reason := reason_against():
+        sys.exit(f"hosts.py: {reason}")
+    with Hosts(len(options.ranks)) as hosts:
+        hosts.shape(options.rate, options.delay, options.loss)
+        done = hosts.mpirun(options.ranks, *options.command, timeout=options.limit)
+        print(done.output, end="")
+        for index, name in enumerate(hosts.names):
+            print(f"{name}: sent {hosts.bytes_sent(index) / 1e6:.3f} MB")
+    return done.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
