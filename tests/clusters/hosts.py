@@ -52,7 +52,11 @@ def reason_against():
 
 def mpi_is_open_mpi():
     """Whether the mpirun on PATH is Open MPI's rather than MPICH's."""
-    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=PATIENCE)
+    command, environment = (
+        ["mpirun", "--version"],
+        dict(os.environ),
+    )  # not what an MPI above adds behind Python's back
+    version = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     return "Open MPI" in version.stdout
 
 

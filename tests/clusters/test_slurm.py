@@ -22,13 +22,13 @@ def slurm():
         yield Slurm(hosts)
 
 
-def test_batch_script_of_this_mpi_trains(slurm):
+def test_batch_script_of_this_mpi_trains_on_two_nodes(slurm):
     pytest.importorskip("sklearn")
     script = "openmpi" if mpi_is_open_mpi() else "mpich"
-    options = f"--nodes=1 --export=ALL,VENV={sys.prefix} examples/clusters/{script}.sbatch {SHORT}"
-    code, output = slurm.sbatch(options)
+    options = f"--ntasks-per-node=1 --export=ALL,VENV={sys.prefix} examples/clusters/{script}.sbatch {SHORT}"
+    code, output = slurm.sbatch(options, timeout=100)
     assert code == 0, output
-    assert "rank 1: node0" in output and "rank 2" not in output and "WARNING" not in output
+    assert "rank 0: node0" in output and "rank 1: node1" in output and "WARNING" not in output
     assert re.search(r"digits: EXTRAP-SGD [0-9.]+ %.*\(4 workers", output), output
 
 
