@@ -134,44 +134,6 @@ def take_line(
     return lines[-1]
 
 
-@dataclass
-class Line:
-    """A communicator for wires alone. It is never freed, but used again by the next world of the same processes.
-
-    A rank that leaves says so to ranks that may not be listening any more; to free a communicator in which a message
-    lies unread is a mistake that some MPIs answer with a hang. Channels go on counting, so old messages are not taken
-    for new ones.
-    """
-
-    comm: "MPI.Intracomm"
-    number: int
-    channels: int = 0
-    taken: bool = True
-
-
-_lines: dict[tuple[int, ...], list[Line]] = {}
-
-
-def take_line(
-    comm: "MPI.Intracomm",
-    all_gather: Callable[[bytes], list[bytes]],
-    duplicate: Callable[[], "MPI.Intracomm"],
-) -> Line:
-    """Collective: a line of the communicator's processes that is free on all of them, or a new one."""
-    from mpi4py import MPI
-
-    group, whole = comm.Get_group(), MPI.COMM_WORLD.Get_group()
-    lines = _lines.setdefault(tuple(group.Translate_ranks(None, whole)), [])
-    free = [line for line in lines if not line.taken]
-    offers = {offer.decode() for offer in all_gather(str(free[0].number if free else -1).encode())}
-    if free and offers == {str(free[0].number)}:
-        free[0].taken = True
-        return free[0]
-    numbers = all_gather(str(max((line.number for line in lines), default=-1) + 1).encode())
-    lines.append(Line(duplicate(), max(int(number) for number in numbers)))
-    return lines[-1]
-
-
 def wire_over(comm: "MPI.Intracomm") -> _core.Wire:
     """The wire over a communicator that nothing else uses.
 

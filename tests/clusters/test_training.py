@@ -113,7 +113,7 @@ def test_step_sends_and_takes_what_its_bytes_ask_for(hosts):
         env={"OMPI_MCA_btl_tcp_flags": "send"},  # docs/clusters.md; MPICH does not read it
         script="""
         world = xc.World()
-        engine = engine_of(world, 10_000_000, displacement="raw")
+        engine = engine_of(world, 10_000_000)
         for step in range(10):
             engine.grads[...] = 1
             world.comm.Barrier()
