@@ -93,7 +93,9 @@ def _is_whole(value: Any) -> bool:
 
 def built_wires() -> list[str]:
     """The MPIs for which this installation has a wire."""
-    return sorted(path.name.split(".")[0].removeprefix("_mpi_") for path in Path(__file__).parent.glob("_mpi_*.so"))
+    return sorted(
+        path.name.split(".")[0].removeprefix("_mpi_") for path in Path(__file__).parent.glob("_mpi_*.so")
+    )
 
 
 @dataclass

@@ -38,6 +38,8 @@ class Herald {
   // Says that `about` takes no part in the present call of the channel, nor in any later one; of this rank
   // itself once.
   void tell(std::int64_t channel, Failure why, int about, const std::string& reason = {});
+  // Says nothing more of a channel: it has failed for all, and all are told why.
+  void hush(std::int64_t channel) { at(channel).left = true; }
   // Says so of this rank and of all channels.
   void leave(const std::string& reason);
   // What concerns the present call of a channel.

@@ -200,6 +200,7 @@ std::string Meeting::reason_of(std::uint64_t word) const {
 }
 
 void Meeting::raise(std::uint64_t word, const Wait& wait) const {
+  company_.herald->hush(channel_);
   const int rank = rank_of(word);
   const std::string reason = reason_of(word);
   std::string text = company_.topology->name_of(rank) +
