@@ -11,12 +11,15 @@
 
 #include "check.hpp"
 #include "comm/team.hpp"
+#include "mail.hpp"
 
 // Ranks as forked processes, without MPI. They exchange constructor messages through a page of memory that
-// they inherit.
+// they inherit. Ranks of several teams have a wire.
 class Ranks {
  public:
-  explicit Ranks(int size) : size_(size) {
+  using Teams = std::vector<std::vector<int>>;
+
+  explicit Ranks(int size, Teams teams = {}) : size_(size), teams_(std::move(teams)), mail_(size) {
     void* at = mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(at != MAP_FAILED);
     board_ = static_cast<Board*>(at);
@@ -29,9 +32,9 @@ class Ranks {
 
   xc::TeamOptions options(int rank, int workers = 1) const {
     xc::TeamOptions options;
-    options.rank = rank;
-    options.size = size_;
-    options.workers = workers;
+    options.topology = teams_.empty() ? xc::Topology::one_team(rank, size_, workers)
+                                      : xc::Topology(rank, workers, teams_);
+    if (teams_.size() > 1) options.wire = std::make_shared<MailWire>(mail_, rank);
     options.all_gather = [this, rank](const std::string& mine) { return all_gather(rank, mine); };
     options.interrupted = [] {};
     options.warn = [](const std::string&) {};
@@ -82,5 +85,7 @@ class Ranks {
   }
 
   int size_;
+  Teams teams_;
+  Mail mail_;
   Board* board_;
 };

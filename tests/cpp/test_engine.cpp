@@ -14,7 +14,7 @@ namespace {
 constexpr std::int64_t kLength = 5000;
 
 EngineOptions sgd(double momentum = 0.9) {
-  return {"sgd", {"local"}, {GroupSpec{0, {0.1, momentum, 0.0, 0.0}}}, 256, {}, "test"};
+  return {"sgd", {"local"}, {GroupSpec{0, {0.1, momentum, 0.0, 0.0}}}, 256, {}, {}, "test"};
 }
 
 std::vector<LayerSpec> two_layers() {
@@ -40,7 +40,7 @@ std::vector<float> train(const Ranks& ranks, int rank, int workers, double max_n
     engine->step({.hyper = hyper, .present = present, .max_norm = max_norm});
   }
   std::vector<float> w(kLength);
-  engine->read(0, 0, w.data());
+  engine->read(0, 0, 0, kLength, w.data());
   return w;
 }
 
@@ -97,7 +97,7 @@ void a_step_that_is_not_finite_is_skipped_by_all() {
     const double hyper[] = {0.1, 0.9, 0.0, 0.0, 0.05};
     CHECK(engine->step({.hyper = hyper, .present = present, .skip_nonfinite = true}).skipped);
     std::vector<float> w(kLength);
-    engine->read(0, 0, w.data());
+    engine->read(0, 0, 0, kLength, w.data());
     for (const float value : w) CHECK(value == 0);
     CHECK(engine->updates(0) == 0);
     gradient[3000] = 1;

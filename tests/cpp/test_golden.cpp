@@ -28,7 +28,7 @@ std::uint64_t hash_after_100_steps(const std::string& rule, const std::string& e
   const LayerSpec layer{"w", dtype, {kLength}, {1}, 0};
   const GroupSpec group{rule == "sgd" ? 1u : 0u, hyper};
   const auto engine = Engine::create(std::make_shared<Team>(alone.options(0, kWorkers)), std::span(&layer, 1),
-                                     {rule, {extrapolation}, {group}, 1000, {}, "golden"});
+                                     {rule, {extrapolation}, {group}, 1000, {}, {}, "golden"});
   engine->adopt(0);
   hyper.push_back(0.02);
   std::uint64_t state = 1;
@@ -46,7 +46,7 @@ std::uint64_t hash_after_100_steps(const std::string& rule, const std::string& e
     engine->step({hyper, present});
   }
   std::vector<float> w(kLength);
-  engine->read(0, 0, w.data());
+  engine->read(0, 0, 0, kLength, w.data());
   std::uint64_t hash = hash_of({reinterpret_cast<const char*>(w.data()), w.size() * sizeof(float)});
   for (int v = 0; v < kWorkers; ++v)
     hash = hash_of({reinterpret_cast<const char*>(engine->weights(v).get()), size}, hash);

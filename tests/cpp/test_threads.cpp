@@ -7,8 +7,10 @@
 #include "core/error.hpp"
 #include "engine/engine.hpp"
 #include "engine/shared_array.hpp"
+#include "mail.hpp"
 
-// Four ranks as threads of one process: the same protocol, where a thread sanitizer can watch it.
+// Four ranks as threads of one process, in one team and in several: the same protocol, where a thread
+// sanitizer can watch it.
 
 using namespace xc;
 
@@ -16,8 +18,12 @@ namespace {
 
 constexpr int kRanks = 4;
 constexpr std::int64_t kLength = 5000;
+using Teams = std::vector<std::vector<int>>;
 
 struct Board {
+  explicit Board(Teams of_ranks) : teams(std::move(of_ranks)) {}
+  Teams teams;
+  Mail mail{kRanks};
   std::barrier<> barrier{kRanks};
   std::vector<std::string> texts = std::vector<std::string>(kRanks);
 
@@ -32,8 +38,8 @@ struct Board {
 
 std::shared_ptr<Team> make_team(Board& board, int rank) {
   TeamOptions options;
-  options.rank = rank;
-  options.size = kRanks;
+  options.topology = Topology(rank, 1, board.teams);
+  if (board.teams.size() > 1) options.wire = std::make_shared<MailWire>(board.mail, rank);
   options.provider = Provider::local;
   options.all_gather = [&board, rank](const std::string& mine) { return board.all_gather(rank, mine); };
   options.interrupted = [] {};
@@ -46,7 +52,7 @@ void train(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
   const auto engine =
       Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"local"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, "threads"});
+                     {"sgd", {"local"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, {}, "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   for (std::int64_t i = 0; i < kLength; ++i) x[i] = 1;
@@ -64,7 +70,7 @@ void train(const std::shared_ptr<Team>& team) {
       engine->step({.hyper = hyper, .present = present, .max_norm = step % 2 ? 1.0 : 0.0});
   }
   std::vector<float> w(kLength);
-  engine->read(0, 0, w.data());
+  engine->read(0, 0, 0, kLength, w.data());
   for (const float value : w) CHECK(value == w[0] && std::abs(value) < 1);
 }
 
@@ -73,7 +79,7 @@ void train_alone(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
   const auto engine =
       Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, "threads"});
+                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, {}, "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   std::fill_n(x, kLength, 1.0f);
@@ -91,7 +97,7 @@ void train_alone(const std::shared_ptr<Team>& team) {
     }
     if (round == 30 && team->rank() != 2) thrown<UsageError>([&] { engine->average(); });
     engine->averaging_step({.hyper = hyper, .present = present});
-    engine->read(0, 0, w.data());
+    engine->read(0, 0, 0, kLength, w.data());
     for (std::int64_t i = 0; i < kLength; ++i) CHECK(x[i] == w[0] && w[i] == w[0]);
   }
   CHECK(engine->updates(0) == 180);
@@ -107,10 +113,8 @@ void sum(const std::shared_ptr<Team>& team) {
   }
 }
 
-}  // namespace
-
-int main() {
-  Board board;
+void run(const Teams& teams) {
+  Board board(teams);
   std::vector<std::thread> ranks;
   for (int rank = 0; rank < kRanks; ++rank)
     ranks.emplace_back([&board, rank] {
@@ -120,4 +124,10 @@ int main() {
       sum(team);
     });
   for (std::thread& rank : ranks) rank.join();
+}
+
+}  // namespace
+
+int main() {
+  for (const Teams& teams : {Teams{{0, 1, 2, 3}}, Teams{{0, 1}, {2, 3}}, Teams{{0, 1, 2}, {3}}}) run(teams);
 }
