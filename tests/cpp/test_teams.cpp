@@ -37,9 +37,15 @@ std::vector<double> hyper_of(const Case& each) {
   return {0.01, 0.9, 0.999, 1e-8, 1e-2};
 }
 
+// In three filters, if that is possible.
+LayerSpec layer_of(std::int64_t length) {
+  const std::int64_t filters = length % 3 == 0 ? 3 : 1;
+  return {"w", DType::f32, {filters, length / filters}, {length / filters, 1}, 0};
+}
+
 std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Case& each) {
   std::vector<LayerSpec> layers;
-  for (const std::int64_t length : each.lengths) layers.push_back({"w", DType::f32, {length}, {1}, 0});
+  for (const std::int64_t length : each.lengths) layers.push_back(layer_of(length));
   return Engine::create(
       team, layers,
       {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, each.rails, "teams"});
