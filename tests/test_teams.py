@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import COMM, LIMITS
 from conftest import Pair as EnginePair
-from reference import RULES, assert_same_bits
+from reference import assert_same_bits
 from test_clipping import Twins
 from test_collectives import filled, local, reduced
 from test_faults import SURVIVORS, own_mpirun, run_ranks
@@ -128,7 +128,7 @@ def test_absent_gradients_follow_the_reference(cut, pattern, extrapolation):
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "lamb"])
 def test_teams_of_another_order_are_close_to_the_reference_and_alike(reordered, rule):
-    pair = EnginePair(reordered, LENGTHS, "float32", rule=rule, extrapolation="local", **RULES[rule].cases[0])
+    pair = EnginePair(reordered, LENGTHS, "float32", rule=rule, extrapolation="local", lr=0.01)
     for _ in range(4):
         pair.step()
     master = pair.engine.master()
