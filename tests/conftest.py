@@ -56,6 +56,7 @@ def skip_if_inside_one_team(failure):
         if TEAM and isinstance(failure, xc.UsageError) and words in str(failure):
             pytest.skip(reason)
 
+
 # The same examples on every rank and in every run.
 settings.register_profile("ranks", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("ranks")

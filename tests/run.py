@@ -81,7 +81,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the test suite on several numbers of ranks.")
     ranks = {"type": Job.of, "nargs": "+", "default": [Job(1), Job(2), Job(2, 1), Job(3), Job(4)]}
-    parser.add_argument("--ranks", **ranks, help="numbers of ranks, or ranks/ranks of a team; default: 1 2 2/1 3 4")
+    parser.add_argument(
+        "--ranks", **ranks, help="numbers of ranks, or ranks/ranks of a team; default: 1 2 2/1 3 4"
+    )
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for each number of ranks")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files or folders of tests")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)

@@ -19,7 +19,9 @@ import extrapcomm as xc
 
 torch = pytest.importorskip("torch")
 
-COMPARING = [name for name in SHARED_OPTIONS if name.startswith("vr")]  # element by element, so within one team
+COMPARING = [
+    name for name in SHARED_OPTIONS if name.startswith("vr")
+]  # element by element, so within one team
 SENDING = {name: options for name, options in SHARED_OPTIONS.items() if name not in COMPARING}
 
 # Ranks of a team, workers of a rank.
@@ -155,7 +157,11 @@ def trained(world, steps, opt=None, params=None, extrapolation="local"):
     random = np.random.RandomState(steps)
     if opt is None:
         params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (3000, 7)]
-        opt = xc.ExtrapAdam(params, lr=0.01, world=world) if extrapolation != "none" else xc.Adam(params, world=world)
+        opt = (
+            xc.ExtrapAdam(params, lr=0.01, world=world)
+            if extrapolation != "none"
+            else xc.Adam(params, world=world)
+        )
     first = world.rank * world.workers
     for _ in range(steps):
         grads = [[random.uniform(-1, 1, p.shape).astype("float32") for p in params] for _ in range(world.K)]
@@ -225,7 +231,9 @@ def test_adopted_weights_are_those_of_the_first_rank_in_all_teams(cut):
     opt.close()
 
 
-@pytest.mark.parametrize("hyper", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}])
+@pytest.mark.parametrize(
+    "hyper", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}]
+)
 def test_local_steps_and_their_averages_follow_the_reference(cut, hyper):
     pair = LocalPair(cut, local_steps=2, start=1, **hyper)
     for _ in range(6):
@@ -286,7 +294,9 @@ def test_collectives_of_teams_of_another_order_are_exact_for_whole_numbers(reord
 def test_mistakes_of_one_rank_are_the_same_error_in_all_teams_and_spoil_nothing(cut):
     odd, last = is_last(cut), cut.size - 1
     engine = xc.Engine(cut, np.ones(3000), lr=0.5)
-    with pytest.raises(xc.MismatchError, match=f"lr of parameter group 0 is 0.5 on rank 0 but 0.25 on rank {last}"):
+    with pytest.raises(
+        xc.MismatchError, match=f"lr of parameter group 0 is 0.5 on rank 0 but 0.25 on rank {last}"
+    ):
         engine.step(lr=0.25 if odd else 0.5)
     with pytest.raises(xc.UsageError, match=f"rank {last}: lr must be finite"):
         engine.step(lr=float("nan") if odd else 0.5)

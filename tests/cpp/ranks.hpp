@@ -32,8 +32,8 @@ class Ranks {
 
   xc::TeamOptions options(int rank, int workers = 1) const {
     xc::TeamOptions options;
-    options.topology = teams_.empty() ? xc::Topology::one_team(rank, size_, workers)
-                                      : xc::Topology(rank, workers, teams_);
+    options.topology =
+        teams_.empty() ? xc::Topology::one_team(rank, size_, workers) : xc::Topology(rank, workers, teams_);
     if (teams_.size() > 1) options.wire = std::make_shared<MailWire>(mail_, rank);
     options.all_gather = [this, rank](const std::string& mine) { return all_gather(rank, mine); };
     options.interrupted = [] {};

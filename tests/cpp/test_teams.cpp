@@ -101,8 +101,7 @@ Result train(const std::shared_ptr<Team>& team, const Case& each) {
   for (int v = 0; v < team->workers_per_rank(); ++v)
     for (std::size_t layer = 0; layer < each.lengths.size(); ++layer)
       for (std::int64_t i = 0; i < each.lengths[layer]; ++i)
-        weights(*engine, v, layer)[i] =
-            std::cos(static_cast<float>(i * (team->first_worker() + v)));
+        weights(*engine, v, layer)[i] = std::cos(static_cast<float>(i * (team->first_worker() + v)));
   engine->adopt(1);
   for (int t = 0; t < 3; ++t) {
     fill_gradients(*engine, each, t);
@@ -248,7 +247,8 @@ void a_mismatch_is_the_same_error_in_all_teams() {
       if (rank == 2) return engine->adopt(0);
       step(*engine, each, 0.1);
     });
-    CHECK(calls.find("rank 2 is in adopt") != std::string::npos || calls.find("rank 2 in adopt") != std::string::npos);
+    CHECK(calls.find("rank 2 is in adopt") != std::string::npos ||
+          calls.find("rank 2 in adopt") != std::string::npos);
     CHECK(thrown<UsageError>([&] {
             if (rank == 1) engine->complain("my lr is silly");
             step(*engine, each, 0.1);

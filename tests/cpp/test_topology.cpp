@@ -63,7 +63,8 @@ void powers_of_two_in_the_order_of_ranks_keep_the_order() {
 }
 
 void other_teams_do_not_keep_the_order() {
-  CHECK(!keeps_order(1, {{0, 1, 2}, {3}}) && !keeps_order(1, {{0}, {1, 2}}));  // 3 is no power; the last is larger
+  CHECK(!keeps_order(1, {{0, 1, 2}, {3}}) &&
+        !keeps_order(1, {{0}, {1, 2}}));  // 3 is no power; the last is larger
   CHECK(!keeps_order(3, {{0}, {1}}) && !keeps_order(1, {{0, 2}, {1, 3}}));
   CHECK(!keeps_order(1, {{0, 1}, {2}, {3, 4}}));  // a smaller one that is not the last
 }
@@ -78,8 +79,8 @@ void hosts_are_named_where_there_are_several() {
 
 int main() {
   for (const int workers : {1, 2, 3})
-    for (const Teams& teams : {Teams{{0}}, Teams{{0, 1}, {2, 3}}, Teams{{0, 1, 2}, {3}}, Teams{{0}, {1, 2, 3}},
-                               Teams{{0, 2}, {1, 3}}, Teams{{0, 4}, {1}, {2, 3}}}) {
+    for (const Teams& teams : {Teams{{0}}, Teams{{0, 1}, {2, 3}}, Teams{{0, 1, 2}, {3}},
+                               Teams{{0}, {1, 2, 3}}, Teams{{0, 2}, {1, 3}}, Teams{{0, 4}, {1}, {2, 3}}}) {
       check_carriers(workers, teams);
       check_every_segment_is_carried_once(workers, teams);
     }
