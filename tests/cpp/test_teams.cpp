@@ -48,7 +48,7 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Cas
   for (const std::int64_t length : each.lengths) layers.push_back(layer_of(length));
   return Engine::create(
       team, layers,
-      {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, each.rails, "teams"});
+      {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, "teams"});
 }
 
 float* weights(const Engine& engine, int v, std::size_t layer) {
@@ -132,6 +132,12 @@ void check_close(const Result& got, const Result& wanted, double tolerance) {
   for (std::size_t i = 0; i < got.size(); ++i) CHECK(std::abs(got[i] - wanted[i]) <= tolerance);
 }
 
+std::shared_ptr<Team> team_for(const Ranks& ranks, int rank, const Case& each, int workers = 1) {
+  auto options = ranks.options(rank, workers);
+  options.rails = each.rails;
+  return std::make_shared<Team>(std::move(options));
+}
+
 Result train_alone(const Case& each) {
   const Ranks ranks(1);
   return train(std::make_shared<Team>(ranks.options(0, kWorkers)), each);
@@ -142,7 +148,7 @@ void compare(const Ranks::Teams& teams, const Case& each, const Result& alone) {
   for (const auto& team : teams) size += static_cast<int>(team.size());
   const Ranks ranks(size, teams);
   ranks.run_well([&](int rank) {
-    auto team = std::make_shared<Team>(ranks.options(rank, kWorkers / size));
+    auto team = team_for(ranks, rank, each, kWorkers / size);
     check_close(train(team, each), part_for(alone, each, *team), each.tolerance);
   });
 }
@@ -187,13 +193,29 @@ void chunks_and_windows_do_not_change_a_bit() {
     }
 }
 
+void halves_do_not_change_a_bit() {
+  for (const std::int64_t chunk : {0, 1024, 3000}) {
+    Case each{.lengths = {20'000, 3, 8000}, .rails = {.chunk = chunk, .way = RailOptions::Way::halving}};
+    const Result alone = train_alone(each);
+    for (const auto& teams : {kPairs, kSingles, kUnequal}) {
+      each.tolerance = teams == kUnequal ? 2e-6 : 0;  // which goes from all to all
+      compare(teams, each, alone);
+    }
+    each.rails.narrow = true;
+    each.tolerance = 3e-2;
+    compare(kSingles, each, alone);
+  }
+}
+
 void empty_segments_and_tiny_plans_work() {
   for (const std::vector<std::int64_t>& lengths :
        {std::vector<std::int64_t>{0}, {1}, {0, 1, 0}, {1024}, {1025, 0, 5}})
     for (const int window : {1, 2}) {
-      const Case each{.lengths = lengths, .rails = {1024, window, false}, .max_norm = 1};
+      Case each{.lengths = lengths, .rails = {1024, window, false}, .max_norm = 1};
       const Result alone = train_alone(each);
       for (const auto& teams : {kPairs, kSingles}) compare(teams, each, alone);
+      each.rails.way = RailOptions::Way::halving;
+      compare(kSingles, each, alone);
     }
 }
 
@@ -211,7 +233,7 @@ void narrow_sums_of_few_bits_are_exact() {
   const Ranks ranks(4, kPairs);
   ranks.run_well([&](int rank) {
     const Case each{.lengths = {5000}, .rails = {1024, 2, true}, .extrapolation = "none"};
-    const auto engine = make_engine(std::make_shared<Team>(ranks.options(rank)), each);
+    const auto engine = make_engine(team_for(ranks, rank, each), each);
     engine->adopt(0);
     for (std::int64_t i = 0; i < 5000; ++i) gradient(*engine, 0, 0)[i] = static_cast<float>(i % 8 * rank);
     step(*engine, each, 1.0);
@@ -329,6 +351,7 @@ int main() {
   rules_that_measure_do_not_change_a_bit();
   unequal_teams_give_the_right_numbers();
   chunks_and_windows_do_not_change_a_bit();
+  halves_do_not_change_a_bit();
   empty_segments_and_tiny_plans_work();
   narrow_sums_give_numbers_that_are_close();
   narrow_sums_of_few_bits_are_exact();

@@ -52,7 +52,7 @@ void train(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
   const auto engine =
       Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"local"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, {}, "threads"});
+                     {"sgd", {"local"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   for (std::int64_t i = 0; i < kLength; ++i) x[i] = 1;
@@ -79,7 +79,7 @@ void train_alone(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
   const auto engine =
       Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, {}, "threads"});
+                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   std::fill_n(x, kLength, 1.0f);
