@@ -15,6 +15,8 @@ from torch.autograd import graph
 from . import _core
 from .arrays import copy_into, form_of, look_at
 from .errors import UsageError
+from .micro_batches import MicroBatches
+from .overlap import Watch
 
 __all__ = ["MANNERS", "Binding", "bump_versions", "strided"]
 
@@ -52,6 +54,7 @@ class Binding:
         names: what errors call them.
         workers: how many workers this rank drives.
         manner: one of MANNERS.
+        overlapped: whose sums go to other teams during backward: the micro-batches of these gradients; or None.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Binding:
         names: Sequence[str],
         workers: int,
         manner: str,
+        overlapped: MicroBatches | None = None,
     ) -> None:
         self.core = core
         self.params = list(params)
@@ -76,7 +80,8 @@ class Binding:
         self._finished: tuple[torch.Tensor, int] | None = None
         self._rescaled = False
         self._watched = next((i for i, param in enumerate(self.params) if param.requires_grad), -1)
-        self._hooks = self._install_hooks(everywhere=manner == "hook")
+        self._watch_all = None if overlapped is None else Watch(core, self._grads, overlapped)
+        self._hooks = self._install_hooks(everywhere=manner == "hook" or overlapped is not None)
 
     def require_own_process(self) -> None:
         """Complain in a forked process, before it writes into its parent's memory."""
@@ -177,6 +182,18 @@ class Binding:
             param.grad = mine.copy_(param.grad)
         if i == self._watched:
             self._watch(param.grad)
+        if self._watch_all is not None and not own:
+            self._watch_all.finish(self.bound, i)
+
+    def report_changes(self) -> None:
+        """Tell the engine what was written into gradients whose sums may be with other teams already."""
+        if self._watch_all is not None:
+            self._watch_all.report()
+
+    def forget_finished(self) -> None:
+        """The step was taken, so what is finished from now on belongs to the next."""
+        if self._watch_all is not None:
+            self._watch_all.forget()
 
     def _watch(self, grad: torch.Tensor | None) -> None:
         self._finished = None if grad is None else (grad, grad._version)

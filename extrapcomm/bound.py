@@ -35,6 +35,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     _rule: Rule
     _tile: int
     _manner: str
+    _overlap: bool
+    _bucket: int
     _core: Core
     _binding: Binding
     _micro_batches: MicroBatches
@@ -49,7 +51,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
         options = (self.RULE, self._rule.extrapolation.for_core(), self._tile, __version__)
-        return Core(self.world.team, layers, groups, *options)
+        bucket = self._bucket if self._overlap else 0
+        return Core(self.world.team, layers, groups, *options, bucket=bucket)
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         """Collective: rank 0's weights into this engine, and the model into its memory."""
@@ -61,7 +64,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
-        self._binding = Binding(core, params, names, self.world.workers, self._manner)
+        overlapped = self._micro_batches if self._overlap else None
+        self._binding = Binding(core, params, names, self.world.workers, self._manner, overlapped)
         self._micro_batches.reset()
         if self._gain is not None and self.world.K == 1:
             self._micro_batches.watch([group["params"] for group in self.param_groups])

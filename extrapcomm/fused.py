@@ -13,7 +13,7 @@ from .binding import MANNERS
 from .checkpoint import Checkpoints
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
-from .hyper import Extrapolation, InnerRate, Rule, check_choice, check_max_norm, check_tile
+from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
 from .world import World, log
@@ -64,6 +64,8 @@ class FusedOptimizer(Checkpoints, Gained):
         skip_nonfinite: bool = False,
         accumulation: str = "mean",
         gradients: str = "copy",
+        overlap: bool = False,
+        bucket: int = 1 << 20,
         gain: AdaScale | None = None,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
     ) -> None:
@@ -76,6 +78,8 @@ class FusedOptimizer(Checkpoints, Gained):
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
+        self._overlap = bool(overlap) and len(self.world.teams) > 1
+        self._bucket = bucket
         self._loss_scale = 1.0
         self._gain = None
         self.max_grad_norm = max_grad_norm
@@ -90,6 +94,7 @@ class FusedOptimizer(Checkpoints, Gained):
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
             check_tile(tile)
+            check_bucket(bucket)
             check_max_norm(max_grad_norm)
             own = (("accumulation", accumulation, ("mean", "sum")), ("gradients", gradients, MANNERS))
             for name, value, allowed in (*choices, *own):
@@ -98,6 +103,8 @@ class FusedOptimizer(Checkpoints, Gained):
             error = caught
         self.world.agree(error, self._title())
         self._bind(self._make_core(layers, groups), layers, groups)
+        if overlap and not self._overlap:
+            self._warn_once("overlap=True has nothing to send during backward: all ranks share memory")
 
     def _title(self) -> str:
         """What the ranks must agree on before they construct."""
@@ -141,6 +148,7 @@ class FusedOptimizer(Checkpoints, Gained):
             raise
         self._warn_of_mistakes()
         self.grad_norm, self.skipped, *_ = take()
+        self._binding.forget_finished()
         self._micro_batches.reset()
         if not self.skipped:
             self._binding.mark_written()
@@ -193,6 +201,7 @@ class FusedOptimizer(Checkpoints, Gained):
         """The engine's step, its arguments checked."""
         table = self._checked_table()
         self._binding.collect()
+        self._binding.report_changes()
         divisor, max_norm = self._divisor(), self.max_grad_norm or 0.0
         options = (self._binding.present, True, divisor, max_norm, bool(self.skip_nonfinite))
         if self._gain is None:
@@ -273,6 +282,11 @@ class FusedOptimizer(Checkpoints, Gained):
         self._require_open()
         with self._micro_batches.one_more(self._binding.bound):
             yield
+
+    @property
+    def overlapped_part(self) -> float:
+        """The part of this rank's sums that were complete when the last step began; 0 without `overlap`."""
+        return self._core.early_part
 
     @property
     def last_step_seconds(self) -> float:

@@ -13,7 +13,7 @@ from . import _core
 from .errors import UsageError
 from .local_noise import LocalNoise
 
-__all__ = ["Extrapolation", "InnerRate", "Rule", "check_choice", "check_max_norm", "check_tile"]
+__all__ = ["Extrapolation", "InnerRate", "Rule", "check_bucket", "check_choice", "check_max_norm", "check_tile"]
 
 InnerRate = float | str | Callable[[float], float]
 
@@ -214,6 +214,12 @@ def check_tile(tile: Any) -> None:
     """UsageError if this is no number of elements."""
     if not isinstance(tile, int) or isinstance(tile, bool) or not 1 <= tile < 2**40:
         raise UsageError(f"tile must be a whole number of at least 1, not {tile!r}")
+
+
+def check_bucket(bucket: Any) -> None:
+    """UsageError if this is no number of elements."""
+    if not isinstance(bucket, int) or isinstance(bucket, bool) or not 1 <= bucket < 2**40:
+        raise UsageError(f"bucket must be a whole number of at least 1, not {bucket!r}")
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:

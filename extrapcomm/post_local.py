@@ -32,7 +32,7 @@ class PostLocalSGD(SGD):
         local_steps: steps from one averaging to the next, H in the paper. May change between steps, alike on all ranks.
         start: fused steps before the local ones, counted by the updates of the parameter that had most, so that a
             checkpoint knows them.
-        kwargs: as `SGD`, but no `max_grad_norm` and no `skip_nonfinite`: both go by the mean gradient, which local
+        kwargs: as `SGD`, but no `overlap`, `max_grad_norm` or `skip_nonfinite`: the last two go by the mean gradient, which local
             steps do not have. `clip_grad_norm_` between backward() and step() clips each worker's own.
 
     Raises:
@@ -132,6 +132,8 @@ class PostLocalSGD(SGD):
         for name, value, least in (("local_steps", self.local_steps, 1), ("start", self.start, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UsageError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self._overlap:
+            raise UsageError("local steps have no sums to send during backward: leave out overlap")
         if self._gain is not None:
             raise UsageError("local steps have no mean gradient that a gain could be measured from")
         if self.max_grad_norm is not None:

@@ -45,7 +45,7 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
                                     const std::string& rule, const ExtrapolationTuple& extrapolation,
                                     std::int64_t tile, const std::string& version,
-                                    std::optional<bool> streaming) {
+                                    std::optional<bool> streaming, std::int64_t bucket) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
   const EngineOptions options{.rule = rule,
@@ -53,6 +53,7 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
                               .groups = groups_from(groups),
                               .tile = tile,
                               .streaming = streaming,
+                              .bucket = bucket,
                               .version = version};
   const py::gil_scoped_release nogil;
   return Engine::create(std::move(team), specs, options);
@@ -191,7 +192,8 @@ void register_engine_class(py::module_& module) {
       .value("along", Observe::along);
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
-           py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none())
+           py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none(),
+           py::arg("bucket") = std::int64_t{0})
       .def("weights", [](const Engine& e, int v,
                          std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
       .def("gradients",
@@ -207,6 +209,9 @@ void register_engine_class(py::module_& module) {
             if (layer < e.plan().layers.size()) e.touch(checked_worker(e, v), layer);
           },
           py::arg("worker"), py::arg("layer"))
+      .def("finished", &Engine::finished, py::arg("worker"), py::arg("layer"), Free())
+      .def("changed", &Engine::changed, py::arg("worker"), py::arg("layer"))
+      .def_property_readonly("early_part", &Engine::early_part)
       .def("adopt", &Engine::adopt, py::arg("root_worker"), Free())
       .def("load", &load, py::arg("layers"), py::arg("hash"))
       .def("step", &step, py::arg("hyper"), py::arg("present"), py::arg("fused") = true,

@@ -11,6 +11,7 @@
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
 #include "engine/local.hpp"
+#include "engine/overlap.hpp"
 #include "engine/rails.hpp"
 #include "engine/runs.hpp"
 #include "engine/signature.hpp"
@@ -46,11 +47,12 @@ class EngineOf final : public Engine {
         tile_(useful_tile(plan_, options.tile)),
         streaming_(options.streaming.value_or(
             exceeds_cache(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())))),
-        arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_,
-                Exchange::control_bytes(names_.size(), plan_.layers.size())),
-        exchange_(team, arenas_.control(), names_, plan_.layers.size()),
+        buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
+        arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
+        exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(rails_for<T>(exchange_, plan_, arenas_.memory())),
-        stepper_(plan_, arenas_, runs_, rails_.get(), tile_, streaming_),
+        overlap_(make_overlap()),
+        stepper_(plan_, arenas_, runs_, rails_.get(), overlap_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -72,6 +74,9 @@ class EngineOf final : public Engine {
   void touch(int v, std::size_t layer) override {
     cleared_[static_cast<std::size_t>(v) * plan_.layers.size() + layer] = 0;
   }
+  void finished(int v, std::size_t layer) override;
+  void changed(int v, std::size_t layer) override;
+  double early_part() const override { return overlap_ ? overlap_->early_part() : 0.0; }
   void adopt(int root_worker) override;
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
   Outcome step(const Step& step) override;
@@ -95,6 +100,8 @@ class EngineOf final : public Engine {
  private:
   void clear_absent(std::span<const std::uint8_t> present);
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
+  std::size_t overlap_words() const;
+  std::unique_ptr<Overlap<T>> make_overlap();
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
@@ -106,9 +113,11 @@ class EngineOf final : public Engine {
   std::vector<std::string> names_;
   std::int64_t tile_;
   bool streaming_;
+  std::vector<Bucket> buckets_;  // if sums travel during backward
   Arenas<T> arenas_;
   Exchange exchange_;
   std::unique_ptr<Rails<T>> rails_;  // with several teams
+  std::unique_ptr<Overlap<T>> overlap_;  // with buckets
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
@@ -130,9 +139,37 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     std::byte* const to = mine + layer.byte_begin;
     present[i] = from != nullptr;
     if (from) touch(v, i);
-    if (from && from != to)
-      std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+    if (!from || from == to) continue;
+    std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+    changed(v, i);
   }
+}
+
+// Each rank's word lies behind its posts.
+template <class T>
+std::size_t EngineOf<T>::overlap_words() const {
+  const std::size_t posts = Exchange::control_bytes(names_.size(), plan_.layers.size() + buckets_.size());
+  return (posts + kLine - 1) / kLine * kLine;
+}
+
+template <class T>
+std::unique_ptr<Overlap<T>> EngineOf<T>::make_overlap() {
+  if (buckets_.empty()) return nullptr;
+  return std::make_unique<Overlap<T>>(
+      team(), plan_, arenas_, buckets_, runs_.plain(), tile_,
+      tag_of(exchange_.channel(), Tag::overlapped), overlap_words(),
+      [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); });
+}
+
+template <class T>
+void EngineOf<T>::finished(int v, std::size_t layer) {
+  touch(v, layer);
+  if (overlap_ && !closed_) overlap_->finished(v, layer);
+}
+
+template <class T>
+void EngineOf<T>::changed(int, std::size_t layer) {
+  if (overlap_) overlap_->changed(layer);
 }
 
 template <class T>
@@ -186,9 +223,12 @@ void EngineOf<T>::clear_absent(std::span<const std::uint8_t> present) {
   const std::size_t layers = plan_.layers.size();
   for (std::size_t i = 0; i < present.size(); ++i) {
     const Layer& layer = plan_.layers[i % layers];
-    if (!present[i] && !cleared_[i])
-      std::memset(gradients(static_cast<int>(i / layers)).get() + layer.byte_begin, 0,
+    const int v = static_cast<int>(i / layers);
+    if (!present[i] && !cleared_[i]) {
+      std::memset(gradients(v).get() + layer.byte_begin, 0,
                   static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+      changed(v, i % layers);
+    }
     cleared_[i] = !present[i];
   }
 }
@@ -205,17 +245,20 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
-  const auto here = present_here(step.present);
-  std::vector<std::uint8_t> present;
+  auto here = present_here(step.present);
+  if (overlap_) here.insert(here.end(), overlap_->stale().begin(), overlap_->stale().end());
+  std::vector<std::uint8_t> present, stale;
   Outcome outcome;
   exchange_.collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
                        [&](const Agreed& agreed) {
-                         present = agreed.present;
+                         const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
+                         present.assign(agreed.present.begin(), layers);
+                         stale.assign(layers, agreed.present.end());
                          Step settled = step_of(agreed.doubles);
                          settled.fused = step.fused;
                          settled.revise = step.revise;
                          settled.revise_rule = step.revise_rule;
-                         outcome = run(settled, {present, updates_});
+                         outcome = run(settled, {present, updates_, stale});
                        });
   stepper_.read_sums(step, {present, updates_}, outcome);
   if (!outcome.skipped)
@@ -241,6 +284,7 @@ void EngineOf<T>::complain(const std::string& complaint) {
 // All agree before memory is made, so that a rank that complains about its own step is heard.
 template <class T>
 void EngineOf<T>::begin_local() {
+  if (overlap_) throw UsageError("local steps have no sums to send during backward");
   exchange_.collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
   local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
   exchange_.collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });

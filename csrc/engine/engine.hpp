@@ -41,6 +41,7 @@ struct EngineOptions {
   std::int64_t tile = 512;
   std::optional<bool>
       streaming;        // publish past the cache; by default when a step moves more than the cache holds
+  std::int64_t bucket = 0;  // elements whose partial sums go to other teams during backward; 0: all in the step
   std::string version;  // of the library, part of the signature
 };
 
@@ -73,6 +74,14 @@ class Engine {
 
   // Says that somebody else has written a gradient into G.
   virtual void touch(int v, std::size_t layer) = 0;
+
+  // With EngineOptions::bucket, while backward is running: worker v's gradient of a layer lies in G, and its
+  // sum may go to other teams. Nothing blocks. If it is written or dropped after that and before the step,
+  // changed() must say so.
+  virtual void finished(int v, std::size_t layer) = 0;
+  virtual void changed(int v, std::size_t layer) = 0;
+  // The part of this rank's segments whose sums were complete when the last step began.
+  virtual double early_part() const = 0;
 
   // Collective. Takes the root worker's X as the master weights and publishes them to all; the rule's state
   // stays.

@@ -6,28 +6,13 @@
 
 #include "comm/largest.hpp"
 #include "core/dtype.hpp"
+#include "engine/partials.hpp"
 #include "stages/tables.hpp"
 
 namespace xc {
 namespace {
 
 constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;   // of all chunks under way, about
-constexpr std::int64_t kShortMessage = std::int64_t{60} << 10;  // bytes that MPIs send without asking first
-
-constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
-constexpr DType wire_type(double, bool) { return DType::f64; }
-
-template <class T>
-constexpr DType master_type() {
-  return sizeof(T) == 8 ? DType::f64 : DType::f32;
-}
-
-// The same tree as over workers.
-template <class T>
-void add_tree(const std::vector<const std::byte*>& parts, std::int64_t count, T* sum, T* scratch) {
-  reduce_kernel<T>(master_type<T>())(parts.data(), static_cast<int>(parts.size()), 0, count, T(1), sum,
-                                     scratch);
-}
 
 // Elements of a chunk: what all buffers of the chunks under way together may take, in cells.
 template <class T>

@@ -22,7 +22,7 @@ namespace xc {
 // the rails ask the wire to move between any two slices.
 
 // Tags of transfers, a few for each channel; they are used again after many channels.
-enum class Tag { agreement, partial, gathered, numbers, partial_numbers };
+enum class Tag { agreement, partial, gathered, numbers, partial_numbers, overlapped };
 inline int tag_of(std::int64_t channel, Tag tag) {
   constexpr int kChannels = 4000, kTags = 8;
   return static_cast<int>(channel % kChannels) * kTags + static_cast<int>(tag);

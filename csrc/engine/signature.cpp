@@ -40,6 +40,7 @@ std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& o
   std::vector<std::string> lines = {"extrapcomm " + options.version,
                                     std::to_string(team.workers_per_rank()) + " workers per rank",
                                     "tile " + std::to_string(options.tile),
+                                    "buckets of " + std::to_string(options.bucket) + " elements",
                                     "rule " + options.rule,
                                     "extrapolation " + line_of(options.extrapolation),
                                     std::to_string(options.groups.size()) + " parameter groups"};

@@ -62,11 +62,12 @@ Engine::Step step_of(std::span<const double> numbers) {
 
 template <class T>
 Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
-                    std::int64_t tile, bool streaming)
+                    Overlap<T>* overlap, std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       maker_(maker),
       rails_(rails),
+      overlap_(overlap),
       streaming_(streaming),
       buffers_(tile, static_cast<int>(arenas.shards().size())),
       filters_(arenas.shards(), tile),
@@ -84,7 +85,7 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
   Engine::Outcome outcome;
   runs_ = maker_.for_step(step, marks.present, marks.updates);
   const bool observes = step.observe == Observe::before;
-  if (rails_ && must_wait_for_scalars(step)) collect_total();
+  if (rails_ && must_wait_for_scalars(step)) collect_total(marks);
   if (step.wants_norm() || observes) {
     sum_all({}, {.mean = true, .workers = observes});
     meet(false);

@@ -11,6 +11,7 @@
 #include "engine/arenas.hpp"
 #include "engine/engine.hpp"
 #include "engine/filters.hpp"
+#include "engine/overlap.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
 #include "engine/projections.hpp"
@@ -32,6 +33,7 @@ using Meet = std::function<void(bool touched)>;
 struct LayerMarks {
   std::span<const std::uint8_t> present;
   std::span<const std::int64_t> updates;
+  std::span<const std::uint8_t> stale = {};  // buckets, if sums travel during backward
 };
 
 // Where the passes over one segment leave their sums.
@@ -48,9 +50,9 @@ struct Sinks {
 template <class T>
 class Stepper {
  public:
-  // Without `rails` there is one team.
+  // Without `rails` there is one team; without `overlap` nothing is sent before the step.
   Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
-          std::int64_t tile, bool streaming);
+          Overlap<T>* overlap, std::int64_t tile, bool streaming);
 
   // One pass; before it another if the step needs the gradient's norm or statistics, and one for each measure
   // of the rule. `meet` stands between passes: after it every rank's sums are visible to all.
@@ -92,7 +94,7 @@ class Stepper {
   std::vector<double*> arrays_of_workers(std::size_t k) const;
 
   bool must_wait_for_scalars(const Engine::Step& step) const;
-  void collect_total();
+  void collect_total(const LayerMarks& marks);
   void add_team(const Slice& slice, T* to);
   void sum_over_rails(Gradient gradient, Sums sums);
   void share_sums(Sums sums);
@@ -131,6 +133,7 @@ class Stepper {
   const Arenas<T>& arenas_;
   const RunMaker<T>& maker_;
   Rails<T>* rails_;
+  Overlap<T>* overlap_;
   bool streaming_;
   int set_ = 0;  // of sums, that the last summing pass wrote
   TileBuffers<T> buffers_;

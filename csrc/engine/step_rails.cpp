@@ -10,15 +10,16 @@ namespace xc {
 
 template <class T>
 bool Stepper<T>::must_wait_for_scalars(const Engine::Step& step) const {
-  return step.wants_norm() || step.observe == Observe::before || maker_.measures() > 0;
+  return overlap_ || step.wants_norm() || step.observe == Observe::before || maker_.measures() > 0;
 }
 
 // Null for segments of others.
 template <class T>
 T* Stepper<T>::total_of(std::size_t k) {
   const std::size_t first = arenas_.first_worker();
-  if (total_.empty() || k < first || k >= first + arenas_.own_shards().size()) return nullptr;
-  return total_.data() + (plan_.segments[k].begin - arenas_.own_shards().front().begin);
+  T* const total = overlap_ ? overlap_->total() : total_.data();
+  if (!total || k < first || k >= first + arenas_.own_shards().size()) return nullptr;
+  return total + (plan_.segments[k].begin - arenas_.own_shards().front().begin);
 }
 
 template <class T>
@@ -46,7 +47,8 @@ void Stepper<T>::add_team(const Slice& slice, T* to) {
 }
 
 template <class T>
-void Stepper<T>::collect_total() {
+void Stepper<T>::collect_total(const LayerMarks& marks) {
+  if (overlap_) return overlap_->complete(marks.stale, marks.present);
   const auto own = arenas_.own_shards();
   total_.resize(static_cast<std::size_t>(own.back().end - own.front().begin));
   rails_->reduce({.partial = [this](const Slice& slice, T* to) { add_team(slice, to); },
