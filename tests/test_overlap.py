@@ -110,7 +110,8 @@ def train(run, steps=3):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rule_gives_the_same_bits(teams, kind):
-    same(teams(1), train, kind=kind)
+    if kind != "noise" or teams(1).K > 1:  # one worker alone has none
+        same(teams(1), train, kind=kind)
 
 
 @pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
@@ -317,7 +318,8 @@ def test_a_rank_that_leaves_after_backward_is_an_error_elsewhere(teams):
         with pytest.raises(xc.PeerError) as caught:
             run.opt.step()
         assert caught.value.rank == world.size - 1
-        run.opt.close()
+    COMM.Barrier()  # who closes now leaves, too
+    run.opt.close()
 
 
 def test_one_team_says_once_that_there_is_nothing_to_send(virtual, caplog):
