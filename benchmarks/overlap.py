@@ -8,6 +8,7 @@ it by which backward and step together are shorter with overlap.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 
@@ -74,16 +75,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, nargs="+", default=[512])
-    parser.add_argument("--bucket", type=int, default=1 << 20)
+    parser.add_argument("--bucket", type=int, nargs="+", default=[1 << 18])
     parser.add_argument("--team", type=int, help="ranks per team; by default those of one host")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    batches = args.batch
+    cases = list(itertools.product(args.batch, args.bucket))
     if COMM.rank == 0:
-        print("  batch backward   plain overlap     leg  hidden   early")
+        print("  batch  bucket backward   plain slower overlap     leg  hidden   early")
     with xc.World(workers_per_team=args.team) as world:
-        for args.batch in batches:
+        for args.batch, args.bucket in cases:
             race(world, args)
 
 
@@ -95,13 +96,15 @@ def race(world: xc.World, args: argparse.Namespace) -> None:
     for _ in range(2 + args.rounds):
         rounds.append([*plain.times(), *overlapped.times(), *leg()])
         early.append(overlapped.early)
-    slowest = np.array(COMM.allreduce(np.array(rounds[2:]), op=MPI.MAX))
-    backward, without, _, with_overlap, alone = 1e3 * np.median(slowest, axis=0)
+    slowest = np.array(rounds[2:])
+    COMM.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
+    backward, without, slowed, with_overlap, alone = 1e3 * np.median(slowest, axis=0)
     part = COMM.allreduce(float(np.median(early[2:]))) / COMM.size
     if COMM.rank == 0:
         hidden = (without - with_overlap) / alone
         print(
-            f"{args.batch:7d} {backward:8.1f} {without:7.1f} {with_overlap:7.1f} {alone:7.1f} {hidden:7.2f} {part:7.2f}",
+            f"{args.batch:7d} {args.bucket:7d} {backward:8.1f} {without:7.1f} {slowed - backward:6.1f} "
+            f"{with_overlap:7.1f} {alone:7.1f} {hidden:7.2f} {part:7.2f}",
             flush=True,
         )
 

@@ -65,7 +65,7 @@ class FusedOptimizer(Checkpoints, Gained):
         accumulation: str = "mean",
         gradients: str = "copy",
         overlap: bool = False,
-        bucket: int = 1 << 20,
+        bucket: int = 1 << 18,
         gain: AdaScale | None = None,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
     ) -> None:
