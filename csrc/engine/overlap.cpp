@@ -282,13 +282,17 @@ bool Overlap<T>::route_ended() {
   return settled_ == route_.size() && std::none_of(traffic_.begin(), traffic_.end(), under_way);
 }
 
+// The deadline is that of one bucket.
 template <class T>
 void Overlap<T>::follow_route() {
-  const auto ended = [this] {
-    if (refused_) std::rethrow_exception(refused_);
-    return route_ended();
-  };
-  wait_(ended, [this] { return awaited(); });
+  for (bool over = false; !over;) {
+    const auto one_more = [this, &over, before = settled_] {
+      if (refused_) std::rethrow_exception(refused_);
+      over = route_ended();
+      return over || settled_ > before;
+    };
+    wait_(one_more, [this] { return awaited(); });
+  }
 }
 
 template <class T>
