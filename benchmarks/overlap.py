@@ -71,7 +71,9 @@ def leg_of(world: xc.World, elements: int) -> Callable[[], list[float]]:
 
 def main() -> None:
     """Prints one line of times in ms."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, nargs="+", default=[512])

@@ -13,7 +13,15 @@ from . import _core
 from .errors import UsageError
 from .local_noise import LocalNoise
 
-__all__ = ["Extrapolation", "InnerRate", "Rule", "check_bucket", "check_choice", "check_max_norm", "check_tile"]
+__all__ = [
+    "Extrapolation",
+    "InnerRate",
+    "Rule",
+    "check_bucket",
+    "check_choice",
+    "check_max_norm",
+    "check_tile",
+]
 
 InnerRate = float | str | Callable[[float], float]
 

@@ -68,8 +68,8 @@ class SGD(FusedOptimizer):
         gradients: how they reach shared memory: "copy" (in one batch, when the step begins), "hook" (each as soon as
             autograd has it) or "view" (autograd adds to zeros there: zero_grad() leaves such).
         overlap: with several teams, send their sums of gradients while backward() is still running; what changed
-            between backward() and step() is sent again. Gradients then reach shared memory by hooks. In one team it does
-            nothing.
+            between backward() and step() is sent again. Gradients then reach shared memory by hooks. In one team it
+            does nothing.
         bucket: elements whose sums are sent together with overlap, the last layers first; at least one layer.
         gain: an `AdaScale` of this optimizer's own: each step's learning rates are multiplied by its gain, before
             inner rates follow from them, and nothing else is.

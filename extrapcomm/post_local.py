@@ -32,8 +32,8 @@ class PostLocalSGD(SGD):
         local_steps: steps from one averaging to the next, H in the paper. May change between steps, alike on all ranks.
         start: fused steps before the local ones, counted by the updates of the parameter that had most, so that a
             checkpoint knows them.
-        kwargs: as `SGD`, but no `overlap`, `max_grad_norm` or `skip_nonfinite`: the last two go by the mean gradient, which local
-            steps do not have. `clip_grad_norm_` between backward() and step() clips each worker's own.
+        kwargs: as `SGD`, but no `overlap`, `max_grad_norm` or `skip_nonfinite`: the last two go by the mean gradient,
+            which local steps do not have. `clip_grad_norm_` between backward() and step() clips each worker's own.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.

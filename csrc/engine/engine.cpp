@@ -116,7 +116,7 @@ class EngineOf final : public Engine {
   std::vector<Bucket> buckets_;  // if sums travel during backward
   Arenas<T> arenas_;
   Exchange exchange_;
-  std::unique_ptr<Rails<T>> rails_;  // with several teams
+  std::unique_ptr<Rails<T>> rails_;      // with several teams
   std::unique_ptr<Overlap<T>> overlap_;  // with buckets
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
@@ -156,8 +156,8 @@ template <class T>
 std::unique_ptr<Overlap<T>> EngineOf<T>::make_overlap() {
   if (buckets_.empty()) return nullptr;
   return std::make_unique<Overlap<T>>(
-      team(), plan_, arenas_, buckets_, runs_.plain(), tile_,
-      tag_of(exchange_.channel(), Tag::overlapped), overlap_words(),
+      team(), plan_, arenas_, buckets_, runs_.plain(), tile_, tag_of(exchange_.channel(), Tag::overlapped),
+      overlap_words(),
       [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); });
 }
 

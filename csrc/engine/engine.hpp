@@ -40,8 +40,9 @@ struct EngineOptions {
   std::vector<GroupSpec> groups;
   std::int64_t tile = 512;
   std::optional<bool>
-      streaming;        // publish past the cache; by default when a step moves more than the cache holds
-  std::int64_t bucket = 0;  // elements whose partial sums go to other teams during backward; 0: all in the step
+      streaming;  // publish past the cache; by default when a step moves more than the cache holds
+  std::int64_t bucket =
+      0;                // elements whose partial sums go to other teams during backward; 0: all in the step
   std::string version;  // of the library, part of the signature
 };
 

@@ -10,7 +10,7 @@ namespace xc {
 namespace {
 
 constexpr std::int64_t kPiece = std::int64_t{1} << 14;  // elements that are added up at once
-constexpr std::chrono::microseconds kVisit{200};  // that one call may give to the wire
+constexpr std::chrono::microseconds kVisit{200};        // that one call may give to the wire
 
 template <class T>
 constexpr std::int64_t kMessage = kShortMessage / std::int64_t{sizeof(T)};
@@ -36,8 +36,8 @@ std::vector<Bucket> make_buckets(const Plan& plan, std::int64_t elements) {
 
 template <class T>
 Overlap<T>::Overlap(const Team& team, const Plan& plan, const Arenas<T>& arenas, std::vector<Bucket> buckets,
-                    std::vector<Run<T>> runs, std::int64_t tile, int tag,
-                    std::size_t words_offset, typename Rails<T>::Wait wait)
+                    std::vector<Run<T>> runs, std::int64_t tile, int tag, std::size_t words_offset,
+                    typename Rails<T>::Wait wait)
     : topology_(team.topology()),
       wire_(*team.wire()),
       plan_(plan),
@@ -89,7 +89,8 @@ Overlap<T>::~Overlap() {
 
 template <class T>
 void Overlap<T>::begin_round() {
-  const std::size_t layers = plan_.layers.size(), workers = finished_.size() / std::max<std::size_t>(1, layers);
+  const std::size_t layers = plan_.layers.size(),
+                    workers = finished_.size() / std::max<std::size_t>(1, layers);
   std::fill(finished_.begin(), finished_.end(), std::uint8_t{0});
   std::fill(stale_.begin(), stale_.end(), std::uint8_t{0});
   std::fill(missing_.begin(), missing_.end(), std::size_t{0});
@@ -103,7 +104,8 @@ template <class T>
 void Overlap<T>::finished(int v, std::size_t layer) {
   if (bucket_of_[layer] < arrived_) {
     changed(layer);
-  } else if (std::uint8_t& mark = finished_[static_cast<std::size_t>(v) * plan_.layers.size() + layer]; !mark) {
+  } else if (std::uint8_t& mark = finished_[static_cast<std::size_t>(v) * plan_.layers.size() + layer];
+             !mark) {
     mark = 1;
     missing_[bucket_of_[layer]] -= expected_[layer];
     arrive();
@@ -178,7 +180,8 @@ template <class T>
 Slice Overlap<T>::part_of(int segment, std::size_t bucket) const {
   const Segment& whole = plan_.segments[static_cast<std::size_t>(segment)];
   const std::int64_t begin = std::max(whole.begin, buckets_[bucket].begin);
-  return {segment, begin, begin + overlap_of(whole.begin, whole.end, buckets_[bucket].begin, buckets_[bucket].end)};
+  return {segment, begin,
+          begin + overlap_of(whole.begin, whole.end, buckets_[bucket].begin, buckets_[bucket].end)};
 }
 
 // Calls visit(piece) for what a slice is cut into.

@@ -17,10 +17,10 @@
 namespace xc {
 
 // OVERLAP: the reducing leg of a step begins while backward is still running. The layers are cut into BUCKETS
-// from the last to the first, in the order in which backward finishes them. A rank arrives at a bucket when the
-// gradients of all its workers lie there, by counting up a word of its own in shared memory; when the whole
-// team has arrived, the carriers send its partial sums to the owners. A ROUND is that for all buckets, one for
-// every step: what did not happen during backward happens in the step, where all gradients are there.
+// from the last to the first, in the order in which backward finishes them. A rank arrives at a bucket when
+// the gradients of all its workers lie there, by counting up a word of its own in shared memory; when the
+// whole team has arrived, the carriers send its partial sums to the owners. A ROUND is that for all buckets,
+// one for every step: what did not happen during backward happens in the step, where all gradients are there.
 //
 // What was sent may change before the step: a second backward, clipping by hand, dropped gradients. Such
 // buckets are STALE; the ranks agree in the step on those that are so anywhere, and after the round they
@@ -29,8 +29,8 @@ namespace xc {
 // Nothing here blocks but complete(). Between two calls nothing moves but what MPI moves by itself.
 
 struct Bucket {
-  std::size_t first;  // layers
-  std::size_t last;   // exclusive
+  std::size_t first;   // layers
+  std::size_t last;    // exclusive
   std::int64_t begin;  // flat
   std::int64_t end;
 };
@@ -68,7 +68,9 @@ class Overlap {
   T* total() { return total_.data(); }
 
   // The part of own segments that was added up before the last step came.
-  double early_part() const { return total_.empty() ? 1.0 : last_early_ / static_cast<double>(total_.size()); }
+  double early_part() const {
+    return total_.empty() ? 1.0 : last_early_ / static_cast<double>(total_.size());
+  }
 
  private:
   struct Pending {
@@ -118,8 +120,8 @@ class Overlap {
   // The round under way.
   std::uint64_t round_ = 0;
   bool begun_ = false;
-  bool in_step_ = false;               // all gradients are there
-  std::size_t arrived_ = 0;            // this rank's buckets
+  bool in_step_ = false;                // all gradients are there
+  std::size_t arrived_ = 0;             // this rank's buckets
   std::vector<std::uint8_t> finished_;  // by own worker and layer
   std::vector<std::uint8_t> expected_;  // layers
   std::vector<std::size_t> missing_;    // of each bucket, gradients that are expected and not finished
@@ -131,7 +133,7 @@ class Overlap {
   std::size_t sent_ = 0;
   std::size_t settled_ = 0;
   std::vector<Traffic> traffic_;  // of each bucket
-  double early_ = 0;  // elements added up before the step
+  double early_ = 0;              // elements added up before the step
   double last_early_ = 0;
 
   std::vector<T> incoming_;  // of own segments, one array after the other for each other team

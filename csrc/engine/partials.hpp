@@ -10,7 +10,8 @@ namespace xc {
 
 // Teams' partial sums: how they travel, and what they add up to.
 
-inline constexpr std::int64_t kShortMessage = std::int64_t{60} << 10;  // bytes that MPIs send without asking first
+inline constexpr std::int64_t kShortMessage = std::int64_t{60}
+                                              << 10;  // bytes that MPIs send without asking first
 
 constexpr DType wire_type(float, bool narrow) { return narrow ? DType::bf16 : DType::f32; }
 constexpr DType wire_type(double, bool) { return DType::f64; }

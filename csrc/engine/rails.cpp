@@ -12,7 +12,7 @@
 namespace xc {
 namespace {
 
-constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;   // of all chunks under way, about
+constexpr std::int64_t kBufferBytes = std::int64_t{16} << 20;  // of all chunks under way, about
 
 // Elements of a chunk: what all buffers of the chunks under way together may take, in cells.
 template <class T>
