@@ -46,9 +46,8 @@ LayerSpec layer_of(std::int64_t length) {
 std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Case& each) {
   std::vector<LayerSpec> layers;
   for (const std::int64_t length : each.lengths) layers.push_back(layer_of(length));
-  return Engine::create(
-      team, layers,
-      {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, "teams"});
+  return Engine::create(team, layers,
+                        {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, "teams"});
 }
 
 float* weights(const Engine& engine, int v, std::size_t layer) {
