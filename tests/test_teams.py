@@ -92,6 +92,15 @@ def test_rules_and_displacements_give_the_bits_of_one_team(cut, virtual, options
     assert run(cut, **options) == run(virtual(cut.K), **options)
 
 
+@pytest.mark.parametrize("options", [NESTEROV, ADAM], ids=["sgd", "adam"])
+def test_three_teams_of_four_workers_give_the_bits_of_twelve_alone(cuts, virtual, options):
+    if COMM.size != 3:
+        pytest.skip("needs three ranks")
+    world = cuts(1, 4)
+    assert world.keeps_order
+    assert run(world, **options) == run(virtual(12), **options)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 @pytest.mark.parametrize("extrapolation", ["none", "local", "global", "anisotropic"])
 def test_types_give_the_bits_of_one_team(cut, virtual, dtype, extrapolation):
