@@ -240,10 +240,8 @@ void Meeting::wait_until(const std::function<bool()>& done, const std::function<
   const auto is_done = [&] {
     try {
       return done();
-    } catch (const std::exception& refused) {
-      company_.warn(refused.what());
-      fail(number_ + 1, Failure::unreachable, awaited().front());
-      raise(outcome_.word.load(), wait);
+    } catch (const WireError& refused) {
+      lose(refused, where, step);
     }
   };
   while (!is_done()) {
@@ -260,6 +258,12 @@ void Meeting::wait_until(const std::function<bool()>& done, const std::function<
     if (const std::uint64_t word = outcome_.word.load(); word & kFailed) raise(word, wait);
     mind_user(wait, awaited());
   }
+}
+
+void Meeting::lose(const WireError& refused, const char* where, std::int64_t step) {
+  company_.warn(refused.what());
+  fail(number_ + 1, Failure::unreachable, refused.rank);
+  raise(outcome_.word.load(), Wait{where, step, {}});
 }
 
 bool Meeting::failed_here() const {

@@ -56,6 +56,9 @@ class Meeting {
   void wait_until(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited,
                   const char* where, std::int64_t step, Seconds deadline);
 
+  // Makes the next meeting fail for all because the wire refused a transfer, and throws PeerError.
+  [[noreturn]] void lose(const WireError& refused, const char* where, std::int64_t step);
+
   // Which call this rank is in, for other teams to know which one failed.
   void set_call(std::uint64_t call) { company_.herald->set_call(channel_, call); }
 

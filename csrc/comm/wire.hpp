@@ -2,13 +2,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace xc {
 
 // What carries bytes between ranks that do not share memory. Nothing blocks: a transfer is begun, and done()
 // says later whether it has ended. Nothing moves unless somebody asks: MPI makes progress only inside its
-// calls. Transfers between two ranks with the same tag arrive in the order in which they were begun. Errors
-// are std::runtime_error.
+// calls. Transfers between two ranks with the same tag arrive in the order in which they were begun. What
+// cannot be begun fails when it is asked for, like what cannot be ended: with a WireError.
+struct WireError : std::runtime_error {
+  WireError(const std::string& text, int rank) : std::runtime_error(text), rank(rank) {}
+  int rank;  // that the transfer was with
+};
+
 class Wire {
  public:
   using Transfer = std::uint64_t;

@@ -109,6 +109,8 @@ void Exchange::collective(const Call& call, const std::function<void(const Agree
   try {
     const FloatEnvironment environment;
     work(agreed);
+  } catch (const WireError& refused) {
+    meeting_.lose(refused, "the wire", call.step);
   } catch (...) {
     meeting_.abandon(Failure::abandoned);
     throw;

@@ -345,7 +345,7 @@ void Rails<T>::finish(std::vector<Pending>& pending) {
     for (const Pending& one : pending) ranks.push_back(one.rank);
     return ranks;
   };
-  if (!done()) wait(done, awaited);
+  if (!pending.empty()) wait(done, awaited);
 }
 
 template <class T>

@@ -14,12 +14,17 @@ namespace {
 
 constexpr int kNoticeTag = 32767;  // the largest that every MPI has
 
-void check(int code, const char* doing) {
-  if (code == MPI_SUCCESS) return;
+// What MPI says of a code; nothing of success.
+std::string words_for(int code, const char* doing) {
+  if (code == MPI_SUCCESS) return {};
   char words[MPI_MAX_ERROR_STRING];
   int length = 0;
   MPI_Error_string(code, words, &length);
-  throw std::runtime_error(std::string(doing) + " failed: " + std::string(words, std::size_t(length)));
+  return std::string(doing) + " failed: " + std::string(words, std::size_t(length));
+}
+
+void check(int code, const char* doing) {
+  if (const std::string words = words_for(code, doing); !words.empty()) throw std::runtime_error(words);
 }
 
 class MpiWire final : public Wire {
@@ -29,26 +34,29 @@ class MpiWire final : public Wire {
   }
 
   Transfer send(const void* from, std::size_t bytes, int rank, int tag) override {
-    return begin(bytes, [&](std::size_t offset, int count, MPI_Request* request) {
-      check(MPI_Isend(static_cast<const char*>(from) + offset, count, MPI_BYTE, rank, tag, comm_, request),
-            "MPI_Isend");
+    return begin(bytes, rank, [&](std::size_t offset, int count, MPI_Request* request) {
+      const auto* at = static_cast<const char*>(from) + offset;
+      return words_for(MPI_Isend(at, count, MPI_BYTE, rank, tag, comm_, request), "MPI_Isend");
     });
   }
 
   Transfer receive(void* to, std::size_t bytes, int rank, int tag) override {
-    return begin(bytes, [&](std::size_t offset, int count, MPI_Request* request) {
-      check(MPI_Irecv(static_cast<char*>(to) + offset, count, MPI_BYTE, rank, tag, comm_, request),
-            "MPI_Irecv");
+    return begin(bytes, rank, [&](std::size_t offset, int count, MPI_Request* request) {
+      auto* at = static_cast<char*>(to) + offset;
+      return words_for(MPI_Irecv(at, count, MPI_BYTE, rank, tag, comm_, request), "MPI_Irecv");
     });
   }
 
   bool done(Transfer transfer) override {
     const auto found = under_way_.find(transfer);
     if (found == under_way_.end()) throw std::runtime_error("a transfer that is not under way was asked for");
+    Pieces& pieces = found->second;
     int all = 0;
-    Requests& requests = found->second;
-    check(MPI_Testall(static_cast<int>(requests.size()), requests.data(), &all, MPI_STATUSES_IGNORE),
-          "MPI_Testall");
+    if (pieces.error.empty())
+      pieces.error = words_for(MPI_Testall(static_cast<int>(pieces.requests.size()), pieces.requests.data(),
+                                           &all, MPI_STATUSES_IGNORE),
+                               "MPI_Testall");
+    if (!pieces.error.empty()) throw WireError(pieces.error, pieces.rank);
     if (all) under_way_.erase(found);
     return all != 0;
   }
@@ -84,30 +92,30 @@ class MpiWire final : public Wire {
   }
 
  private:
-  using Requests = std::vector<MPI_Request>;
+  struct Pieces {
+    int rank;
+    std::vector<MPI_Request> requests;
+    std::string error;
+  };
   struct Word {
     std::byte bytes[kNoticeBytes];
     MPI_Request request = MPI_REQUEST_NULL;
   };
 
   template <class Begin>
-  Transfer begin(std::size_t bytes, Begin begin_piece) {
-    Requests requests;
-    for (std::size_t offset = 0; offset < bytes; offset += largest_)
-      begin_piece(offset, static_cast<int>(std::min(bytes - offset, largest_)),
-                  &requests.emplace_back(MPI_REQUEST_NULL));
-    return keep(std::move(requests));
-  }
-
-  Transfer keep(Requests requests) {
-    under_way_.emplace(++last_, std::move(requests));
+  Transfer begin(std::size_t bytes, int rank, Begin begin_piece) {
+    Pieces pieces{rank, {}, {}};
+    for (std::size_t offset = 0; offset < bytes && pieces.error.empty(); offset += largest_)
+      pieces.error = begin_piece(offset, static_cast<int>(std::min(bytes - offset, largest_)),
+                                 &pieces.requests.emplace_back(MPI_REQUEST_NULL));
+    under_way_.emplace(++last_, std::move(pieces));
     return last_;
   }
 
   MPI_Comm comm_;
   std::size_t largest_;
   Transfer last_ = 0;
-  std::unordered_map<Transfer, Requests> under_way_;
+  std::unordered_map<Transfer, Pieces> under_way_;
   std::list<Word> words_;
 };
 
