@@ -14,7 +14,11 @@ namespace {
 constexpr std::int64_t kLength = 5000;
 
 EngineOptions sgd(double momentum = 0.9) {
-  return {"sgd", {"local"}, {GroupSpec{0, {0.1, momentum, 0.0, 0.0}}}, 256, {}, "test"};
+  return {.rule = "sgd",
+          .extrapolation = {"local"},
+          .groups = {GroupSpec{0, {0.1, momentum, 0.0, 0.0}}},
+          .tile = 256,
+          .version = "test"};
 }
 
 std::vector<LayerSpec> two_layers() {

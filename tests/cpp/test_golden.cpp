@@ -27,8 +27,9 @@ std::uint64_t hash_after_100_steps(const std::string& rule, const std::string& e
   const Ranks alone(1);
   const LayerSpec layer{"w", dtype, {kLength}, {1}, 0};
   const GroupSpec group{rule == "sgd" ? 1u : 0u, hyper};
-  const auto engine = Engine::create(std::make_shared<Team>(alone.options(0, kWorkers)), std::span(&layer, 1),
-                                     {rule, {extrapolation}, {group}, 1000, {}, "golden"});
+  const auto engine = Engine::create(
+      std::make_shared<Team>(alone.options(0, kWorkers)), std::span(&layer, 1),
+      {.rule = rule, .extrapolation = {extrapolation}, .groups = {group}, .tile = 1000, .version = "golden"});
   engine->adopt(0);
   hyper.push_back(0.02);
   std::uint64_t state = 1;

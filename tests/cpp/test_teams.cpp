@@ -47,7 +47,11 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Cas
   std::vector<LayerSpec> layers;
   for (const std::int64_t length : each.lengths) layers.push_back(layer_of(length));
   return Engine::create(team, layers,
-                        {each.rule, {each.extrapolation}, {GroupSpec{0, hyper_of(each)}}, 256, {}, "teams"});
+                        {.rule = each.rule,
+                         .extrapolation = {each.extrapolation},
+                         .groups = {GroupSpec{0, hyper_of(each)}},
+                         .tile = 256,
+                         .version = "teams"});
 }
 
 float* weights(const Engine& engine, int v, std::size_t layer) {

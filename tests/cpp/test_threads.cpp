@@ -50,9 +50,12 @@ std::shared_ptr<Team> make_team(Board& board, int rank) {
 // Every step each gradient is the rank's own weights, so w shrinks; one call on the way is a mismatch.
 void train(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
-  const auto engine =
-      Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"local"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, {}, "threads"});
+  const auto engine = Engine::create(team, std::span(&layer, 1),
+                                     {.rule = "sgd",
+                                      .extrapolation = {"local"},
+                                      .groups = {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}},
+                                      .tile = 256,
+                                      .version = "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   for (std::int64_t i = 0; i < kLength; ++i) x[i] = 1;
@@ -77,9 +80,13 @@ void train(const std::shared_ptr<Team>& team) {
 // Ranks that train alone meet every third step and then have the same weights; one complains on the way.
 void train_alone(const std::shared_ptr<Team>& team) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
-  const auto engine =
-      Engine::create(team, std::span(&layer, 1),
-                     {"sgd", {"none"}, {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}}, 256, true, "threads"});
+  const auto engine = Engine::create(team, std::span(&layer, 1),
+                                     {.rule = "sgd",
+                                      .extrapolation = {"none"},
+                                      .groups = {GroupSpec{0, {0.01, 0.9, 0.0, 0.0}}},
+                                      .tile = 256,
+                                      .streaming = true,
+                                      .version = "threads"});
   auto* x = reinterpret_cast<float*>(engine->weights(0).get());
   auto* gradient = reinterpret_cast<float*>(engine->gradients(0).get());
   std::fill_n(x, kLength, 1.0f);
