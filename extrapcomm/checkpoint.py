@@ -161,6 +161,8 @@ def restore(core: Core, saved: list[Layer], count: int) -> None:
 class Checkpoints(BoundOptimizer):
     """What an optimizer here saves, loads and takes in later."""
 
+    _collected = False  # the state of all hosts can be read
+
     def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
 
@@ -175,10 +177,29 @@ class Checkpoints(BoundOptimizer):
             rank0_only: the other ranks take part but get a dict without `state`: less memory and traffic.
         """
         packed = self._packed_groups()
-        with collected(self._core, 0 if rank0_only else None):
+        with self.collected_state(0 if rank0_only else None):
             if rank0_only and self.world.rank > 0:
                 return packed | self._saved_gain()
             return fill(packed, self._core, self._rule, self._binding.params) | self._saved_gain()
+
+    @contextmanager
+    def collected_state(self, only_rank: int | None = None) -> Iterator[None]:
+        """Collective: inside, `state_dict()` needs no other rank, also where ranks on several hosts share the state.
+
+        For libraries in which rank 0 alone saves: all ranks enter, and rank 0 saves inside.
+
+        Args:
+            only_rank: the one that reads it; by default all may.
+        """
+        if self._collected:
+            yield
+            return
+        with collected(self._core, only_rank):
+            self._collected = True
+            try:
+                yield
+            finally:
+                self._collected = False
 
     def _packed_groups(self) -> dict[str, Any]:
         packed = super().state_dict()

@@ -31,7 +31,7 @@ def adapt_trainer(trainer: Any) -> Any:
     optimizer.attach(trainer.model)
     trainer.state.is_world_process_zero = trainer.state.is_local_process_zero = optimizer.world.rank == 0
     _evaluate_at_master_weights(trainer, optimizer)
-    _save_on_first_rank(trainer, optimizer.world)
+    _save_on_first_rank(trainer, optimizer)
     _adopt_best_model(trainer, optimizer)
     return trainer
 
@@ -50,17 +50,18 @@ def _evaluate_at_master_weights(trainer: Any, optimizer: Any) -> None:
     trainer.evaluation_loop = evaluation_loop
 
 
-def _save_on_first_rank(trainer: Any, world: Any) -> None:
-    """The others wait, so that all of them find the best checkpoint when training ends."""
-    save = trainer._save_checkpoint
+def _save_on_first_rank(trainer: Any, optimizer: Any) -> None:
+    """The others give it their part of the state, and wait, so that all find the best checkpoint at the end."""
+    save, world = trainer._save_checkpoint, optimizer.world
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
         error = None
-        if world.rank == 0:
-            try:
-                save(*args, **kwargs)
-            except Exception as caught:
-                error = caught
+        with optimizer.collected_state(only_rank=0):
+            if world.rank == 0:
+                try:
+                    save(*args, **kwargs)
+                except Exception as caught:
+                    error = caught
         told = world.comm.bcast((trainer.state.best_model_checkpoint, error and describe(error)))
         if error:
             raise error
