@@ -44,14 +44,14 @@ def show_tuning(options: argparse.Namespace) -> int:
     comm = MPI.COMM_WORLD
     try:
         found = tune(comm, options.parameters, options.rounds, options.workers_per_team)
+        if comm.rank == 0 and options.output:
+            save(found, options.output)
     except (Error, OSError) as error:
         if comm.rank == 0:
             print(f"extrapcomm {__version__}: {error}", file=sys.stderr)
         return 1
     if comm.rank == 0:
         print(json.dumps(found, indent=2))
-        if options.output:
-            save(found, options.output)
     return 0
 
 

@@ -110,6 +110,7 @@ class Line:
     comm: "MPI.Intracomm"
     number: int
     channels: int = 0
+    worlds: int = 0
     taken: bool = True
 
 
@@ -127,10 +128,13 @@ def take_line(
     group, whole = comm.Get_group(), MPI.COMM_WORLD.Get_group()
     lines = _lines.setdefault(tuple(group.Translate_ranks(None, whole)), [])
     free = [line for line in lines if not line.taken]
-    offers = {offer.decode() for offer in all_gather(str(free[0].number if free else -1).encode())}
-    if free and offers == {str(free[0].number)}:
-        free[0].taken = True
-        return free[0]
+    mine = (free[0].number, free[0].channels) if free else (-1, 0)
+    offers = [tuple(map(int, offer.split())) for offer in all_gather(f"{mine[0]} {mine[1]}".encode())]
+    if free and {number for number, _ in offers} == {free[0].number}:
+        line = free[0]
+        line.taken, line.worlds = True, line.worlds + 1
+        line.channels = max(channels for _, channels in offers)  # a failed construction may have opened some
+        return line
     numbers = all_gather(str(max((line.number for line in lines), default=-1) + 1).encode())
     lines.append(Line(duplicate(), max(int(number) for number in numbers)))
     return lines[-1]

@@ -24,6 +24,8 @@ __all__ = ["World"]
 
 log = logging.getLogger("extrapcomm")
 
+_ON_ITS_WAY = 2.0  # seconds that the last messages of a rank may need after its farewell
+
 
 class World:
     """The ranks of a communicator, each driving the same number of workers.
@@ -102,6 +104,7 @@ class World:
         self._team = _core.Team(
             topology=topology,
             wire=self._make_wire() if several else None,
+            world=self._line.worlds if self._line else 0,
             first_channel=self._line.channels if self._line else 0,
             rails=(wire or WireOptions()).for_core(),
             all_gather=self._all_gather,
@@ -231,6 +234,7 @@ class World:
             wire = wire_over(self._line.comm)
         except Exception as caught:
             error = caught
+            self._line.taken = False
         self.agree(error, "wire")
         return wire
 
@@ -281,6 +285,14 @@ class World:
         """A peer that is gone for good will not complete the request."""
         if self._team is None:
             return
+        since = time.monotonic()
+        elsewhere = self._team.departure_elsewhere()
+        while elsewhere and time.monotonic() - since < _ON_ITS_WAY and not request.Test():
+            time.sleep(1e-3)
+        if elsewhere and not request.Test():
+            rank, reason = elsewhere
+            how = f"ended with {reason}" if reason else "left"
+            raise PeerError(f"rank {rank} {how}, before a collective construction", rank, 0, "left", reason)
         for place, rank in enumerate(self._members):
             departed = self._team.departed(place)
             if (not departed and self._team.alive(place)) or request.Test():

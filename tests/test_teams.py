@@ -410,3 +410,45 @@ def test_stopped_rank_is_found_by_the_deadline_in_all_teams(team):
     script = LOSING.format(team=team, timeout=1, signal="SIGSTOP", soon=4, afterwards=wake)
     _, output, _ = run_ranks(3, script, *SURVIVORS)
     assert output.count("PeerError rank=1 rank 1 did not come in time") >= 2, output
+
+
+@pytest.mark.parametrize("way", ["direct", "halving"])
+def test_reduce_scatter_leaves_the_rest_of_the_arrays(way):
+    if COMM.size == 1:
+        pytest.skip("several teams need two ranks")
+    with xc.World(COMM, workers_per_team=1, wire=xc.WireOptions(way=way), **LIMITS) as world:
+        array = xc.arena_array(1000, world=world)
+        array.view[:] = wanted = np.full(1000, world.rank + 1.0, np.float32)
+        xc.reduce_scatter(array)
+        wanted[array.block(world.rank)] = sum(range(1, world.size + 1))
+        assert_same_bits(array.view, wanted)
+        array.close()
+
+
+def test_gradient_that_is_no_number_gives_clars_the_same_ratios_everywhere(singles, virtual):
+    def weights(world):
+        engine = xc.Engine(world, np.ones((40, 30), np.float32), "clars", lr=0.1)
+        for v, worker in enumerate(engine.workers):
+            worker.grads[...] = world.rank * world.workers + v + 1
+            worker.grads[7, 7] = np.nan if world.rank * world.workers + v == world.K - 1 else 1
+        engine.step()
+        found = engine.master()
+        engine.close()
+        return found
+
+    assert_same_bits(weights(singles), weights(virtual(singles.K)))
+
+
+def test_rank_that_left_is_named_by_those_who_construct(monkeypatch):
+    if COMM.size == 1:
+        pytest.skip("several teams need two ranks")
+    monkeypatch.setattr(sys.modules["extrapcomm.world"], "_ON_ITS_WAY", 0.1)
+    world = xc.World(COMM, workers_per_team=1, **LIMITS)
+    if world.rank == world.size - 1:
+        world.close()
+    else:
+        with pytest.raises(xc.PeerError, match=f"rank {world.size - 1} left, before a collective") as caught:
+            xc.Engine(world, np.ones(5), lr=0.1)
+        assert (caught.value.rank, caught.value.kind) == (world.size - 1, "left")
+    COMM.Barrier()
+    world.close()

@@ -49,13 +49,14 @@ RailOptions rails_from(const RailTuple& tuple) {
   return {chunk, window, narrow, which, latency, overhead, bandwidth};
 }
 
-std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire,
+std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t world,
                                 std::int64_t first_channel, const RailTuple& rails,
                                 const py::function& all_gather, const py::function& warn, double step_timeout,
                                 double pass_timeout, double warn_after, const std::string& provider) {
   TeamOptions options;
   options.topology = topology;
   options.wire = std::move(wire);
+  options.world = world;
   options.first_channel = first_channel;
   options.rails = rails_from(rails);
   options.provider = provider == "posix" ? Provider::posix : Provider::memfd;
@@ -76,13 +77,14 @@ void register_comm(py::module_& module) {
       .def_property_readonly("teams", &Topology::teams)
       .def_property_readonly("keeps_order", &Topology::keeps_order);
   py::class_<Team, std::shared_ptr<Team>>(module, "Team", "The ranks that opened each other's memory.")
-      .def(py::init(&make_team), py::kw_only(), py::arg("topology"), py::arg("wire"),
+      .def(py::init(&make_team), py::kw_only(), py::arg("topology"), py::arg("wire"), py::arg("world"),
            py::arg("first_channel"), py::arg("rails"), py::arg("all_gather"), py::arg("warn"),
            py::arg("step_timeout"), py::arg("pass_timeout"), py::arg("warn_after"), py::arg("provider"))
       .def_property_readonly("channels", &Team::channels)
       .def("alive", &Team::alive, py::arg("place"))
       .def("departed", &Team::departed, py::arg("place"))
       .def("farewell", &Team::farewell, py::arg("place"))
+      .def("departure_elsewhere", &Team::departure_elsewhere)
       .def("leave", &Team::leave, py::arg("reason") = "");
 }
 

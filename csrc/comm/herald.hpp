@@ -20,7 +20,8 @@ namespace xc {
 class Herald {
  public:
   struct News {
-    std::int64_t channel;
+    std::int64_t world;
+    std::int64_t channel;  // or -1: all that are opened from number `call` on
     std::uint64_t call;
     int about;  // a rank
     Failure why;
@@ -28,8 +29,8 @@ class Herald {
   };
   static_assert(sizeof(News) <= Wire::kNoticeBytes);
 
-  Herald(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t first_channel)
-      : topology_(topology), wire_(std::move(wire)), first_(first_channel) {}
+  Herald(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t world, std::int64_t first_channel)
+      : topology_(topology), wire_(std::move(wire)), world_(world), first_(first_channel) {}
 
   std::int64_t open_channel();
   std::int64_t channels() const { return first_ + static_cast<std::int64_t>(open_.size()); }
@@ -40,20 +41,25 @@ class Herald {
   void tell(std::int64_t channel, Failure why, int about, const std::string& reason = {});
   // Says nothing more of a channel: it has failed for all, and all are told why.
   void hush(std::int64_t channel) { at(channel).left = true; }
-  // Says so of this rank and of all channels.
+  // Says so of this rank and of all channels, also those that others may open.
   void leave(const std::string& reason);
   // What concerns the present call of a channel.
   std::optional<News> heard(std::int64_t channel);
+  // Which rank of another team has left the world altogether.
+  std::optional<News> departure();
 
  private:
   struct Channel {
     std::uint64_t call = 0;
     bool left = false;  // this rank has said so
   };
+  void send(const News& news);
+  void listen();
   Channel& at(std::int64_t channel) { return open_[static_cast<std::size_t>(channel - first_)]; }
 
   const Topology& topology_;
   std::shared_ptr<Wire> wire_;
+  std::int64_t world_;  // its number among those that have used this wire
   std::int64_t first_;
   std::vector<Channel> open_;
   std::vector<News> heard_;

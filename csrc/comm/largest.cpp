@@ -1,12 +1,16 @@
 #include "comm/largest.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 namespace xc {
 namespace {
 
 constexpr int kMostDirect = 64;  // ranks
+
+// NaN counts as larger than any number, on whichever side it is: all ranks find the same.
+double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 
 }  // namespace
 
@@ -49,7 +53,7 @@ bool LargestOfAll::done() {
   while (round_done()) {
     std::vector<double>& numbers = state_->numbers;
     for (const std::vector<double>& theirs : state_->received)
-      for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = std::max(numbers[i], theirs[i]);
+      for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = larger(numbers[i], theirs[i]);
     state_->received.clear();
     distance_ = direct_ ? topology_.size() : 2 * distance_;
     if (distance_ >= topology_.size()) return true;

@@ -37,7 +37,7 @@ Team::Team(TeamOptions options)
     : options_(std::move(options)),
       members_(topology().members()),
       place_(topology().place()),
-      herald_(options_.topology, options_.wire, options_.first_channel),
+      herald_(options_.topology, options_.wire, options_.world, options_.first_channel),
       beacon_(is_local() ? Provider::memfd : options_.provider) {
   greet();
   processors_ = count_processors(team_gather(own_processors()));
@@ -151,6 +151,12 @@ void Team::leave(const std::string& reason) {
 }
 
 std::string Team::farewell(int place) const { return departed(place) ? departure(place).reason : ""; }
+
+std::optional<std::pair<int, std::string>> Team::departure_elsewhere() {
+  const auto news = herald_.departure();
+  if (!news) return std::nullopt;
+  return std::pair(news->about, std::string(news->reason));
+}
 
 bool Team::own_process() const { return getpid() == beacon_.pid(); }
 

@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "comm/herald.hpp"
@@ -23,6 +25,7 @@ namespace xc {
 struct TeamOptions {
   Topology topology = Topology::one_team(0, 1, 1);
   std::shared_ptr<Wire> wire;      // none with one team
+  std::int64_t world = 0;          // its number among those that have used this wire
   std::int64_t first_channel = 0;  // others have been used on this wire before
   RailOptions rails;
   Provider provider = Provider::memfd;
@@ -55,6 +58,8 @@ class Team {
   // The wire to the other teams; null if there are none.
   Wire* wire() const { return options_.wire.get(); }
   std::int64_t channels() const { return herald_.channels(); }  // used on the wire so far
+  // The rank of another team that has left this world, and why if it was an error.
+  std::optional<std::pair<int, std::string>> departure_elsewhere();
   const RailOptions& rails() const { return options_.rails; }
 
   // Collective. Each rank brings `bytes` of its own, zeroed, and sees its team's.

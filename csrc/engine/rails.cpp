@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "comm/largest.hpp"
 #include "core/dtype.hpp"
@@ -65,6 +67,8 @@ Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait w
   halving_ = should_halve(team.rails());
   if (halving_ && team.rails().chunk == 0)
     cut(kBufferBytes / (2 * static_cast<std::int64_t>(carried_.size()) * std::int64_t{sizeof(T)}), longest);
+  flights_.resize(std::min(flights_.size(), static_cast<std::size_t>(std::max<std::int64_t>(1, chunks_))));
+  if (halving_) return;  // in buffers of its own
   const auto others = static_cast<std::size_t>(topology_.team_count() - 1);
   const auto elements = static_cast<std::size_t>(chunk_);
   for (Flight& flight : flights_) {
@@ -87,6 +91,8 @@ template <class T>
 Rails<T>::~Rails() {
   if (!broken_) return;
   new std::vector<Flight>(std::move(flights_));
+  new std::vector<T>(std::move(halves_));
+  new std::vector<T>(std::move(others_));
   new Shared(std::move(memory_));
 }
 
@@ -138,8 +144,12 @@ bool Rails<T>::should_halve(const RailOptions& options) const {
 
 template <class T>
 void Rails<T>::run(const Work& work, const std::vector<Array>& arrays, int from_team) {
-  if (halving_ && from_team < 0) return run_by_halves(work, arrays);
-  run_in_chunks(work, arrays, from_team);
+  const bool was_broken = std::exchange(broken_, true);
+  if (halving_ && from_team < 0)
+    run_by_halves(work, arrays);
+  else
+    run_in_chunks(work, arrays, from_team);
+  broken_ = was_broken;
 }
 
 template <class T>
@@ -265,7 +275,9 @@ void Rails<T>::share(const std::function<std::span<double>(int)>& numbers) {
 template <class T>
 void Rails<T>::add_up(const std::function<std::span<double>(int)>& numbers) {
   std::vector<Pending> under_way;
-  std::vector<std::vector<double>> received;
+  const std::unique_ptr<std::vector<std::vector<double>>, KeepAfterFailure> holder(
+      new std::vector<std::vector<double>>);
+  std::vector<std::vector<double>>& received = *holder;
   for (const int k : carried_) {
     const std::span<double> at = numbers(k);
     const auto bytes = static_cast<std::int64_t>(at.size_bytes());
@@ -315,7 +327,12 @@ void Rails<T>::collect(const Array& own, std::vector<T>& to, std::optional<int> 
       if (rank != owner && wants(rank)) send(own(segment.owner), bytes, rank, Tag::gathered, under_way);
     if (wants(owner)) std::copy_n(own(segment.owner), segment.count(), to.data() + segment.begin);
   }
-  finish(under_way);
+  try {
+    finish(under_way);
+  } catch (...) {
+    new std::vector<T>(std::move(to));  // as in KeepAfterFailure
+    throw;
+  }
 }
 
 // ---- transfers ----
@@ -350,9 +367,9 @@ void Rails<T>::finish(std::vector<Pending>& pending) {
 
 template <class T>
 void Rails<T>::wait(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited) {
-  broken_ = true;
+  const bool was_broken = std::exchange(broken_, true);
   wait_(done, awaited);
-  broken_ = false;
+  broken_ = was_broken;
 }
 
 template class Rails<float>;

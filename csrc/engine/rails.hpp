@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <optional>
 #include <span>
@@ -73,6 +74,8 @@ class Rails {
   void add_up(const std::function<std::span<double>(int segment)>& numbers);
   // Whether sums go by halves rather than from all to all.
   bool halves() const { return halving_; }
+  // Whether a transfer may be under way for ever, and with it the use of the arrays that it was given.
+  bool broken() const { return broken_; }
   // numbers[i] becomes the largest of all ranks' i-th.
   void largest_of_all(std::vector<double>& numbers);
 
@@ -139,6 +142,14 @@ class Rails {
   bool halving_;
   std::vector<T> halves_;  // of all carried segments a chunk, and what a partner sends of it
   std::vector<T> others_;
+};
+
+// Deletes what the wire may write to, but not where a transfer failed, for it may still write then.
+struct KeepAfterFailure {
+  template <class P>
+  void operator()(P* at) const {
+    if (std::uncaught_exceptions() == 0) delete at;
+  }
 };
 
 // Numbers as bfloat16 in the first half of their own bytes, and back; double stays double.

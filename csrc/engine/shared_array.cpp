@@ -99,7 +99,9 @@ void SharedArray::ride(double scale, int root) {
   TileBuffers<T> buffers(kTile, topology.worker_count());
   const Run<T> run = whole<T>(dtype_, count_, scale);
   const Workers workers{{arrays_.begin(), arrays_.end()}, {arrays_.begin(), arrays_.end()}, arrays_};
-  std::map<int, std::vector<T>> carried;
+  const std::unique_ptr<std::map<int, std::vector<T>>, KeepAfterFailure> holder(
+      new std::map<int, std::vector<T>>);
+  std::map<int, std::vector<T>>& carried = *holder;
   for (const int k : topology.carried(topology.rank()))
     carried[k].resize(static_cast<std::size_t>(block(k).count()));
   const auto part = [&](const Slice& slice) {
@@ -131,7 +133,7 @@ void SharedArray::ride(double scale, int root) {
     case Operation::all_reduce:
       return rails.reduce_and_gather(work, arrays);
     case Operation::reduce_scatter:
-      rails.reduce(work);
+      rails.reduce({work.partial, work.settle, {}});
       for (int k = first; k < first + topology.workers(); ++k)
         walk_part(publish_pass<T>(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end},
                   {});

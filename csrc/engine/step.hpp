@@ -54,6 +54,9 @@ class Stepper {
   Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
           Overlap<T>* overlap, std::int64_t tile, bool streaming);
 
+  // Arrays that the wire may still write to stay where they are.
+  ~Stepper();
+
   // One pass; before it another if the step needs the gradient's norm or statistics, and one for each measure
   // of the rule. `meet` stands between passes: after it every rank's sums are visible to all.
   Engine::Outcome run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet);

@@ -27,6 +27,13 @@ T* Stepper<T>::carried_of(std::vector<T>& array, std::size_t k) const {
   return array.empty() ? nullptr : array.data() + places_[k];
 }
 
+template <class T>
+Stepper<T>::~Stepper() {
+  if (!rails_ || !rails_->broken()) return;
+  new std::vector<T>(std::move(mean_));
+  new std::vector<T>(std::move(factor_));
+}
+
 // A slice as a shard of its own.
 template <class T>
 Shard<T> Stepper<T>::part(const Slice& slice) const {

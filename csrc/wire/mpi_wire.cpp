@@ -27,6 +27,13 @@ void check(int code, const char* doing) {
   if (const std::string words = words_for(code, doing); !words.empty()) throw std::runtime_error(words);
 }
 
+// Programs may end MPI before they close their worlds.
+bool finalized() {
+  int ended = 0;
+  MPI_Finalized(&ended);
+  return ended != 0;
+}
+
 class MpiWire final : public Wire {
  public:
   MpiWire(MPI_Comm comm, std::size_t largest) : comm_(comm), largest_(largest) {
@@ -62,11 +69,13 @@ class MpiWire final : public Wire {
   }
 
   void progress() override {
+    if (finalized()) return;
     int waiting = 0;
     check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, MPI_STATUS_IGNORE), "MPI_Iprobe");
   }
 
   void notify(int rank, const void* bytes) override {
+    if (finalized()) return;
     Word& word = words_.emplace_back();
     std::memcpy(word.bytes, bytes, kNoticeBytes);
     check(MPI_Isend(word.bytes, kNoticeBytes, MPI_BYTE, rank, kNoticeTag, comm_, &word.request), "MPI_Isend");
@@ -77,6 +86,7 @@ class MpiWire final : public Wire {
   }
 
   bool notice(void* bytes) override {
+    if (finalized()) return false;
     int waiting = 0;
     MPI_Status status;
     check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, &status), "MPI_Iprobe");
