@@ -24,14 +24,10 @@ def proportional_bytes():
 
 
 def between_teams(world):
-    """What several teams cost each rank beside: master weights once for each team, the displacements' numbers, buffers.
-
-    Buffers of five chunks of 2^17 elements, for each segment that is sent and for each that is received.
-    """
+    """What several teams cost each rank beside: master weights once for each team, and buffers of 16 MiB."""
     if not TEAM or world.size <= TEAM:
         return 0
-    carried = 4 * ELEMENTS / TEAM
-    return 2 * carried + 5 * 4 * 2**17 * world.K * (world.size / TEAM)
+    return 4 * ELEMENTS / TEAM + 2**24
 
 
 @pytest.mark.parametrize("workers", [1, 3])
