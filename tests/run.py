@@ -4,7 +4,8 @@ The first run is plain pytest: it holds the doctests and the tests that start an
 other run is `mpirun -n N` of pytest with --with-mpi. Each rank writes to a file; rank 0's is shown as it
 grows and its JUnit file is counted, the others are shown when the run fails. A run that outlives its limit is
 ended with all it started, and every rank prints where it stood. `2/1` are two ranks whose worlds are cut into
-teams of one, as if each were a host.
+teams of one, as if each were a host. The last lines name every test that failed, or in which test each rank of a
+run without a report stood.
 
     python tests/run.py --ranks 1 3 -- -k momentum      # what follows -- goes to pytest
 """
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import faulthandler
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,14 @@ RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 DOCTESTS = ["--doctest-modules", "--doctest-ignore-import-errors", "extrapcomm"]
 TAIL = 80  # lines of another rank's output that a failure shows
 GRACE = 10  # seconds between asking and killing
+WIDTH = 240  # characters of a closing line
+
+# Reasons to skip that differ in numbers only are one line of the closing ones.
+ALIKE = {
+    "needs more ranks, or another number of them": "needs .*(rank|two workers)|several teams|teams whose ranks",
+    "once is enough: in the run on 1 rank": "runs in the plain suite|one process (is enough|shows)",
+    "works inside one team": "inside one team",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class Outcome:
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
     skip_reasons: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def main() -> int:
@@ -101,8 +112,22 @@ def be_rank(folder: Path, arguments: list[str]) -> int:
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     faulthandler.register(signal.SIGTERM, file=log, chain=True)
-    own = [f"--junitxml={folder / 'junit.xml'}"] if rank == "0" else ["-p", "no:cacheprovider"]
-    return pytest.main([*own, *arguments])
+    report = [f"--junitxml={folder / 'junit.xml'}", "--override-ini=junit_family=xunit1"]
+    own = report if rank == "0" else ["-p", "no:cacheprovider"]
+    return pytest.main([*own, *arguments], plugins=[Whereabouts(folder / f"rank-{rank}.test")])
+
+
+class Whereabouts:
+    """Keeps the name of the test that this rank is in, for a run that ends without a report."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.path.write_text(nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 # ---- one run ----
@@ -120,8 +145,19 @@ def run_suite(job: Job, options: argparse.Namespace) -> Outcome:
         outcome.seconds = time.monotonic() - start
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             outcome.counts["failed"] = max(outcome.counts["failed"], 1)
+            outcome.failures += whereabouts(job, folder) or ([] if outcome.failures else [no_test(job, code)])
             show_other_ranks(folder)
     return outcome
+
+
+def whereabouts(job: Job, folder: Path) -> list[str]:
+    """The test in which each rank stood when it ended before its time."""
+    tests = sorted(folder.glob("rank-*.test"))
+    return [f"ended  on {job}: {test.stem.replace('-', ' ')} stood in {test.read_text()}" for test in tests]
+
+
+def no_test(job: Job, code: int) -> str:
+    return f"failed on {job}: no test of rank 0, but the run itself, with exit code {code}"
 
 
 def command_line(ranks: int, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -215,12 +251,27 @@ def read_junit(job: Job, path: Path) -> Outcome:
         outcome.counts["failed" if failed else "passed" if skipped is None else "skipped"] += 1
         if skipped is not None:
             outcome.skip_reasons.append(skip_reason(skipped))
+        if failed:
+            outcome.failures.append(f"failed on {job}: {name_of(case)}: {first_line(case)}"[:WIDTH])
     return outcome
 
 
 def skip_reason(skipped: ElementTree.Element) -> str:
-    expected = "expected failure: " if skipped.get("type") == "pytest.xfail" else ""
-    return expected + skipped.get("message", "no reason given")
+    reason = skipped.get("message", "no reason given")
+    if skipped.get("type") == "pytest.xfail":
+        return f"expected failure: {reason}"
+    return next((common for common, pattern in ALIKE.items() if re.search(pattern, reason)), reason)
+
+
+def name_of(case: ElementTree.Element) -> str:
+    return f"{case.get('file', case.get('classname'))}::{case.get('name')}"
+
+
+def first_line(case: ElementTree.Element) -> str:
+    """Of the message with which a test failed; and the next one, which says where, if that was on another rank."""
+    failures = [found for found in (case.find("failure"), case.find("error")) if found is not None]
+    lines = failures[0].get("message", "").splitlines() or ["no message"]
+    return " ".join(lines[: 2 if "failed elsewhere" in lines[0] else 1])
 
 
 def report(outcomes: list[Outcome]) -> int:
@@ -229,6 +280,8 @@ def report(outcomes: list[Outcome]) -> int:
         passed, failed, skipped = outcome.counts.values()
         print(f"{outcome.job!s:>5}  {passed:6}  {failed:6}  {skipped:7}  {outcome.seconds:7.1f}")
     report_skips(outcomes)
+    for outcome in outcomes:
+        print("".join(f"{line}\n" for line in outcome.failures), end="")
     total = {name: sum(outcome.counts[name] for outcome in outcomes) for name in outcomes[0].counts}
     print("\n" + ", ".join(f"{number} {name}" for name, number in total.items()))
     return int(total["failed"] > 0 or total["passed"] == 0)

@@ -89,6 +89,10 @@ class Slurm:
             raise HostsError(f"{script} took more than {timeout:g} s: {late.output}") from None
         return done.returncode, done.stdout
 
+    def srun(self, command, timeout=100.0):
+        """(exit code, output) of a job step."""
+        return self.on_head(f"srun {command}", timeout)
+
     def sbatch(self, options, timeout=60.0):
         """(exit code, output) of a batch job, when it has ended."""
         log = self.folder / f"batch-{time.monotonic_ns()}.log"
