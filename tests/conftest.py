@@ -69,6 +69,14 @@ def pytest_configure(config):
         config.pluginmanager.getplugin("terminalreporter")._tw._file = io.StringIO()
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that start an mpirun of their own cannot do so under another one."""
+    alone = pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite")
+    for item in items:
+        if item.get_closest_marker("own_mpirun"):
+            item.add_marker(alone)
+
+
 def pytest_collection_finish(session):
     """Ranks that collected different tests could only deadlock."""
     if len(set(COMM.allgather(tuple(item.nodeid for item in session.items)))) > 1:

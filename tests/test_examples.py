@@ -16,7 +16,6 @@ pytest.importorskip("rich")
 digits = pytest.importorskip("digits")
 torch.set_num_threads(1)
 
-own_mpirun = pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite")
 SHORT = ["--workers", "2", "--batch", "8", "--epochs", "2", "--warmup", "1"]
 
 
@@ -45,7 +44,7 @@ def is_optimizer(exported):
     return isinstance(exported, type) and issubclass(exported, torch.optim.Optimizer)
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_demo_tells_the_accuracy_of_the_named_optimizer_and_of_sgd():
     command = ["mpirun", "-n", "2", sys.executable, digits.__file__, "--optimizer", "LAMB", "--epochs", "1"]
     ended = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=100)

@@ -22,10 +22,6 @@ SURVIVORS = ["--with-ft", "ulfm"] if OPEN_MPI else ["-disable-auto-cleanup"]
 SHELTER = [] if OPEN_MPI else ["sh", "-c", 'trap "" USR1; "$@"; sleep 4', "sh"]
 LIMIT = 60
 
-own_mpirun = pytest.mark.skipif(
-    MPI.COMM_WORLD.size > 1, reason="starts its own mpirun; runs in the plain suite"
-)
-
 PRELUDE = """
 import os, signal, sys, time
 import numpy as np
@@ -85,7 +81,7 @@ def launch(ranks, script, report, *options):
     return process.returncode, output, time.monotonic() - since
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_killed_rank_is_named_by_every_survivor():
     _, output, _ = run_ranks(
         3,
@@ -111,7 +107,7 @@ def test_killed_rank_is_named_by_every_survivor():
     assert output.count("weights still readable: 1.0") == 2 and output.count("soon") == 2, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_default_launcher_ends_the_job_when_a_rank_is_killed():
     before = set(Path("/dev/shm").iterdir())
     code, output, seconds = run_ranks(
@@ -129,7 +125,7 @@ def test_default_launcher_ends_the_job_when_a_rank_is_killed():
     assert not [f for f in set(Path("/dev/shm").iterdir()) - before if "extrapcomm" in f.name]
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_late_rank_is_named_by_all_when_the_deadline_passes():
     code, output, _ = run_ranks(
         3,
@@ -149,7 +145,7 @@ def test_late_rank_is_named_by_all_when_the_deadline_passes():
     assert "meeting A of step 2 after 1 s" in output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_stopped_rank_is_found_by_the_deadline():
     _, output, _ = run_ranks(
         2,
@@ -170,7 +166,7 @@ def test_stopped_rank_is_found_by_the_deadline():
     assert "PeerError rank=1 rank 1 did not come in time" in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_rank_that_exits_ends_the_wait_of_the_others():
     code, output, seconds = run_ranks(
         3,
@@ -190,7 +186,7 @@ def test_rank_that_exits_ends_the_wait_of_the_others():
     assert output.count("PeerError rank=1 rank 1 left") == 2, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_waiting_is_announced():
     code, output, _ = run_ranks(
         2,
@@ -208,7 +204,7 @@ def test_waiting_is_announced():
     )
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_interrupt_reaches_a_waiting_rank_and_its_peers():
     code, output, _ = run_ranks(
         2,
@@ -233,7 +229,7 @@ def test_interrupt_reaches_a_waiting_rank_and_its_peers():
     assert code == 0 and "KeyboardInterrupt" in output and "rank 0 was interrupted" in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_rank_missing_at_a_construction_is_an_error():
     code, output, _ = run_ranks(
         2,
@@ -252,7 +248,7 @@ def test_rank_missing_at_a_construction_is_an_error():
     assert "CommError" in output and "same collective call" in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_memory_through_posix_names_works_and_leaves_nothing():
     before = set(Path("/dev/shm").iterdir())
     code, output, _ = run_ranks(
@@ -318,7 +314,7 @@ def test_wrong_argument_on_one_rank_is_an_error_on_all(world):
         xc.all_reduce(array, op="max" if odd else "sum")
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_signal_handler_that_raises_after_completion_lets_nobody_drift():
     code, output, _ = run_ranks(
         2,
@@ -348,7 +344,7 @@ def test_signal_handler_that_raises_after_completion_lets_nobody_drift():
     assert "rank 0 stepped" not in output and "rank 1 stepped" not in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_weights_of_a_torn_step_are_not_given_out():
     _, output, _ = run_ranks(
         2,
@@ -404,7 +400,7 @@ def test_any_error_of_one_rank_in_its_step_is_an_error_of_all(world):
     engine.close()
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("where", ["while others wait", "before a construction"])
 def test_uncaught_exception_is_shown_once_and_reaches_all_within_a_second(where):
     code, output, _ = run_ranks(
@@ -428,7 +424,7 @@ def test_uncaught_exception_is_shown_once_and_reaches_all_within_a_second(where)
     assert output.count("PeerError: rank 1 ended with ValueError: bad batch") == 2, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_caught_peer_error_carries_the_reason():
     code, output, _ = run_ranks(
         2,
@@ -492,7 +488,7 @@ def nothing_left():
     assert not [f for f in set(Path("/dev/shm").iterdir()) - before if "extrapcomm" in f.name]
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fate", FATES)
 def test_survivor_of_a_killed_or_stopped_rank_is_told_its_name(nothing_left, fate, place):
@@ -524,7 +520,7 @@ def test_survivor_of_a_killed_or_stopped_rank_is_told_its_name(nothing_left, fat
         assert "noticed at meeting A of step 2" in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fate", FATES)
 def test_job_ends_under_the_default_launcher_when_a_rank_is_killed_or_stopped(nothing_left, fate, place):
@@ -560,7 +556,7 @@ def still_runs(pid):
     return True
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_rank_that_skips_a_step_is_named_by_the_deadline():
     code, output, _ = run_ranks(
         2,
@@ -584,7 +580,7 @@ def test_rank_that_skips_a_step_is_named_by_the_deadline():
     assert output.count("PeerError") == 1 and "meeting A of step 3" in output, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_rank_in_a_call_that_others_do_not_make_is_an_error_on_all_and_nothing_moves():
     """Calls that do not meet at the same place: only time can tell."""
     code, output, _ = run_ranks(
@@ -625,7 +621,7 @@ def test_rank_in_a_call_that_others_do_not_make_is_an_error_on_all_and_nothing_m
     assert code == 0, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("form", ["with", "finally", "note"])
 def test_reason_is_told_in_every_form_of_ending(form):
     body = {
@@ -655,7 +651,7 @@ def test_reason_is_told_in_every_form_of_ending(form):
     assert output.count("Traceback (most recent call last)") == 1, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 def test_error_at_a_prompt_does_not_end_the_world():
     session = subprocess.run(
         [sys.executable, "-i", "-c", PRELUDE + "engine = engine_of(xc.World())"],
@@ -668,7 +664,7 @@ def test_error_at_a_prompt_does_not_end_the_world():
     assert "ZeroDivisionError" in session.stderr and "steps 1" in session.stdout, session
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("max_norm", ["None", "1.0"])
 def test_rank_that_is_interrupted_while_others_go_on_gives_no_weights_out(max_norm):
     """The handler runs while the last rank comes, so that the others meet and write without this one."""

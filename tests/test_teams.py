@@ -9,7 +9,7 @@ from conftest import Pair as EnginePair
 from reference import assert_same_bits
 from test_clipping import Twins
 from test_collectives import filled, local, reduced
-from test_faults import SURVIVORS, own_mpirun, run_ranks
+from test_faults import SURVIVORS, run_ranks
 from test_order import ADAM, LENGTHS, NESTEROV, SHARED_OPTIONS, run
 from test_post_local import Pair as LocalPair
 from test_presence import PATTERNS
@@ -392,7 +392,7 @@ LOSING = """
 """
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("team", [1, 2])
 def test_killed_rank_is_named_in_all_teams(team):
     """By those of its own team at once, and by them to others; where it had none, by the deadline."""
@@ -403,7 +403,7 @@ def test_killed_rank_is_named_in_all_teams(team):
     assert output.count("soon") == 2, output
 
 
-@own_mpirun
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("team", [1, 2])
 def test_stopped_rank_is_found_by_the_deadline_in_all_teams(team):
     wake = "os.kill(pids[1], signal.SIGCONT) if world.rank == 2 and not time.sleep(1) else None"

@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import COMM
 from hosts import Hosts, HostsError, reason_against
 
 pytestmark = [
-    pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite"),
+    pytest.mark.own_mpirun,
     pytest.mark.skipif(
         reason_against() is not None, reason=f"no hosts in network namespaces: {reason_against()}"
     ),

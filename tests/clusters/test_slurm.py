@@ -4,13 +4,12 @@ import re
 import sys
 
 import pytest
-from conftest import COMM
 from hosts import Hosts, mpi_is_open_mpi, reason_against
 from slurm import Slurm, missing_daemons
 
 MISSING = reason_against() or ", ".join(missing_daemons())
 pytestmark = [
-    pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite"),
+    pytest.mark.own_mpirun,
     pytest.mark.skipif(bool(MISSING), reason=f"no Slurm (Debian: slurm-wlm, munge): {MISSING}"),
 ]
 SHORT = "--workers 2 --batch 8 --epochs 1"

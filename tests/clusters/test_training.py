@@ -6,12 +6,11 @@ import textwrap
 import time
 
 import pytest
-from conftest import COMM
 from hosts import Hosts, reason_against
 from mpi4py import MPI
 
 pytestmark = [
-    pytest.mark.skipif(COMM.size > 1, reason="starts its own mpirun; runs in the plain suite"),
+    pytest.mark.own_mpirun,
     pytest.mark.skipif(
         reason_against() is not None, reason=f"no hosts in network namespaces: {reason_against()}"
     ),
