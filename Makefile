@@ -17,6 +17,8 @@ BIN   := $(abspath $(VENV))/bin
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILT := $(VENV)/.built
 CPP   := build/cpp$(patsubst .venv%,%,$(notdir $(VENV)))
+# Where setup.py compiles: the C++ tests use the same objects.
+OBJECTS = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')-$(patsubst .%,%,$(notdir $(VENV)))
 
 CPP_FILES   := $(shell find csrc tests/cpp \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 BUILD_FILES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
@@ -61,16 +63,19 @@ test: test-cpp test-python ## run all tests: C++, then Python on 1, 2, 3 and 4 r
 test-python: $(BUILT) $(VENV)/.trainers ## run the Python tests alone
 	$(BIN)/python tests/run.py $(ARGS)
 
-test-cpp: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests alone
-	$(BIN)/cmake -S . -B $(CPP) -G Ninja -DCMAKE_BUILD_TYPE=Release -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF
-	$(BIN)/cmake --build $(CPP)
-	$(BIN)/ctest --test-dir $(CPP) --output-on-failure --no-tests=error --timeout 300
+test-cpp: $(BUILT) ## run the C++ tests alone
+	$(BIN)/cmake -S . -B $(OBJECTS) -G Ninja -DCMAKE_BUILD_TYPE=Release -DXC_BUILD_TESTS=ON \
+	  -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(OBJECTS) --target xc_tests
+	$(BIN)/ctest --test-dir $(OBJECTS) --output-on-failure --no-tests=error --timeout 300
 	$(BIN)/cmake -S . -B $(CPP)-baseline -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON
 	$(BIN)/cmake --build $(CPP)-baseline --target test_golden
 	$(BIN)/ctest --test-dir $(CPP)-baseline --output-on-failure --no-tests=error -R golden
 
+# Sanitizers look at memory, not at instructions: loops for one instruction set are enough.
 sanitize: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests under sanitizers: addresses and undefined behaviour, threads
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_SANITIZE=address,undefined
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON \
+	  -DXC_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/asan
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error --timeout 300

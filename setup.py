@@ -2,7 +2,8 @@
 
 `pip install .` and `pip install -e .` both end here. CMake writes the module into the folder that setuptools
 chose and keeps its objects in build/<python>-<environment>, so a second build compiles only what changed.
-XC_CMAKE_ARGS (for example "-DCMAKE_CXX_COMPILER=clang++") is added to the configuration.
+XC_CMAKE_ARGS (for example "-DCMAKE_CXX_COMPILER=clang++") is added to the configuration. The engine knows no MPI: where
+an editable install for another MPI has put it into the folder of the package, XC_WIRE_ONLY=1 builds the wire alone.
 """
 
 import os
@@ -70,8 +71,9 @@ def mpi_family() -> str:
 
 
 def extensions() -> list[CMakeExtension]:
-    """The engine, and the wire between hosts for the MPI that is here."""
-    modules = ["_core", *([f"_mpi_{mpi_family()}"] if mpi_family() else [])]
+    """The engine, and the wire between hosts for the MPI that is here; only the wire with XC_WIRE_ONLY."""
+    engine = [] if os.environ.get("XC_WIRE_ONLY") else ["_core"]
+    modules = [*engine, *([f"_mpi_{mpi_family()}"] if mpi_family() else [])]
     return [CMakeExtension(f"extrapcomm.{module}") for module in modules]
 
 
