@@ -103,7 +103,7 @@ def test_absurd_size_is_an_error_at_once(world):
     since = time.monotonic()
     with pytest.raises(xc.CommError, match=r"ranks together need \d+ MB"):
         xc.Engine(world, np.broadcast_to(np.float32(0), 10**12))
-    assert time.monotonic() - since < 5
+    assert time.monotonic() - since < 20
 
 
 def test_memory_refused_to_one_rank_is_an_error_on_all_with_both_sizes(world):

@@ -167,7 +167,7 @@ def test_every_rank_gives_up_at_the_deadline_when_a_cable_stays_out(hosts):
     hosts.link_down(1)
     since = time.monotonic()
     job.wait_for("PeerError", times=4)
-    assert time.monotonic() - since < 15
+    assert time.monotonic() - since < 30
     hosts.link_up(1)
     job.wait(30)
 
@@ -177,7 +177,7 @@ def test_host_without_power_is_named_with_its_ranks_by_every_survivor():
         job = hosts.start(2, *program(OUTAGE), 3, options=SURVIVORS)
         job.wait_for("step 5.")
         hosts.cut_power(1)
-        job.wait_for("PeerError", times=2, timeout=15)
+        job.wait_for("PeerError", times=2)
         assert len(re.findall(r"PeerError rank=([23]) kind=silent rank \1 on node1", job.output)) == 2, (
             job.output
         )
