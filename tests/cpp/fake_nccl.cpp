@@ -47,9 +47,13 @@ struct Operation {
 };
 
 struct Clique {
-  std::vector<Communicator*> members;
+  std::vector<Communicator*> members;  // null where one has not come, or has left
+  bool connected = false;
   std::atomic<int> aborted = 0;
 };
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kLater = std::chrono::milliseconds(50);
 
 std::mutex everything;
 std::map<std::string, std::shared_ptr<Clique>> cliques;
@@ -65,6 +69,8 @@ struct Communicator {
   bool connects;
   int error = kSuccess;
   std::list<Operation> pending;
+  int later = kSuccess;  // an error that comes then
+  Clock::time_point then = {};
 };
 
 namespace {
@@ -77,9 +83,11 @@ struct Group {
 };
 thread_local Group group;
 
-bool complete(const Clique& clique) {
-  return std::all_of(clique.members.begin(), clique.members.end(),
-                     [](const Communicator* member) { return member && member->connects; });
+// Once all have come.
+bool connected(Clique& clique) {
+  clique.connected |= std::all_of(clique.members.begin(), clique.members.end(),
+                                  [](const Communicator* member) { return member && member->connects; });
+  return clique.connected;
 }
 
 std::list<Operation>::iterator first(Communicator& comm, Kind kind, int peer) {
@@ -148,9 +156,10 @@ bool gather(Clique& clique) {
 }
 
 void progress(Clique& clique) {
-  if (!complete(clique)) return;
+  if (!connected(clique)) return;
   for (Communicator* from : clique.members)
-    for (Communicator* to : clique.members) transfer(*from, *to);
+    for (Communicator* to : clique.members)
+      if (from && to) transfer(*from, *to);
   while (gather(clique)) {
   }
 }
@@ -175,6 +184,8 @@ int end_group() {
     last_words = "the fake was told to fail later";
     return kInProgress;
   }
+  comm->later = std::exchange(faults().later, 0);
+  comm->then = Clock::now() + kLater;
   comm->pending.insert(comm->pending.end(), operations.begin(), operations.end());
   progress(*comm->clique);
   return kInProgress;
@@ -183,7 +194,7 @@ int end_group() {
 // Nothing may be queued before what was queued earlier has ended.
 bool ready(Communicator* comm) {
   const std::lock_guard lock(everything);
-  return complete(*comm->clique) && comm->error == kSuccess && comm->pending.empty();
+  return connected(*comm->clique) && comm->error == kSuccess && comm->pending.empty();
 }
 
 int enqueue(Communicator* comm, const Operation& operation) {
@@ -221,6 +232,7 @@ const FakeNccl controls{
       faults().groups = groups;
       faults().state = result;
     },
+    [](int result) { faults().later = result; },
     [] { faults().never_connect = true; },
     [] { faults().stuck = true; },
     [] { faults().refuse_window = true; },
@@ -279,7 +291,8 @@ FAKE_NCCL_EXPORT int ncclCommInitRankConfig(Communicator** comm, int size, Id id
   if (config->size != 24 || config->magic != 0xcafebeef || config->version != 21403 || config->blocking != 0)
     return kInvalidArgument;
   if (const int result = fake::failure_of("ncclCommInitRankConfig")) return result;
-  *comm = new Communicator{nullptr, rank, !std::exchange(fake::faults().never_connect, false), kSuccess, {}};
+  *comm = new Communicator{nullptr,  rank, !std::exchange(fake::faults().never_connect, false), kSuccess, {},
+                           kSuccess, {}};
   fake::count(1);
   (*comm)->clique = fake::join(id, size, *comm);
   return kInProgress;
@@ -288,7 +301,8 @@ FAKE_NCCL_EXPORT int ncclCommInitRankConfig(Communicator** comm, int size, Id id
 FAKE_NCCL_EXPORT int ncclCommGetAsyncError(Communicator* comm, int* state) {
   const std::lock_guard lock(fake::everything);
   fake::progress(*comm->clique);
-  const bool done = fake::complete(*comm->clique) && comm->pending.empty();
+  if (comm->later && fake::Clock::now() > comm->then) comm->error = comm->later;
+  const bool done = fake::connected(*comm->clique) && comm->pending.empty();
   *state = comm->error ? comm->error : done ? kSuccess : kInProgress;
   return kSuccess;
 }

@@ -12,6 +12,8 @@ struct FakeNccl {
   void (*fail_next)(const char* function, int result);
   // The state is `result` from the n-th group on that ends now; its transfers never happen.
   void (*fail_after)(int groups, int result);
+  // Of the next group the transfers happen; the state is `result` a little later.
+  void (*fail_later)(int result);
   // A communicator that is made next is never ready.
   void (*never_connect)();
   // The next group does not return before its communicator, or another one of the same id, is aborted.
@@ -40,6 +42,7 @@ struct Faults {
   int result = 0;
   int groups = -1;  // until one fails
   int state = 0;
+  int later = 0;
   bool never_connect = false;
   bool stuck = false;
   bool refuse_window = false;

@@ -268,16 +268,24 @@ void a_failure_is_told_on_its_rank_and_an_abort_ends_the_others_waits() {
   CHECK(fake().alive() == 0);
 }
 
-// The group that fails is rank 0's, in whose call nobody waits any more.
-void the_watchdog_finds_a_failure_that_comes_later() {
+void two_sides_that_differ_in_size_fail() {
   Party party(2);
   party.run([&](int rank) {
     NcclWire wire(party.communicator(rank));
-    exchange_one(wire, 1 - rank);
+    const std::string text = thrown<CommError>([&] { exchange_one(wire, 1 - rank, rank ? 9 : 8); });
+    CHECK(has(text, "the two sides of a transfer differ in size"));
+  });
+}
+
+// On a slow machine the call itself finds it, which is as well.
+void the_watchdog_finds_a_failure_that_comes_after_the_call() {
+  Party party(2);
+  party.run([&](int rank) {
+    NcclWire wire(party.communicator(rank));
+    if (rank == 1) fake().fail_later(6);
+    complaint_of([&] { exchange_one(wire, 1 - rank); });
+    if (rank == 1) CHECK(has(failure_of(wire), "rank 1: a transfer by NCCL failed: another rank is gone"));
     party.meet();
-    if (rank == 1) thrown<CommError>([&] { exchange_one(wire, 0, 9); });
-    if (rank == 0) thrown<CommError>([&] { exchange_one(wire, 1); });
-    CHECK(has(failure_of(wire), "the two sides of a transfer differ in size"));
   });
   CHECK(fake().alive() == 0);
 }
@@ -421,7 +429,8 @@ int main() {
   two_messages_to_one_rank_keep_their_order();
   sums_are_scattered_and_gathered();
   a_failure_is_told_on_its_rank_and_an_abort_ends_the_others_waits();
-  the_watchdog_finds_a_failure_that_comes_later();
+  two_sides_that_differ_in_size_fail();
+  the_watchdog_finds_a_failure_that_comes_after_the_call();
   what_cannot_be_queued_fails_with_its_name();
   a_rank_that_never_comes_ends_a_wait_within_the_deadline();
   an_abort_is_done_once_whoever_asks_and_how_often();
