@@ -46,9 +46,14 @@ void require_one_version(const std::vector<std::string>& libraries) {
   throw MismatchError(text + ". All ranks need the same; XC_NCCL=/path/to/libnccl.so.2 names a library");
 }
 
+// A call that failed names its rank already.
 std::string first_complaint_in(const std::vector<std::string>& texts) {
-  for (std::size_t rank = 0; rank < texts.size(); ++rank)
-    if (texts[rank].front() == '-') return "rank " + std::to_string(rank) + ": " + texts[rank].substr(1);
+  for (std::size_t rank = 0; rank < texts.size(); ++rank) {
+    if (texts[rank].front() != '-') continue;
+    const std::string who = "rank " + std::to_string(rank) + ": ";
+    const std::string text = texts[rank].substr(1);
+    return text.starts_with(who) ? text : who + text;
+  }
   return {};
 }
 

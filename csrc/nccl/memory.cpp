@@ -68,9 +68,8 @@ std::string NcclMemory::register_window() {
     throw CommError(first);
   }
   if (window_) return {};
-  return "NCCL makes no symmetric window here: all GPUs must reach each other peer to peer, with "
-         "NCCL_CUMEM_ENABLE "
-         "and NCCL_WIN_ENABLE not 0 [" +
+  return "NCCL makes no symmetric window here: all GPUs must reach each other peer to peer, and neither "
+         "NCCL_CUMEM_ENABLE nor NCCL_WIN_ENABLE may be 0 [" +
          api.name() + "]";
 }
 
