@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core
-from .errors import DeviceError, UsageError
+from .device import require_device
+from .errors import UsageError
 
 __all__ = ["Form", "copy_into", "dense_strides", "form_of", "look_at", "require_visible"]
+
+
+DLPACK_CPU, DLPACK_CUDA = 1, 2
 
 
 class Form(NamedTuple):
@@ -22,7 +26,8 @@ class Form(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements
-    library: str  # "numpy", "torch" or "dlpack"
+    library: str  # "numpy", "torch", "cupy" or "dlpack"
+    device: str = "cpu"  # or "cuda:0"
 
 
 def form_of(array: Any, name: str = "the array") -> Form:
@@ -30,7 +35,7 @@ def form_of(array: Any, name: str = "the array") -> Form:
 
     Raises:
         UsageError: for element types other than the four floating types, and things that are no arrays.
-        DeviceError: for arrays that are not in the CPU's memory.
+        DeviceError: for arrays that are neither in the CPU's memory nor in that of a GPU that this build works on.
     """
     if isinstance(array, np.ndarray):
         steps = tuple(s // array.itemsize for s in array.strides)
@@ -61,17 +66,18 @@ def _form_of_tensor(tensor: Any, name: str) -> Form:
 
     if tensor.layout != torch.strided:
         raise UsageError(f"{name} is sparse ({tensor.layout}); only dense tensors can be trained")
-    if tensor.device.type != "cpu":
-        raise DeviceError(f"{name} is on {tensor.device}; this build of extrapcomm works on the CPU")
+    require_device(str(tensor.device), name)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return Form(dtype, tuple(tensor.shape), tuple(tensor.stride()), "torch")
+    return Form(dtype, tuple(tensor.shape), tuple(tensor.stride()), "torch", str(tensor.device))
 
 
 def _form_of_dlpack(array: Any, name: str) -> Form:
-    _, dtype, shape, strides, on_cpu = _core.describe_dlpack(array.__dlpack__())
-    if not on_cpu:
-        raise DeviceError(f"{name} is not in the CPU's memory; this build of extrapcomm works on the CPU")
-    return Form(dtype, tuple(shape), tuple(strides) if strides else _contiguous(shape), "dlpack")
+    kind, number = (int(part) for part in array.__dlpack_device__())
+    device = {DLPACK_CPU: "cpu", DLPACK_CUDA: f"cuda:{number}"}.get(kind, f"a device of DLPack's type {kind}")
+    require_device(device, name)
+    _, dtype, shape, strides, *_ = _core.describe_dlpack(array.__dlpack__())
+    library = "cupy" if type(array).__module__.partition(".")[0] == "cupy" else "dlpack"
+    return Form(dtype, tuple(shape), tuple(strides) if strides else _contiguous(shape), library, device)
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -101,6 +107,8 @@ def look_at(view: "_core.View", library: str) -> Any:
         from torch.utils.dlpack import from_dlpack
 
         return from_dlpack(view)
+    if library == "cupy":
+        return import_module("cupy").from_dlpack(view)
     if view.dtype != "bfloat16":
         return np.asarray(view)
     if find_spec("ml_dtypes") is None:
@@ -118,6 +126,8 @@ def copy_into(view: "_core.View", array: Any) -> None:
     """Copy an array's values into shared memory of the same form."""
     if is_torch(array):
         look_at(view, "torch").copy_(array.detach())
+    elif type(array).__module__.partition(".")[0] == "cupy":
+        look_at(view, "cupy")[...] = array
     elif view.dtype == "bfloat16":
         view.as_bits()[...] = _bits_of(array)
     else:
@@ -128,7 +138,7 @@ def _bits_of(array: Any) -> Any:
     """The 16-bit elements of an array whose type NumPy may not know, as uint16."""
     if isinstance(array, np.ndarray):
         return array.view(np.uint16)
-    address, _, shape, given, _ = _core.describe_dlpack(array.__dlpack__())
+    address, _, shape, given, *_ = _core.describe_dlpack(array.__dlpack__())
     strides = given or _contiguous(shape)
     if 0 in shape:
         return np.empty(shape, np.uint16)

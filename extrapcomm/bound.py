@@ -10,6 +10,7 @@ from . import _core, hooks
 from ._version import __version__
 from .arrays import form_of
 from .binding import Binding, bump_versions, strided
+from .device import core_on
 from .errors import UsageError, describe
 from .gain import Gain
 from .hyper import Rule
@@ -38,6 +39,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _overlap: bool
     _bucket: int
     _core: Core
+    _device: _core.Device | None
     _binding: Binding
     _micro_batches: MicroBatches
     _gain: Gain | None
@@ -52,7 +54,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Collective: an engine for these groups."""
         options = (self.RULE, self._rule.extrapolation.for_core(), self._tile, __version__)
         bucket = self._bucket if self._overlap else 0
-        return Core(self.world.team, layers, groups, *options, bucket=bucket)
+        core = Core(self.world.team, layers, groups, *options, bucket=bucket, device=self._device)
+        return core_on(self._device, "torch", core)
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         """Collective: rank 0's weights into this engine, and the model into its memory."""

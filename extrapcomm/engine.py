@@ -12,6 +12,7 @@ from . import _core
 from ._version import __version__
 from .adascale import AdaScale
 from .arrays import copy_into, form_of, look_at, require_visible
+from .device import core_on, device_for
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_max_norm, check_tile
@@ -119,6 +120,7 @@ class Engine(Gained):
             for form in forms:
                 require_visible(form)
             self._forms = forms
+            device = device_for([form.device for form in forms])
             self._check_filters(inner_lr)
             check_tile(tile)
             check_max_norm(max_grad_norm)
@@ -134,12 +136,14 @@ class Engine(Gained):
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
         groups = [(self._flags, numbers)]
         options = (rule, kind.for_core(), tile, __version__, streaming)
-        self._core = _core.Engine(world.team, layers, groups, *options)
+        library = forms[0].library if forms else "numpy"
+        core = _core.Engine(world.team, layers, groups, *options, device=device)
+        self._core = core_on(device, library, core)
         self._structure = weights
         self._closed = False
         self._showing = False
         self._present = np.ones(world.workers * len(layers), dtype=np.uint8)
-        looks = ["torch" if f.library == "torch" else "numpy" for f in forms]
+        looks = [f.library if f.library in ("torch", "cupy") else "numpy" for f in forms]
         self.workers = [
             Worker(self._arrays(self._core.weights, v, looks), self._arrays(self._core.gradients, v, looks))
             for v in range(world.workers)

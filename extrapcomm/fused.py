@@ -11,6 +11,7 @@ import torch
 from .adascale import AdaScale
 from .binding import MANNERS
 from .checkpoint import Checkpoints
+from .device import device_for
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
@@ -93,6 +94,7 @@ class FusedOptimizer(Checkpoints, Gained):
             self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
+            self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
             check_tile(tile)
             check_bucket(bucket)
             check_max_norm(max_grad_norm)

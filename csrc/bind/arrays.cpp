@@ -34,7 +34,7 @@ dlpack::DataType type_of(DType t) {
 py::capsule to_dlpack(const View& view) {
   auto* out = new Export{{}, view};
   out->managed.tensor = {out->view.data.get(),
-                         {dlpack::kCpu, 0},
+                         {out->view.place.type, out->view.place.index},
                          static_cast<int>(view.shape.size()),
                          type_of(view.dtype),
                          out->view.shape.data(),
@@ -52,7 +52,7 @@ std::string type_name(dlpack::DataType type) {
   return "code " + std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits";
 }
 
-// (address, dtype name, shape, strides in elements or None, on the CPU?) of a capsule that stays unconsumed;
+// (address, dtype name, shape, strides in elements or None, device type, device number) of a capsule that stays unconsumed;
 // valid while its producer lives.
 py::tuple describe_dlpack(const py::capsule& capsule) {
   const auto* managed =
@@ -63,10 +63,11 @@ py::tuple describe_dlpack(const py::capsule& capsule) {
   py::object strides = py::none();
   if (t.strides) strides = py::cast(std::vector<std::int64_t>(t.strides, t.strides + t.ndim));
   return py::make_tuple(reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset, type_name(t.dtype), shape,
-                        strides, t.device.type == dlpack::kCpu);
+                        strides, t.device.type, t.device.id);
 }
 
 py::buffer_info buffer_of(View& view) {
+  if (view.place.type != dlpack::kCpu) throw py::buffer_error("a device's memory is no buffer; use DLPack");
   if (view.dtype == DType::bf16)
     throw py::buffer_error("NumPy has no bfloat16; use torch.from_dlpack, or view it as uint16");
   const auto size = size_of(view.dtype);
@@ -95,7 +96,7 @@ void register_arrays(py::module_& module) {
              return py::array(py::dtype("uint16"), v.shape, strides, v.data.get(), py::cast(v));
            })
       .def("__dlpack__", [](const View& v, const py::args&, const py::kwargs&) { return to_dlpack(v); })
-      .def("__dlpack_device__", [](const View&) { return py::make_tuple(dlpack::kCpu, 0); });
+      .def("__dlpack_device__", [](const View& v) { return py::make_tuple(v.place.type, v.place.index); });
   module.def("describe_dlpack", &describe_dlpack);
   const auto dtypes = [] {
     std::vector<std::string> names;

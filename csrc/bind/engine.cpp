@@ -4,9 +4,12 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include "bind/dlpack.hpp"
 #include "bind/register.hpp"
 #include "bind/view.hpp"
 #include "core/error.hpp"
+#include "device/device.hpp"
+#include "device/host.hpp"
 #include "engine/shared_array.hpp"
 
 namespace xc::bind {
@@ -45,7 +48,8 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
                                     const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
                                     const std::string& rule, const ExtrapolationTuple& extrapolation,
                                     std::int64_t tile, const std::string& version,
-                                    std::optional<bool> streaming, std::int64_t bucket) {
+                                    std::optional<bool> streaming, std::int64_t bucket,
+                                    std::shared_ptr<Device> device) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
   const EngineOptions options{.rule = rule,
@@ -56,7 +60,7 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vecto
                               .bucket = bucket,
                               .version = version};
   const py::gil_scoped_release nogil;
-  return Engine::create(std::move(team), specs, options);
+  return Engine::create(std::move(team), specs, options, std::move(device));
 }
 
 // One of this rank's workers.
@@ -68,7 +72,9 @@ int checked_worker(const Engine& engine, int v) {
 
 View view_of(const Engine& engine, const std::shared_ptr<std::byte>& base, std::size_t layer) {
   const Layer& l = engine.plan().layers.at(layer);
-  return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides};
+  const Device* const device = engine.device();
+  const Device::Place place = device ? device->place() : Device::Place{dlpack::kCpu, 0};
+  return {{base, base.get() + l.byte_begin}, l.spec.dtype, l.spec.shape, l.spec.strides, place};
 }
 
 // A contiguous array of the master type, of the layer's elements in the order of memory, or of a part of
@@ -193,13 +199,16 @@ void register_engine_class(py::module_& module) {
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none(),
-           py::arg("bucket") = std::int64_t{0})
+           py::arg("bucket") = std::int64_t{0}, py::arg("device") = py::none())
       .def("weights", [](const Engine& e, int v,
                          std::size_t layer) { return view_of(e, e.weights(checked_worker(e, v)), layer); })
       .def("gradients",
            [](const Engine& e, int v, std::size_t layer) {
              return view_of(e, e.gradients(checked_worker(e, v)), layer);
            })
+      .def_property_readonly("device", [](const Engine& e) -> std::optional<std::string> {
+        return e.device() ? std::optional(e.device()->name()) : std::nullopt;
+      })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
@@ -218,6 +227,8 @@ void register_engine_class(py::module_& module) {
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
            py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
            py::arg("gain") = std::array<double, 4>{}, py::arg("revise_rule") = py::none())
+      .def("prepare_replay", &local_step<&Engine::prepare_replay>, py::arg("hyper"), py::arg("present"),
+           py::arg("divisor"))
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),
@@ -259,7 +270,7 @@ void register_shared_array(py::module_& module) {
       .value("broadcast", Operation::broadcast);
   py::class_<SharedArray>(module, "SharedArray", "One array per worker, with collectives on them.")
       .def(py::init(&make_array), py::arg("team"), py::arg("dtype"), py::arg("count"))
-      .def("view", [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}}; })
+      .def("view", [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}, {dlpack::kCpu, 0}}; })
       .def("block", [](const SharedArray& a, int k) { return std::pair(a.block(k).begin, a.block(k).end); })
       .def("all_reduce", &SharedArray::all_reduce, Free())
       .def("reduce_scatter", &SharedArray::reduce_scatter, Free())
@@ -269,9 +280,24 @@ void register_shared_array(py::module_& module) {
       .def("close", &SharedArray::close, Free());
 }
 
+void register_device(py::module_& module) {
+  py::class_<Device, std::shared_ptr<Device>>(module, "Device", "Memory and kernels that are not the CPU's.")
+      .def_property_readonly("name", &Device::name)
+      .def(
+          "use", [](Device& d, std::uintptr_t stream) { d.use(reinterpret_cast<Stream>(stream)); },
+          py::arg("stream"), "Queue what follows on this stream.");
+  py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice",
+                                                              "The host as a device, for tests.")
+      .def(py::init())
+      .def("begin_capture", &HostDevice::begin_capture)
+      .def("end_capture", &HostDevice::end_capture)
+      .def("replay", &HostDevice::replay);
+}
+
 }  // namespace
 
 void register_engine(py::module_& module) {
+  register_device(module);
   register_engine_class(module);
   register_shared_array(module);
 }

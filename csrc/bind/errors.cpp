@@ -29,6 +29,8 @@ void register_errors(py::module_&) {
       set("MismatchError", error.what());
     } catch (const CommError& error) {
       set("CommError", error.what());
+    } catch (const DeviceError& error) {
+      set("DeviceError", error.what());
     }
   });
 }

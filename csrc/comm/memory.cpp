@@ -84,7 +84,12 @@ Mapping::Mapping(std::size_t bytes) : bytes_(bytes) {
   data_ = static_cast<std::byte*>(at);
 }
 
-Mapping::~Mapping() { munmap(data_, bytes_); }
+Mapping::~Mapping() {
+  if (release_)
+    release_();
+  else
+    munmap(data_, bytes_);
+}
 
 void require_obtainable(std::size_t bytes) {
   const std::size_t free = std::min(available_memory(), allowed_memory());

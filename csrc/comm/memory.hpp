@@ -2,8 +2,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 
 namespace xc {
 
@@ -32,6 +34,9 @@ class Mapping {
  public:
   Mapping(const FileDescriptor& fd, std::size_t bytes);
   explicit Mapping(std::size_t bytes);  // of this process alone
+  // Memory of another kind, and how to let go of it.
+  Mapping(std::byte* at, std::size_t bytes, std::function<void()> release)
+      : data_(at), bytes_(bytes), release_(std::move(release)) {}
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
@@ -41,6 +46,7 @@ class Mapping {
  private:
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+  std::function<void()> release_;
 };
 
 // A file that peers can open while it lives: what its ticket says. Memory and liveness locks both use it.

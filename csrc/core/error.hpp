@@ -37,6 +37,11 @@ struct CommError : Error {
   using Error::Error;
 };
 
+// A device, or what drives it, refused or is not there.
+struct DeviceError : Error {
+  using Error::Error;
+};
+
 // How many bytes of a UTF-8 text fit into `room` without cutting a character.
 std::size_t whole_characters(const std::string& text, std::size_t room);
 

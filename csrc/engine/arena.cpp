@@ -23,18 +23,17 @@ ArenaLayout::ArenaLayout(const Plan& plan, int first_worker, int workers, const 
   undo_bytes_ = round_up(static_cast<std::size_t>(tile) * element * slot_count_, kLine);
   progress_offset_ = round_up(control_bytes, kLine);
   undo_offset_ = progress_offset_ + workers_ * sizeof(ProgressWord);
-  std::size_t end = undo_offset_ + workers_ * undo_bytes_;
+  control_bytes_ = undo_offset_ + workers_ * undo_bytes_;
   for (const int k : carried) {
     const Segment& segment = plan.segments[static_cast<std::size_t>(k)];
     const bool own = k >= first_worker && k < first_worker + workers;
-    sums_offset_.push_back(round_up(end, kLine));
-    end = sums_offset_.back() + std::size_t{kSumSets} * static_cast<std::size_t>(sums) *
-                                    (cells_of(plan, segment).size() - 1) * sizeof(double);
-    shard_offset_.push_back(round_up(end, kPage) + kPage / 2 + 2 * kLine);
+    sums_offset_.push_back(round_up(control_bytes_, kLine));
+    control_bytes_ = sums_offset_.back() + std::size_t{kSumSets} * static_cast<std::size_t>(sums) *
+                                               (cells_of(plan, segment).size() - 1) * sizeof(double);
+    shard_offset_.push_back(state_bytes_ + kPage / 2 + 2 * kLine);
     shard_bytes_.push_back(round_up(static_cast<std::size_t>(segment.count()) * element, kPage) + kPage / 4);
-    end = shard_offset_.back() + (own ? slot_count_ : 1) * shard_bytes_.back();
+    state_bytes_ = round_up(shard_offset_.back() + (own ? slot_count_ : 1) * shard_bytes_.back(), kPage);
   }
-  state_bytes_ = round_up(end, kPage);
 }
 
 // Where X or G number `index` of this rank starts; counted over all ranks no two neighbours start alike.

@@ -9,10 +9,11 @@
 
 namespace xc {
 
-// Where a rank's memory holds what. There are two mappings, each with the parts of all workers that the rank
-// drives: the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at them)
-// and the STATE mapping (control words and posts, sums for norms, master weights W, rule slots S, the undo
-// area with its progress words). With several teams the master weights of segments that it only carries for
+// Where a rank's memory holds what. There are three mappings, each with the parts of all workers that the
+// rank drives: the VIEWS mapping (weights X and gradients G, which live as long as any tensor that looks at
+// them), the STATE mapping (master weights W, rule slots S) and the CONTROL mapping (control words and posts,
+// sums for norms, the undo area with its progress words). With a device the first two are its memory; the
+// third is always the host's. With several teams the master weights of segments that it only carries for
 // another team's workers lie there, too, and the sums of their cells.
 //
 // Each X and G starts a little further than a multiple of the page size, so that the many streams of one tile
@@ -34,6 +35,7 @@ class ArenaLayout {
   std::size_t weights(std::size_t worker) const { return stream(2 * worker); }
   std::size_t gradients(std::size_t worker) const { return stream(2 * worker + 1); }
 
+  std::size_t control_bytes() const { return control_bytes_; }
   std::size_t state_bytes() const { return state_bytes_; }
   // Of the carried segment number `index`. Slot 0 is W itself, slots 1.. are the rule's, of own segments
   // only.
@@ -52,7 +54,8 @@ class ArenaLayout {
   std::size_t undo_bytes_;
   std::size_t progress_offset_;
   std::size_t undo_offset_;
-  std::size_t state_bytes_;
+  std::size_t control_bytes_ = 0;
+  std::size_t state_bytes_ = 0;
   std::vector<std::size_t> sums_offset_;
   std::vector<std::size_t> shard_offset_;
   std::vector<std::size_t> shard_bytes_;

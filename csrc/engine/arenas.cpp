@@ -15,16 +15,17 @@ ArenaLayout layout_of(const Topology& topology, const Plan& plan, int rank, int 
 }  // namespace
 
 template <class T>
-Arenas<T>::Arenas(Team& team, const Plan& plan, int slots, int sums, std::int64_t tile,
-                  std::size_t control_bytes)
+Arenas<T>::Arenas(Team& team, const std::function<Shared(std::size_t)>& share, const Plan& plan, int slots,
+                  int sums, std::int64_t tile, std::size_t control_bytes)
     : place_(static_cast<std::size_t>(team.place())),
       first_worker_(static_cast<std::size_t>(team.first_worker())),
       own_workers_(static_cast<std::size_t>(team.workers_per_rank())),
       carried_(team.topology().carried(team.rank())),
       sums_(sums),
       layout_(layout_of(team.topology(), plan, team.rank(), slots, sums, tile, control_bytes)),
-      views_(team.share(layout_.views_bytes())),
-      state_(team.share(layout_.state_bytes())),
+      views_(share(layout_.views_bytes())),
+      state_(share(layout_.state_bytes())),
+      control_(team.share(layout_.control_bytes())),
       shards_(plan.segments.size()),
       all_sums_(plan.segments.size()) {
   const Topology& topology = team.topology();
@@ -41,6 +42,7 @@ void Arenas<T>::locate(const ArenaLayout& layout, const Plan& plan, const Topolo
                        std::size_t place, int slots) {
   const int rank = topology.members()[place];
   std::byte* const state = state_[place]->data();
+  std::byte* const control = control_[place]->data();
   const std::vector<int> carried = topology.carried(rank);
   for (std::size_t i = 0; i < carried.size(); ++i) {
     const auto k = static_cast<std::size_t>(carried[i]);
@@ -50,7 +52,7 @@ void Arenas<T>::locate(const ArenaLayout& layout, const Plan& plan, const Topolo
     if (topology.owner(carried[i]) == rank)
       for (int s = 0; s < slots; ++s)
         shard.slots[s] = reinterpret_cast<T*>(state + layout.master(i, static_cast<std::size_t>(s) + 1));
-    all_sums_[k] = {reinterpret_cast<double*>(state + layout.sums(i)),
+    all_sums_[k] = {reinterpret_cast<double*>(control + layout.sums(i)),
                     static_cast<std::size_t>(kSumSets * sums_) * (cells_of(plan, segment).size() - 1)};
   }
   std::byte* const views = views_[place]->data();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -17,11 +18,11 @@ namespace xc {
 template <class T>
 class Arenas {
  public:
-  // Collective.
-  Arenas(Team& team, const Plan& plan, int slots, int sums, std::int64_t tile, std::size_t control_bytes);
+  // Collective. `share` gives the memory that weights, gradients and state lie in.
+  Arenas(Team& team, const std::function<Shared(std::size_t bytes)>& share, const Plan& plan, int slots,
+         int sums, std::int64_t tile, std::size_t control_bytes);
 
-  // Each rank's state mapping begins with its control memory.
-  const Shared& control() const { return state_; }
+  const Shared& control() const { return control_; }
   // What holds this rank's own part.
   Shared memory() const { return {views_[place_], state_[place_]}; }
 
@@ -64,6 +65,7 @@ class Arenas {
   ArenaLayout layout_;
   Shared views_;
   Shared state_;
+  Shared control_;
   Workers workers_;
   std::vector<Shard<T>> shards_;
   std::vector<std::span<double>> all_sums_;

@@ -38,6 +38,11 @@ class CellSums {
     return first + count <= cells_[cell_ + 1] ? lanes_.data() : nullptr;
   }
 
+  // Adds sums that somebody else took, of the shard's cells with these places, to array number `array`.
+  void take(std::size_t array, std::span<const std::size_t> places, std::span<const double> numbers) {
+    for (std::size_t i = 0; i < places.size(); ++i) arrays_[array][places[i]] += numbers[i];
+  }
+
   // Brings in what the last cell still carries.
   void finish();
 

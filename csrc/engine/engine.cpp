@@ -8,6 +8,8 @@
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
 #include "core/streaming.hpp"
+#include "device/device.hpp"
+#include "device/walker.hpp"
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
 #include "engine/local.hpp"
@@ -38,8 +40,11 @@ using Agreed = Exchange::Agreed;
 template <class T>
 class EngineOf final : public Engine {
  public:
-  EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options)
-      : plan_(std::move(plan)),
+  EngineOf(std::shared_ptr<Team> team, Plan plan, const EngineOptions& options,
+           std::shared_ptr<Device> device)
+      : device_(std::move(device)),
+        storage_(device_ ? device_->storage(*team) : std::make_shared<HostStorage>()),
+        plan_(std::move(plan)),
         runs_(plan_, options, team->worker_count()),
         own_runs_(plan_, options, 1),
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
@@ -48,16 +53,19 @@ class EngineOf final : public Engine {
         streaming_(options.streaming.value_or(
             exceeds_cache(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())))),
         buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
-        arenas_(*team, plan_, runs_.slots(), runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
+        arenas_(*team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_,
+                runs_.slots(), runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(rails_for<T>(exchange_, plan_, arenas_.memory())),
         overlap_(make_overlap()),
-        stepper_(plan_, arenas_, runs_, rails_.get(), overlap_.get(), tile_, streaming_),
+        walker_(make_walker(team->worker_count())),
+        stepper_(plan_, arenas_, runs_, *walker_, rails_.get(), overlap_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
   const Plan& plan() const override { return plan_; }
   Team& team() const override { return exchange_.team(); }
+  Device* device() const override { return device_.get(); }
   std::shared_ptr<std::byte> weights(int v) const override { return arenas_.weights(v); }
   std::shared_ptr<std::byte> gradients(int v) const override { return arenas_.gradients(v); }
   std::size_t hyper_count() const override { return names_.size() - numbers_of({}).size(); }
@@ -80,6 +88,7 @@ class EngineOf final : public Engine {
   void adopt(int root_worker) override;
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
   Outcome step(const Step& step) override;
+  void prepare_replay(const Step& step) override;
   void complain(const std::string& complaint) override;
   void begin_local() override;
   void local_step(const Step& step) override;
@@ -102,11 +111,16 @@ class EngineOf final : public Engine {
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   std::size_t overlap_words() const;
   std::unique_ptr<Overlap<T>> make_overlap();
+  std::unique_ptr<Walker<T>> make_walker(int workers);
+  void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
+  void capture(const Step& step);
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
   void finish_round(std::span<const std::uint8_t> touched);
 
+  std::shared_ptr<Device> device_;
+  std::shared_ptr<Storage> storage_;
   Plan plan_;
   RunMaker<T> runs_;
   RunMaker<T> own_runs_;  // of one worker alone
@@ -118,13 +132,15 @@ class EngineOf final : public Engine {
   Exchange exchange_;
   std::unique_ptr<Rails<T>> rails_;      // with several teams
   std::unique_ptr<Overlap<T>> overlap_;  // with buckets
+  std::unique_ptr<Walker<T>> walker_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
+  std::vector<std::uint8_t> captured_;  // layers that a captured step updates
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   std::vector<std::vector<T>>
       collected_;  // each slot as all teams have it, between collecting and forgetting
-  std::map<int, std::vector<std::byte>> hidden_;  // X of workers that show the master weights
+  std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
   bool closed_ = false;
@@ -140,9 +156,32 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     present[i] = from != nullptr;
     if (from) touch(v, i);
     if (!from || from == to) continue;
-    std::memcpy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+    storage_->copy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
     changed(v, i);
   }
+}
+
+template <>
+std::unique_ptr<Walker<float>> EngineOf<float>::make_walker(int workers) {
+  if (device_) return std::make_unique<DeviceWalker>(device_, storage_, plan_);
+  return std::make_unique<TileWalker<float>>(tile_, workers);
+}
+
+template <>
+std::unique_ptr<Walker<double>> EngineOf<double>::make_walker(int workers) {
+  return std::make_unique<TileWalker<double>>(tile_, workers);
+}
+
+// What this rank has queued before the call comes before what others do in it, and the other way round after.
+template <class T>
+void EngineOf<T>::collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work) {
+  storage_->announce();
+  exchange_.collective(call, [&](const Agreed& agreed) {
+    storage_->follow();
+    work(agreed);
+    storage_->announce();
+  });
+  storage_->follow();
 }
 
 // Each rank's word lies behind its posts.
@@ -174,7 +213,7 @@ void EngineOf<T>::changed(int, std::size_t layer) {
 
 template <class T>
 void EngineOf<T>::adopt(int root_worker) {
-  exchange_.collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](const Agreed&) {
+  collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](const Agreed&) {
     const auto runs = runs_.plain();
     const Topology& topology = team().topology();
     const int from = topology.team_of(topology.owner(root_worker));
@@ -188,25 +227,26 @@ void EngineOf<T>::adopt(int root_worker) {
 
 // Copies the part of a layer's array that lies in the shard; `to` is the shard's array.
 template <class T>
-void copy_part(const Layer& layer, const void* from, const Shard<T>& shard, T* to) {
+void copy_part(Storage& storage, const Layer& layer, const void* from, const Shard<T>& shard, T* to) {
   const std::int64_t first = std::max(layer.begin, shard.begin);
   const std::int64_t last = std::min(layer.begin + layer.count, shard.end);
   if (first >= last) return;
   T* const target = to + (first - shard.begin);
+  const std::size_t bytes = static_cast<std::size_t>(last - first) * sizeof(T);
   if (from)
-    std::copy_n(static_cast<const T*>(from) + (first - layer.begin), last - first, target);
+    storage.copy(target, static_cast<const T*>(from) + (first - layer.begin), bytes);
   else
-    std::fill_n(target, last - first, T(0));
+    storage.clear(target, bytes);
 }
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  exchange_.collective({Operation::load, steps_, hash}, [&](const Agreed&) {
+  collective({Operation::load, steps_, hash}, [&](const Agreed&) {
     for (const Shard<T>& shard : arenas_.own_shards())
       for (std::size_t i = 0; i < layers.size(); ++i) {
-        if (layers[i].weights) copy_part(plan_.layers[i], layers[i].weights, shard, shard.w);
+        if (layers[i].weights) copy_part(*storage_, plan_.layers[i], layers[i].weights, shard, shard.w);
         for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
-          copy_part(plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
+          copy_part(*storage_, plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
       }
     stepper_.spread_from_owners();
     stepper_.publish(runs_.plain());
@@ -225,8 +265,8 @@ void EngineOf<T>::clear_absent(std::span<const std::uint8_t> present) {
     const Layer& layer = plan_.layers[i % layers];
     const int v = static_cast<int>(i / layers);
     if (!present[i] && !cleared_[i]) {
-      std::memset(gradients(v).get() + layer.byte_begin, 0,
-                  static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+      storage_->clear(gradients(v).get() + layer.byte_begin,
+                      static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
       changed(v, i % layers);
     }
     cleared_[i] = !present[i];
@@ -243,13 +283,17 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
   if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
+  if (device_ && device_->captures()) {
+    capture(step);
+    return {};
+  }
   const auto start = std::chrono::steady_clock::now();
   clear_absent(step.present);
   auto here = present_here(step.present);
   if (overlap_) here.insert(here.end(), overlap_->stale().begin(), overlap_->stale().end());
   std::vector<std::uint8_t> present, stale;
   Outcome outcome;
-  exchange_.collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
+  collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
                        [&](const Agreed& agreed) {
                          const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
                          present.assign(agreed.present.begin(), layers);
@@ -268,9 +312,29 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   return outcome;
 }
 
+// Nothing happens yet, so nothing is counted, and no rank is met.
+template <class T>
+void EngineOf<T>::capture(const Step& step) {
+  if (team().size() > 1) throw UsageError("a step can be captured by one rank alone");
+  captured_ = present_here(step.present);
+  stepper_.run(step_of(numbers_of(step)), {captured_, updates_}, [](bool) {});
+}
+
+template <class T>
+void EngineOf<T>::prepare_replay(const Step& step) {
+  if (captured_.empty()) throw UsageError("no step was captured");
+  walker_->prepare_replay(runs_.for_step(step_of(numbers_of(step)), captured_, updates_));
+  for (std::size_t i = 0; i < captured_.size(); ++i) updates_[i] += captured_[i];
+  ++steps_;
+}
+
 template <class T>
 Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
-  const auto meet = [&](bool touched) { exchange_.meet_between_passes(steps_ + 1, touched); };
+  const auto meet = [&](bool touched) {
+    storage_->announce();
+    exchange_.meet_between_passes(steps_ + 1, touched);
+    storage_->follow();
+  };
   if (step.fused) return stepper_.run(step, marks, meet);
   stepper_.run_unfused(step, marks);
   return {};
@@ -285,9 +349,10 @@ void EngineOf<T>::complain(const std::string& complaint) {
 template <class T>
 void EngineOf<T>::begin_local() {
   if (overlap_) throw UsageError("local steps have no sums to send during backward");
-  exchange_.collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
+  if (device_) throw UsageError("local steps are taken on the CPU only, not on " + device_->name());
+  collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
   local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
-  exchange_.collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
+  collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
 }
 
@@ -315,7 +380,7 @@ void EngineOf<T>::averaging_step(const Step& step) {
   counted.local_steps = local().steps() + 1;
   auto touched = present_here(step.present);
   for (std::size_t i = 0; i < touched.size(); ++i) touched[i] |= local_->touched()[i];
-  exchange_.collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched},
+  collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched},
                        [&](const Agreed& agreed) {
                          local_->step(step);
                          exchange_.meet_between_passes(steps_ + 1, false);
@@ -331,7 +396,7 @@ void EngineOf<T>::average() {
   Step none;
   none.hyper = no_hyper;
   none.local_steps = local().steps();
-  exchange_.collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
+  collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
                        [&](const Agreed& agreed) { finish_round(agreed.present); });
 }
 
@@ -355,7 +420,9 @@ template <class T>
 void EngineOf<T>::show_master(int v) {
   require_settled();
   std::byte* x = weights(v).get();
-  hidden_.emplace(v, std::vector<std::byte>(x, x + plan_.bytes));
+  const auto bytes = static_cast<std::size_t>(plan_.bytes);
+  const auto hidden = hidden_.emplace(v, storage_->allocate(bytes)).first;
+  storage_->copy(hidden->second.get(), x, bytes);
   stepper_.publish_to(x, runs_.plain());
 }
 
@@ -364,7 +431,7 @@ void EngineOf<T>::hide_master(int v) {
   team().require_own_process();
   const auto found = hidden_.find(v);
   if (found == hidden_.end() || plan_.bytes == 0) return;
-  std::memcpy(weights(v).get(), found->second.data(), found->second.size());
+  storage_->copy(weights(v).get(), found->second.get(), static_cast<std::size_t>(plan_.bytes));
   hidden_.erase(found);
 }
 
@@ -373,7 +440,7 @@ void EngineOf<T>::collect_state(std::optional<int> only_rank) {
   if (!rails_) return;
   require_settled();
   const std::uint64_t wanted = only_rank ? std::uint64_t(*only_rank) + 1 : 0;
-  exchange_.collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) {
+  collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) {
     const bool here = !only_rank || *only_rank == team().rank();
     collected_.assign(static_cast<std::size_t>(slots()),
                       std::vector<T>(here ? std::size_t(plan_.length) : 0));
@@ -394,8 +461,10 @@ void EngineOf<T>::read(std::size_t layer, int slot, std::int64_t from, std::int6
     if (!at && (collected_.empty() || collected_.front().empty()))
       throw UsageError("another host has this part of the state, and it was not collected");
     if (!at) at = collected_[static_cast<std::size_t>(slot - 1)].data() + shard.begin;
-    std::copy_n(at + (first - shard.begin), last - first, static_cast<T*>(out) + (first - begin));
+    storage_->copy(static_cast<T*>(out) + (first - begin), at + (first - shard.begin),
+                   static_cast<std::size_t>(last - first) * sizeof(T));
   }
+  storage_->finish();
 }
 
 template <class T>
@@ -414,6 +483,7 @@ void EngineOf<T>::close() {
   hidden_.clear();
   if (!exchange_.unsettled())
     for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
+  storage_->finish();
   exchange_.close();
 }
 
@@ -430,6 +500,23 @@ void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& opt
   for (const LayerSpec& layer : layers)
     if (layer.group < 0 || layer.group >= static_cast<int>(options.groups.size()))
       throw UsageError("'" + layer.name + "' belongs to a group that does not exist");
+}
+
+// What a device's kernels do not have.
+void check_device(const Device& device, const EngineOptions& options, const Plan& plan,
+                  const Topology& teams) {
+  const std::string on = " on " + device.name() + "; take the CPU for it";
+  const int family = family_index(options.rule);
+  for (const GroupSpec& group : options.groups) {
+    const unsigned member = families()[std::size_t(family)].member(group.flags, group.hyper);
+    if (!device.kernels().rules.at(std::size_t(family)).at(member).apply)
+      throw UsageError("rule '" + options.rule + "' has no kernels" + on);
+  }
+  if (plan.master == DType::f64) throw UsageError("float64 parameters have no kernels" + on);
+  if (kExtrapolations[std::size_t(extrapolation_index(options.extrapolation.name))].per_filter)
+    throw UsageError("extrapolation '" + options.extrapolation.name + "' has no kernels" + on);
+  if (teams.team_count() > 1)
+    throw UsageError("parameters of several teams cannot lie" + on);
 }
 
 // A rule that projects needs the sums of every filter.
@@ -450,7 +537,7 @@ std::size_t bytes_of(std::span<const LayerSpec> layers) {
 }  // namespace
 
 std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
-                                       const EngineOptions& options) {
+                                       const EngineOptions& options, std::shared_ptr<Device> device) {
   Plan plan;
   std::size_t least = 0;
   team->agree<UsageError>(complaint_of([&] {
@@ -458,12 +545,14 @@ std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<con
     least = bytes_of(layers);
   }));
   team->agree(complaint_of([&] { require_obtainable(least); }));
-  team->agree<UsageError>(
-      complaint_of([&] { plan = make_plan(layers, team->worker_count(), cuts_for(options)); }));
+  team->agree<UsageError>(complaint_of([&] {
+    plan = make_plan(layers, team->worker_count(), cuts_for(options));
+    if (device) check_device(*device, options, plan, team->topology());
+  }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)
-    return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options);
-  return std::make_unique<EngineOf<float>>(std::move(team), std::move(plan), options);
+    return std::make_unique<EngineOf<double>>(std::move(team), std::move(plan), options, std::move(device));
+  return std::make_unique<EngineOf<float>>(std::move(team), std::move(plan), options, std::move(device));
 }
 
 }  // namespace xc

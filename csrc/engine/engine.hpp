@@ -14,6 +14,8 @@
 
 namespace xc {
 
+class Device;
+
 // New hyper-parameters from hyper-parameters and sums.
 using Revise = std::function<std::vector<double>(std::span<const double>, std::span<const double>)>;
 
@@ -58,11 +60,14 @@ class Engine {
   virtual ~Engine() = default;
 
   // Collective. Throws the same MismatchError on every rank when layers or options differ.
+  // Everything lies in the device's memory and runs there; without one, in the host's.
   static std::unique_ptr<Engine> create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
-                                        const EngineOptions& options);
+                                        const EngineOptions& options,
+                                        std::shared_ptr<Device> device = nullptr);
 
   virtual const Plan& plan() const = 0;
   virtual Team& team() const = 0;
+  virtual Device* device() const = 0;  // null: the host
 
   // Memory of this rank's worker v, kept alive by whoever holds it.
   virtual std::shared_ptr<std::byte> weights(int v) const = 0;
@@ -140,6 +145,10 @@ class Engine {
   };
   // Collective.
   virtual Outcome step(const Step& step) = 0;
+  // With a device: a step that was taken while the device captured is repeated whenever the capture is
+  // replayed. Before each replay this gives it the numbers of the next step, whose gradients are of the same
+  // layers, and counts that step.
+  virtual void prepare_replay(const Step& step) = 0;
   // Collective: this rank's part of a step whose arguments are wrong; all ranks throw `complaint`.
   virtual void complain(const std::string& complaint) = 0;
 

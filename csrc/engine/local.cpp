@@ -90,7 +90,7 @@ void LocalPhase<T>::step(const Engine::Step& step) {
     const auto present = step.present.subspan(v * layers, layers);
     const auto runs = runs_.for_step(step, present, updates_[v]);
     const Workers alone{{arenas_.workers().sources[arenas_.first_source() + v]}, {}, {}};
-    walk<T>(apply_pass<T>({}, {}), alone, runs, own_[v], buffers_);
+    walk<T>(apply_pass({}, {}), alone, runs, own_[v], buffers_);
     for (std::size_t i = 0; i < layers; ++i) {
       updates_[v][i] += present[i];
       touched_[i] |= present[i];
@@ -123,9 +123,9 @@ template <class T>
 void LocalPhase<T>::average_in_team(const Workers& weights, std::span<const Run<T>> runs) {
   for (const Shard<T>& shard : arenas_.own_shards()) {
     const Shard<T> part{shard.begin, shard.end, nullptr, {}};
-    walk<T>(sum_pass<T>(streaming_), weights, runs, part, buffers_, {.mean = shard.w});
+    walk<T>(sum_pass(streaming_), weights, runs, part, buffers_, {.mean = shard.w});
     for (std::size_t s = 0; s < copies_.size(); ++s)
-      walk<T>(load_pass<T>(), copies_[s], runs, part, buffers_, {.mean = shard.slots[s]});
+      walk<T>(load_pass(), copies_[s], runs, part, buffers_, {.mean = shard.slots[s]});
   }
 }
 
@@ -135,7 +135,7 @@ std::function<void(const Slice&, T*)> LocalPhase<T>::sum_of(const Workers& array
                                                             std::span<const Run<T>> runs) {
   return [this, &arrays, runs](const Slice& slice, T* to) {
     const Shard<T> part{slice.begin, slice.end, nullptr, {}};
-    walk<T>(partial_pass<T>(), arrays, runs, part, buffers_, {.mean = to});
+    walk<T>(partial_pass(), arrays, runs, part, buffers_, {.mean = to});
   };
 }
 
@@ -148,13 +148,13 @@ void LocalPhase<T>::average_over_rails(const Workers& weights, std::span<const R
   const auto mean_into = [&](int slot) {
     return [&, slot](const Slice& slice, const T* total) {
       const Shard<T> part{slice.begin, slice.end, nullptr, {}};
-      walk<T>(summing_pass<T>({.received = true}, {}), weights, runs, part, buffers_,
+      walk<T>(summing_pass({.received = true}, {}), weights, runs, part, buffers_,
               {.mean = master(slice, slot), .received = total});
     };
   };
   const auto publish = [&](const Slice& slice) {
     const Shard<T> part{slice.begin, slice.end, master(slice, -1), {}};
-    walk<T>(publication_pass<T>(streaming_), weights, runs, part, buffers_);
+    walk<T>(publication_pass(streaming_), weights, runs, part, buffers_);
   };
   rails_->reduce_and_gather({sum_of(weights, runs), mean_into(-1), publish},
                             {[this](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].w; }});

@@ -230,7 +230,7 @@ void Overlap<T>::send(std::size_t bucket) {
 template <class T>
 void Overlap<T>::add_team(const Slice& slice, T* to) {
   const Shard<T> alone{slice.begin, slice.end, nullptr, {}};
-  walk<T>(partial_pass<T>(), arenas_.workers(), runs_, alone, buffers_, {.mean = to});
+  walk<T>(partial_pass(), arenas_.workers(), runs_, alone, buffers_, {.mean = to});
 }
 
 template <class T>

@@ -254,108 +254,104 @@ std::int64_t within_cell(std::int64_t first, std::int64_t tile) {
 }
 
 template <class T>
-void add_gradient(Pass<T>& pass, Gradient gradient, Sums sums) {
-  if (gradient.needed) pass.push_back(gradient.received ? &take_stage<T> : &reduce_stage<T>);
-  if (gradient.spread) pass.push_back(&spread_stage<T>);
-  if (sums.mean) pass.push_back(&mean_squares_stage<T>);
-  if (sums.workers) pass.push_back(&worker_squares_stage<T>);
-  if (gradient.needed && gradient.clip) pass.push_back(&clip_stage<T>);
+using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
+
+template <class T>
+void add_gradient(std::vector<Stage<T>>& stages, const Pass& pass, bool observing) {
+  if (pass.source == Pass::Source::gradients) stages.push_back(&reduce_stage<T>);
+  if (pass.source == Pass::Source::received) stages.push_back(&take_stage<T>);
+  if (pass.source == Pass::Source::partial) stages.push_back(&partial_stage<T>);
+  if (pass.spread) stages.push_back(&spread_stage<T>);
+  if (pass.sums.mean && !observing) stages.push_back(&mean_squares_stage<T>);
+  if (pass.sums.workers && !observing) stages.push_back(&worker_squares_stage<T>);
+  if (pass.clip) stages.push_back(&clip_stage<T>);
 }
 
 template <class T>
-void add_measures(Pass<T>& pass, Sums sums) {
+void add_measures(std::vector<Stage<T>>& stages, Sums sums) {
   static_assert(kMaxMeasures == 2);
-  if (sums.measure == 0) pass.push_back(&measure_stage<T, 0>);
-  if (sums.measure == 1) pass.push_back(&measure_stage<T, 1>);
-  if (sums.own_squares) pass.push_back(&own_squares_stage<T>);
+  if (sums.measure == 0) stages.push_back(&measure_stage<T, 0>);
+  if (sums.measure == 1) stages.push_back(&measure_stage<T, 1>);
+  if (sums.own_squares) stages.push_back(&own_squares_stage<T>);
 }
+
+template <class T>
+Stage<T> publication_stage(Pass::Weights weights, bool observing) {
+  if (weights == Pass::Weights::store) return &publish_stage<T>;
+  return observing ? &observing_stream_stage<T> : &stream_stage<T>;
+}
+
+// Squares of gradients that nothing clips are added up while the weights stream.
+template <class T>
+std::vector<Stage<T>> stages_of(const Pass& pass) {
+  const bool observing = pass.sums.workers && pass.weights == Pass::Weights::stream && !pass.clip;
+  std::vector<Stage<T>> stages;
+  add_gradient<T>(stages, pass, observing);
+  add_measures<T>(stages, pass.sums);
+  if (pass.projection) stages.push_back(&projection_stage<T>);
+  if (pass.apply) stages.push_back(&apply_stage<T>);
+  if (pass.factor) stages.push_back(&factor_stage<T>);
+  if (pass.weights != Pass::Weights::keep) stages.push_back(publication_stage<T>(pass.weights, observing));
+  if (pass.displace) stages.push_back(&displace_stage<T>);
+  return stages;
+}
+
+Pass::Weights published(bool streaming) { return streaming ? Pass::Weights::stream : Pass::Weights::store; }
 
 }  // namespace
 
-template <class T>
-Pass<T> summing_pass(Gradient gradient, Sums sums) {
-  Pass<T> pass;
-  add_gradient(pass, gradient, sums);
-  add_measures(pass, sums);
+Pass summing_pass(Gradient gradient, Sums sums) {
+  Pass pass{.spread = gradient.spread, .clip = gradient.needed && gradient.clip, .sums = sums};
+  if (gradient.needed)
+    pass.source = gradient.received ? Pass::Source::received : Pass::Source::gradients;
   return pass;
 }
 
-template <class T>
-Pass<T> apply_pass(Gradient gradient, Sums sums, bool factor) {
-  Pass<T> pass = summing_pass<T>(gradient, sums);
-  if (gradient.projection) pass.push_back(&projection_stage<T>);
-  pass.push_back(&apply_stage<T>);
-  if (factor) pass.push_back(&factor_stage<T>);
+Pass apply_pass(Gradient gradient, Sums sums, bool factor) {
+  Pass pass = summing_pass(gradient, sums);
+  pass.projection = gradient.projection;
+  pass.apply = true;
+  pass.factor = factor;
   return pass;
 }
 
-template <class T>
-Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication) {
-  const bool observing = sums.workers && publication.streaming && !gradient.clip;
-  if (observing) sums.mean = sums.workers = false;
-  Pass<T> pass = apply_pass<T>(gradient, sums, publication.factor);
-  if (observing)
-    pass.push_back(&observing_stream_stage<T>);
-  else
-    pass.push_back(publication.streaming ? &stream_stage<T> : &publish_stage<T>);
+Pass step_pass(Gradient gradient, Sums sums, Publication publication) {
+  Pass pass = apply_pass(gradient, sums, publication.factor);
+  pass.weights = published(publication.streaming);
   return pass;
 }
 
-template <class T>
-Pass<T> publication_pass(bool streaming) {
-  return {streaming ? &stream_stage<T> : &publish_stage<T>};
+Pass publication_pass(bool streaming) { return {.weights = published(streaming)}; }
+
+Pass partial_pass() { return {.source = Pass::Source::partial}; }
+
+std::vector<Pass> unfused_passes() {
+  return {load_pass(), {.apply = true}, publish_pass(), {.displace = true}};
 }
 
-template <class T>
-Pass<T> partial_pass() {
-  return {&partial_stage<T>};
-}
+Pass load_pass() { return {.source = Pass::Source::gradients}; }
+
+Pass sum_pass(bool streaming) { return {.source = Pass::Source::gradients, .weights = published(streaming)}; }
+
+Pass publish_pass() { return {.weights = Pass::Weights::store}; }
 
 template <class T>
-std::vector<Pass<T>> unfused_passes() {
-  return {{&reduce_stage<T>}, {&apply_stage<T>}, {&publish_stage<T>}, {&displace_stage<T>}};
-}
-
-template <class T>
-Pass<T> load_pass() {
-  return {&reduce_stage<T>};
-}
-
-template <class T>
-Pass<T> sum_pass(bool streaming) {
-  return {&reduce_stage<T>, streaming ? &stream_stage<T> : &publish_stage<T>};
-}
-
-template <class T>
-Pass<T> publish_pass() {
-  return {&publish_stage<T>};
-}
-
-template <class T>
-void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
+void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, const Kept<T>& kept) {
+  const std::vector<Stage<T>> stages = stages_of<T>(pass);
   for (const Run<T>& run : runs) {
     const std::int64_t end = std::min(run.end, shard.end);
     for (std::int64_t first = std::max(run.begin, shard.begin); first < end;) {
       const std::int64_t count = std::min(within_cell(first, buffers.tile()), end - first);
       const Tile<T> tile = make_tile(run, shard, first, count, buffers, kept);
-      for (const Stage<T> stage : pass) stage(workers, tile);
+      for (const Stage<T> stage : stages) stage(workers, tile);
       first += count;
     }
   }
 }
 
-#define XC_INSTANTIATE(T)                                                                         \
-  template Pass<T> summing_pass<T>(Gradient, Sums);                                               \
-  template Pass<T> step_pass<T>(Gradient, Sums, Publication);                                     \
-  template Pass<T> apply_pass<T>(Gradient, Sums, bool);                                           \
-  template Pass<T> publication_pass<T>(bool);                                                     \
-  template Pass<T> partial_pass<T>();                                                             \
-  template std::vector<Pass<T>> unfused_passes<T>();                                              \
-  template Pass<T> load_pass<T>();                                                                \
-  template Pass<T> sum_pass<T>(bool);                                                             \
-  template Pass<T> publish_pass<T>();                                                             \
-  template void walk<T>(const Pass<T>&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
+#define XC_INSTANTIATE(T)                                                                               \
+  template void walk<T>(const Pass&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
                         TileBuffers<T>&, const Kept<T>&);
 XC_INSTANTIATE(float)
 XC_INSTANTIATE(double)

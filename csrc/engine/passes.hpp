@@ -39,7 +39,11 @@ struct Run {
   std::int64_t end;
   std::int64_t byte_begin;  // of `begin` in a worker's memory
   std::int64_t element_size;
+  DType dtype;
   std::size_t layer;  // its first
+  int family;         // of its rule, and which member
+  unsigned member;
+  bool scaled;  // displaced in units of the rule's steps
   T scale;            // makes the mean of the workers' sum
   T own;              // makes a worker's term of the mean
   T clip;
@@ -105,11 +109,6 @@ struct Tile {
   Elements<T> elements() const { return {mean, extra, w, slots}; }
 };
 
-template <class T>
-using Stage = void (*)(const Workers& workers, const Tile<T>& tile);
-template <class T>
-using Pass = std::vector<Stage<T>>;
-
 // How a pass comes by the mean gradient: not at all, with the spread of the workers' gradients beside it,
 // clipped; and whether the coefficients of projections come with it.
 struct Gradient {
@@ -135,29 +134,36 @@ struct Publication {
   bool factor = false;     // displaced in units of the rule's steps
 };
 
+// What one walk over a shard does, in the order of its stages; an executor (the CPU's tile loops, a device)
+// decides how.
+struct Pass {
+  enum class Source : std::uint8_t { none, gradients, received, partial };
+  enum class Weights : std::uint8_t { keep, store, stream };
+  Source source = Source::none;  // of the mean, or `partial`: of the sum of the team's gradients
+  bool spread = false;
+  bool clip = false;
+  Sums sums = {};
+  bool projection = false;
+  bool apply = false;
+  bool factor = false;
+  Weights weights = Weights::keep;  // how they are published
+  bool displace = false;            // in place, by itself
+};
+
 // Passes that only sum, before the one that applies the rule.
-template <class T>
-Pass<T> summing_pass(Gradient gradient, Sums sums);
+Pass summing_pass(Gradient gradient, Sums sums);
 // A whole step, or its last pass.
-template <class T>
-Pass<T> step_pass(Gradient gradient, Sums sums, Publication publication);
+Pass step_pass(Gradient gradient, Sums sums, Publication publication);
 // The two halves of a last pass whose publication must know all new weights, or waits for them.
-template <class T>
-Pass<T> apply_pass(Gradient gradient, Sums sums, bool factor = false);
-template <class T>
-Pass<T> publication_pass(bool streaming);
+Pass apply_pass(Gradient gradient, Sums sums, bool factor = false);
+Pass publication_pass(bool streaming);
 // The sum of the team's gradients, not yet a mean.
-template <class T>
-Pass<T> partial_pass();
+Pass partial_pass();
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
-template <class T>
-std::vector<Pass<T>> unfused_passes();
-template <class T>
-Pass<T> load_pass();  // reduce
-template <class T>
-Pass<T> sum_pass(bool streaming);  // reduce, publish: collectives without a rule; w is the sum itself
-template <class T>
-Pass<T> publish_pass();  // publish what w holds
+std::vector<Pass> unfused_passes();
+Pass load_pass();                // reduce
+Pass sum_pass(bool streaming);   // reduce, publish: collectives without a rule; w is the sum itself
+Pass publish_pass();             // publish what w holds
 
 // Private memory of the walk over tiles.
 template <class T>
@@ -185,7 +191,31 @@ class TileBuffers {
 
 // Walks `shard` through one pass. A shard without w (collectives) uses the tile's own sum as w.
 template <class T>
-void walk(const Pass<T>& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
+void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, const Kept<T>& kept = {});
+
+// Who carries out the passes of a step: the tile loops, or a device.
+template <class T>
+class Walker {
+ public:
+  virtual ~Walker() = default;
+  virtual void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs,
+                    const Shard<T>& shard, const Kept<T>& kept = {}) = 0;
+  // Of one that can be captured and replayed: the runs of the next replay.
+  virtual void prepare_replay(std::span<const Run<T>>) {}
+};
+
+template <class T>
+class TileWalker final : public Walker<T> {
+ public:
+  TileWalker(std::int64_t tile, int source_count) : buffers_(tile, source_count) {}
+  void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
+            const Kept<T>& kept) override {
+    xc::walk<T>(pass, workers, runs, shard, buffers_, kept);
+  }
+
+ private:
+  TileBuffers<T> buffers_;
+};
 
 }  // namespace xc

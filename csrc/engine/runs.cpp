@@ -15,6 +15,7 @@ Run<T> plain_run(const Layer& layer) {
   run.end = layer.end;
   run.byte_begin = layer.byte_begin;
   run.element_size = size_of(layer.spec.dtype);
+  run.dtype = layer.spec.dtype;
   run.filter_length = filter_length(layer.spec);
   run.filters_end = layer.begin + layer.count;
   run.scale = T(1);
@@ -71,7 +72,9 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   const auto own = step.hyper.subspan(group * width, width);
   const Hyper numbers = own.first(width - 1);
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
-  const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(flags_[group], numbers));
+  run.family = family_;
+  run.member = family.member(flags_[group], numbers);
+  const RuleKernel<T>& kernel = rule_kernel<T>(run.family, run.member);
   if (kernel.slots > slots_)
     throw UsageError("the engine was built without the state arrays that this step needs");
   kernel.prepare(numbers, updates, run.scalars);
@@ -94,9 +97,9 @@ void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double in
   run.own_rate = T(inner / step.divisor);
   run.shared_rate = T(inner);
   const Direction direction = run.extrapolation->direction;
-  const bool scaled = options_.scaled && run.extrapolation->by_gradient() && run.kernel->factor;
-  run.publish = publish_kernel<T>(spec.dtype, step.fused ? direction : Direction::none, scaled);
-  run.stream = stream_kernel<T>(spec.dtype, direction, scaled);
+  run.scaled = options_.scaled && run.extrapolation->by_gradient() && run.kernel->factor;
+  run.publish = publish_kernel<T>(spec.dtype, step.fused ? direction : Direction::none, run.scaled);
+  run.stream = stream_kernel<T>(spec.dtype, direction, run.scaled);
   run.displace = displace_kernel<T>(spec.dtype, direction);
 }
 

@@ -87,7 +87,7 @@ void SharedArray::walk_blocks(double scale, int root) {
     if (operation_ == Operation::reduce_scatter) workers.targets = {own};
     workers.own = {workers.targets.begin(), workers.targets.end()};
     const Shard<T> shard{block(k).begin, block(k).end, nullptr, {}};
-    walk<T>(sum_pass<T>(streaming), workers, std::span(&run, 1), shard, buffers);
+    walk<T>(sum_pass(streaming), workers, std::span(&run, 1), shard, buffers);
   }
 }
 
@@ -110,23 +110,23 @@ void SharedArray::ride(double scale, int root) {
                     carried[slice.segment].data() + (slice.begin - block(slice.segment).begin),
                     {}};
   };
-  const auto walk_part = [&](const Pass<T>& pass, const Workers& of, const Slice& slice,
+  const auto walk_part = [&](const Pass& pass, const Workers& of, const Slice& slice,
                              const Kept<T>& kept) {
     walk<T>(pass, of, std::span(&run, 1), part(slice), buffers, kept);
   };
   const auto load = [&](int k, const std::byte* from) {
     const Slice all{k, block(k).begin, block(k).end};
-    walk_part(partial_pass<T>(), {{from}, {}, {}}, all, {.mean = part(all).w});
+    walk_part(partial_pass(), {{from}, {}, {}}, all, {.mean = part(all).w});
   };
   const typename Rails<T>::Work work = {
       .partial = [&](const Slice& slice,
-                     T* to) { walk_part(partial_pass<T>(), workers, slice, {.mean = to}); },
+                     T* to) { walk_part(partial_pass(), workers, slice, {.mean = to}); },
       .settle =
           [&](const Slice& slice, const T* total) {
-            walk_part(summing_pass<T>({.received = true}, {}), workers, slice,
+            walk_part(summing_pass({.received = true}, {}), workers, slice,
                       {.mean = part(slice).w, .received = total});
           },
-      .publish = [&](const Slice& slice) { walk_part(publish_pass<T>(), workers, slice, {}); }};
+      .publish = [&](const Slice& slice) { walk_part(publish_pass(), workers, slice, {}); }};
   const std::vector<typename Rails<T>::Array> arrays = {[&](int k) { return carried[k].data(); }};
   const int first = team().first_worker();
   switch (operation_) {
@@ -135,7 +135,7 @@ void SharedArray::ride(double scale, int root) {
     case Operation::reduce_scatter:
       rails.reduce({work.partial, work.settle, {}});
       for (int k = first; k < first + topology.workers(); ++k)
-        walk_part(publish_pass<T>(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end},
+        walk_part(publish_pass(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end},
                   {});
       return;
     case Operation::all_gather:

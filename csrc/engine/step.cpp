@@ -61,15 +61,15 @@ Engine::Step step_of(std::span<const double> numbers) {
 }
 
 template <class T>
-Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
-                    Overlap<T>* overlap, std::int64_t tile, bool streaming)
+Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Walker<T>& walker,
+                    Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       maker_(maker),
+      walker_(walker),
       rails_(rails),
       overlap_(overlap),
       streaming_(streaming),
-      buffers_(tile, static_cast<int>(arenas.shards().size())),
       filters_(arenas.shards(), tile),
       projections_(plan),
       places_(plan.segments.size()) {
@@ -194,13 +194,13 @@ void Stepper<T>::last_pass(const Engine::Step& step, const Meet& meet) {
   if (sums.any()) set_ = (set_ + 1) % kSumSets;
   if (rails_) return last_pass_over_rails(step, how, sums, meet);
   if (!any([](const Run<T>& run) { return run.extrapolation->per_filter; })) {
-    walk_own(step_pass<T>(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
+    walk_own(step_pass(how, sums, {.streaming = streaming_, .factor = maker_.scaled()}), sums);
     return;
   }
-  walk_own(apply_pass<T>(how, sums), sums);
+  walk_own(apply_pass(how, sums), sums);
   meet(true);
   filters_.forget();
-  walk_own(publication_pass<T>(streaming_), {});
+  walk_own(publication_pass(streaming_), {});
 }
 
 // After the last pass, so that its sums are all ranks' and no rank can be in the next step's passes.
@@ -235,10 +235,9 @@ void Stepper<T>::run_unfused(const Engine::Step& step, const LayerMarks& marks) 
   runs_ = maker_.for_step(step, marks.present, marks.updates);
   const std::int64_t begin = arenas_.own_shards().front().begin, end = arenas_.own_shards().back().end;
   waiting_.resize(static_cast<std::size_t>(end - begin));
-  for (const Pass<T>& pass : unfused_passes<T>())
+  for (const Pass& pass : unfused_passes())
     for (const Shard<T>& shard : arenas_.own_shards())
-      walk<T>(pass, arenas_.workers(), runs_, shard, buffers_,
-              {.mean = waiting_.data() + (shard.begin - begin)});
+      walker_.walk(pass, arenas_.workers(), runs_, shard, {.mean = waiting_.data() + (shard.begin - begin)});
 }
 
 // The master weights are read as a sum over one source.
@@ -246,21 +245,20 @@ template <class T>
 void Stepper<T>::load(const Workers& root, std::span<const Run<T>> runs) {
   for (const int k : arenas_.carried()) {
     const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(k)];
-    walk<T>(load_pass<T>(), root, runs, shard, buffers_, {.mean = shard.w});
+    walker_.walk(load_pass(), root, runs, shard, {.mean = shard.w});
   }
 }
 
 template <class T>
 void Stepper<T>::publish(std::span<const Run<T>> runs) {
   for (const int k : arenas_.carried())
-    walk<T>(publish_pass<T>(), arenas_.workers(), runs, arenas_.shards()[static_cast<std::size_t>(k)],
-            buffers_);
+    walker_.walk(publish_pass(), arenas_.workers(), runs, arenas_.shards()[static_cast<std::size_t>(k)]);
 }
 
 template <class T>
 void Stepper<T>::publish_to(std::byte* x, std::span<const Run<T>> runs) {
   for (const Shard<T>& shard : arenas_.shards())
-    walk<T>(publish_pass<T>(), {{}, {x}, {x}}, runs, shard, buffers_);
+    walker_.walk(publish_pass(), {{}, {x}, {x}}, runs, shard);
 }
 
 template class Stepper<float>;

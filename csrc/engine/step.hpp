@@ -51,8 +51,8 @@ template <class T>
 class Stepper {
  public:
   // Without `rails` there is one team; without `overlap` nothing is sent before the step.
-  Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Rails<T>* rails,
-          Overlap<T>* overlap, std::int64_t tile, bool streaming);
+  Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Walker<T>& walker,
+          Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming);
 
   // Arrays that the wire may still write to stay where they are.
   ~Stepper();
@@ -89,8 +89,8 @@ class Stepper {
   bool remembers(const Run<T>& run) const;
   void recall(LayerSums& sums) const;
   void sum_all(Gradient gradient, Sums sums);
-  void walk_own(const Pass<T>& pass, Sums sums);
-  void walk_segment(const Pass<T>& pass, Sums sums, std::size_t k, const Shard<T>& shard);
+  void walk_own(const Pass& pass, Sums sums);
+  void walk_segment(const Pass& pass, Sums sums, std::size_t k, const Shard<T>& shard);
   Sinks sinks(std::size_t k, Sums sums) const;
   Kept<T> kept(Sinks& sinks);
   std::vector<double*> arrays(std::size_t k, int first, int count) const;
@@ -106,7 +106,7 @@ class Stepper {
   bool has_factor() const;
   std::vector<typename Rails<T>::Array> make_ready_to_gather();
   void keep_displacement(const Slice& slice, Kept<T>& kept);
-  void apply_slice(const Pass<T>& pass, const Slice& slice, const T* total, Sinks& sinks);
+  void apply_slice(const Pass& pass, const Slice& slice, const T* total, Sinks& sinks);
   void publish_slice(const Slice& slice);
   void publish_with_filters(const Meet& meet);
   Shard<T> part(const Slice& slice) const;
@@ -135,11 +135,11 @@ class Stepper {
   const Plan& plan_;
   const Arenas<T>& arenas_;
   const RunMaker<T>& maker_;
+  Walker<T>& walker_;
   Rails<T>* rails_;
   Overlap<T>* overlap_;
   bool streaming_;
   int set_ = 0;  // of sums, that the last summing pass wrote
-  TileBuffers<T> buffers_;
   Filters<T> filters_;
   Projections<T> projections_;
   std::vector<Run<T>> runs_;         // of the step under way

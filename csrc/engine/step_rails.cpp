@@ -50,7 +50,7 @@ Shard<T> Stepper<T>::part(const Slice& slice) const {
 template <class T>
 void Stepper<T>::add_team(const Slice& slice, T* to) {
   const Shard<T> alone{slice.begin, slice.end, nullptr, {}};
-  walk<T>(partial_pass<T>(), arenas_.workers(), runs_, alone, buffers_, {.mean = to});
+  walker_.walk(partial_pass(), arenas_.workers(), runs_, alone, {.mean = to});
 }
 
 template <class T>
@@ -75,7 +75,7 @@ void Stepper<T>::sum_over_rails(Gradient gradient, Sums sums) {
   const Sums of_workers{.workers = sums.workers, .own_squares = sums.own_squares};
   Sums of_mean = sums;
   of_mean.workers = of_mean.own_squares = false;
-  if (of_mean.any()) walk_own(summing_pass<T>(gradient, of_mean), of_mean);
+  if (of_mean.any()) walk_own(summing_pass(gradient, of_mean), of_mean);
   if (of_workers.any()) sum_workers(of_workers);
   share_sums(sums);
 }
@@ -83,7 +83,7 @@ void Stepper<T>::sum_over_rails(Gradient gradient, Sums sums) {
 template <class T>
 void Stepper<T>::sum_workers(Sums sums) {
   for (const int k : arenas_.carried())
-    walk_segment(summing_pass<T>({.needed = false}, sums), sums, static_cast<std::size_t>(k),
+    walk_segment(summing_pass({.needed = false}, sums), sums, static_cast<std::size_t>(k),
                  arenas_.shards()[static_cast<std::size_t>(k)]);
 }
 
@@ -131,15 +131,15 @@ template <class T>
 void Stepper<T>::publish_slice(const Slice& slice) {
   Kept<T> kept{.filters = &filters_};
   keep_displacement(slice, kept);
-  walk<T>(publication_pass<T>(streaming_), arenas_.workers(), runs_, part(slice), buffers_, kept);
+  walker_.walk(publication_pass(streaming_), arenas_.workers(), runs_, part(slice), kept);
 }
 
 template <class T>
-void Stepper<T>::apply_slice(const Pass<T>& pass, const Slice& slice, const T* total, Sinks& sinks) {
+void Stepper<T>::apply_slice(const Pass& pass, const Slice& slice, const T* total, Sinks& sinks) {
   Kept<T> kept = this->kept(sinks);
   kept.received = total;
   keep_displacement(slice, kept);
-  walk<T>(pass, arenas_.workers(), runs_, part(slice), buffers_, kept);
+  walker_.walk(pass, arenas_.workers(), runs_, part(slice), kept);
 }
 
 template <class T>
@@ -148,7 +148,7 @@ void Stepper<T>::last_pass_over_rails(const Engine::Step& step, Gradient how, Su
   const auto arrays = make_ready_to_gather();
   Sums of_mean = sums;
   of_mean.workers = false;
-  const Pass<T> pass = apply_pass<T>(how, of_mean, has_factor());
+  const Pass pass = apply_pass(how, of_mean, has_factor());
   const std::size_t first = arenas_.first_worker();
   std::vector<Sinks> own;
   for (std::size_t v = 0; v < arenas_.own_shards().size(); ++v) own.push_back(sinks(first + v, of_mean));

@@ -52,16 +52,16 @@ Kept<T> Stepper<T>::kept(Sinks& sinks) {
 }
 
 template <class T>
-void Stepper<T>::walk_segment(const Pass<T>& pass, Sums sums, std::size_t k, const Shard<T>& shard) {
+void Stepper<T>::walk_segment(const Pass& pass, Sums sums, std::size_t k, const Shard<T>& shard) {
   Sinks sinks = this->sinks(k, sums);
   Kept<T> kept = this->kept(sinks);
   if (rails_) kept.received = total_of(k);
-  walk<T>(pass, arenas_.workers(), runs_, shard, buffers_, kept);
+  walker_.walk(pass, arenas_.workers(), runs_, shard, kept);
   sinks.finish();
 }
 
 template <class T>
-void Stepper<T>::walk_own(const Pass<T>& pass, Sums sums) {
+void Stepper<T>::walk_own(const Pass& pass, Sums sums) {
   std::size_t k = arenas_.first_worker();
   for (const Shard<T>& shard : arenas_.own_shards()) walk_segment(pass, sums, k++, shard);
 }
@@ -70,7 +70,7 @@ template <class T>
 void Stepper<T>::sum_all(Gradient gradient, Sums sums) {
   set_ = (set_ + 1) % kSumSets;
   if (rails_) return sum_over_rails(gradient, sums);
-  walk_own(summing_pass<T>(gradient, sums), sums);
+  walk_own(summing_pass(gradient, sums), sums);
 }
 
 template <class T>

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/check.hpp"
+#include "device/tables.hpp"
+
+namespace xc {
+
+// The launcher of CUDA: a block of threads for a cell at a time, and as many blocks as fill the device.
+
+template <class Body>
+inline constexpr int kThreads = kCellElements / Body::kPack;
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads<Body>) over_cells(const Launch at) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (std::int64_t c = blockIdx.x; c < at.cell_count; c += gridDim.x) {
+    const Cell cell = at.cells[c];
+    if (thread * Body::kPack < cell.count) Body{}(at, cell, thread);
+  }
+}
+
+// Terms wait in shared memory, where a thread for each lane adds them up.
+template <class Body>
+__global__ void __launch_bounds__(kThreads<Body>) sum_over_cells(const Launch at) {
+  __shared__ double terms[Body::kSums * kCellElements];
+  __shared__ double lanes[Body::kSums * kLanes];
+  static_assert(Body::kSums * kLanes <= kThreads<Body>);
+  const int thread = static_cast<int>(threadIdx.x);
+  for (std::int64_t c = blockIdx.x; c < at.cell_count; c += gridDim.x) {
+    const Cell cell = at.cells[c];
+    for (int round = 0; round < Body::rounds(at); ++round) {
+      if (thread * Body::kPack < cell.count) Body{}(at, cell, thread, round, terms);
+      __syncthreads();
+      if (thread < Body::kSums * kLanes)
+        lanes[thread] = lane_of(terms, thread / kLanes, thread % kLanes, cell.count);
+      __syncthreads();
+      if (thread < Body::kSums)
+        at.sums[(round * Body::kSums + thread) * at.sum_stride + c] = lanes_together(lanes + thread * kLanes);
+    }
+  }
+}
+
+struct CudaLauncher {
+  template <class Body>
+  static void launch(const Launch& at, Stream stream) {
+    static const int blocks = blocks_that_fit(&over_cells<Body>, kThreads<Body>);
+    over_cells<Body><<<grid(at, blocks), kThreads<Body>, 0, static_cast<cudaStream_t>(stream)>>>(at);
+    check(cudaGetLastError(), "starting a kernel");
+  }
+  template <class Body>
+  static void sum(const Launch& at, Stream stream) {
+    static const int blocks = blocks_that_fit(&sum_over_cells<Body>, kThreads<Body>);
+    sum_over_cells<Body><<<grid(at, blocks), kThreads<Body>, 0, static_cast<cudaStream_t>(stream)>>>(at);
+    check(cudaGetLastError(), "starting a kernel");
+  }
+
+ private:
+  static unsigned grid(const Launch& at, int blocks) {
+    return static_cast<unsigned>(std::min<std::int64_t>(at.cell_count, blocks));
+  }
+};
+
+}  // namespace xc

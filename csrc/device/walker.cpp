@@ -1,0 +1,259 @@
+#include "device/walker.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "core/error.hpp"
+
+namespace xc {
+namespace {
+
+DeviceRun device_run(const Run<float>& run) {
+  DeviceRun seen{};
+  seen.first_byte = run.byte_begin - run.begin * run.element_size;
+  seen.scale = run.scale;
+  seen.own = run.own;
+  seen.clip = run.kernel ? run.clip : 1.0f;
+  seen.decay = run.decay;
+  seen.own_rate = run.own_rate;
+  seen.shared_rate = run.shared_rate;
+  seen.direction = run.extrapolation->direction;
+  seen.scaled = run.scaled && seen.direction != Direction::none;
+  seen.random = run.extrapolation->random ? static_cast<std::int32_t>(*run.extrapolation->random) : -1;
+  seen.noise = run.noise;
+  std::memcpy(seen.scalars, run.scalars, sizeof seen.scalars);
+  return seen;
+}
+
+// Where runs begin and end, and which kernels they take.
+std::vector<std::int64_t> bounds_of(std::span<const Run<float>> runs) {
+  std::vector<std::int64_t> bounds;
+  for (const Run<float>& run : runs)
+    bounds.insert(bounds.end(), {run.begin, run.end, run.filters_end, std::int64_t(run.dtype),
+                                 run.kernel ? run.family : -1, std::int64_t(run.member)});
+  return bounds;
+}
+
+// The tree sum of one number of each worker, as gradients are summed.
+double tree_sum(const std::vector<std::vector<double>>& of_workers, std::size_t first, std::size_t count,
+                std::size_t cell) {
+  if (count == 1) return of_workers[first][cell];
+  const std::size_t left = std::bit_floor(count - 1);
+  const double sum = tree_sum(of_workers, first, left, cell);
+  return sum + tree_sum(of_workers, first + left, count - left, cell);
+}
+
+}  // namespace
+
+// ---- cells ----
+
+const DeviceWalker::Cut& DeviceWalker::cut_of(std::span<const Run<float>> runs, const Shard<float>& shard) {
+  if (auto bounds = bounds_of(runs); bounds != bounds_) {
+    cuts_.clear();
+    bounds_ = std::move(bounds);
+  }
+  const auto [found, is_new] = cuts_.try_emplace({shard.begin, shard.end});
+  if (is_new) found->second = cut(runs, shard);
+  return found->second;
+}
+
+DeviceWalker::Cut DeviceWalker::cut(std::span<const Run<float>> runs, const Shard<float>& shard) const {
+  Cut cut;
+  std::vector<std::vector<Cell>> cells;
+  for (std::size_t i = 0; i < runs.size(); ++i)
+    add_cells(runs[i], static_cast<std::uint32_t>(i), shard, cells, cut.batches);
+  std::vector<Cell> all;
+  for (std::size_t b = 0; b < cells.size(); ++b) {
+    cut.batches[b].first = all.size();
+    all.insert(all.end(), cells[b].begin(), cells[b].end());
+  }
+  cut.cells = storage_->allocate(all.size() * sizeof(Cell));
+  storage_->copy(cut.cells.get(), all.data(), all.size() * sizeof(Cell));
+  return cut;
+}
+
+// Cells are the plan's, and shards begin where cells do. A run that is one layer knows its padding.
+void DeviceWalker::add_cells(const Run<float>& run, std::uint32_t number, const Shard<float>& shard,
+                             std::vector<std::vector<Cell>>& cells, std::vector<Batch>& batches) const {
+  const int family = run.kernel ? run.family : -1;
+  const unsigned member = run.kernel ? run.member : 0;
+  auto batch = std::find_if(batches.begin(), batches.end(), [&](const Batch& b) {
+    return b.dtype == run.dtype && b.family == family && b.member == member;
+  });
+  if (batch == batches.end()) {
+    batches.push_back({run.dtype, family, member, 0, {}});
+    cells.emplace_back();
+    batch = batches.end() - 1;
+  }
+  const auto index = static_cast<std::size_t>(batch - batches.begin());
+  const auto begins = cells_of(plan_, {0, shard.begin, shard.end, 0});
+  const bool is_layer = run.kernel && run.kernel->measures > 0;
+  const auto first = std::lower_bound(begins.begin(), begins.end(), run.begin);
+  for (auto at = first; at + 1 < begins.end() && *at < run.end; ++at) {
+    const std::int64_t count = *(at + 1) - *at;
+    const std::int64_t live = is_layer ? std::clamp<std::int64_t>(run.filters_end - *at, 0, count) : count;
+    cells[index].push_back({*at, number, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(live)});
+    batch->places.push_back(static_cast<std::size_t>(at - begins.begin()));
+  }
+}
+
+// ---- tables and scratch in the device's memory ----
+
+template <class V>
+const V* DeviceWalker::upload(Table& table, std::span<const V> values) {
+  return reinterpret_cast<const V*>(upload(table, std::as_bytes(values)));
+}
+
+const std::byte* DeviceWalker::upload(Table& table, std::span<const std::byte> content) {
+  if (table.memory && std::equal(content.begin(), content.end(), table.content.begin(), table.content.end()))
+    return table.memory.get();
+  if (content.size() > table.capacity) {
+    table.memory = storage_->allocate(content.size());
+    table.capacity = content.size();
+  }
+  table.content.assign(content.begin(), content.end());
+  storage_->copy(table.memory.get(), table.content.data(), content.size());
+  return table.memory.get();
+}
+
+// A captured walk copies its runs at every replay, from what is staged.
+const DeviceRun* DeviceWalker::capture_runs(std::span<const DeviceRun> runs) {
+  captured_ = {device_->staging(runs.size_bytes()), storage_->allocate(runs.size_bytes())};
+  std::memcpy(captured_.staged.get(), runs.data(), runs.size_bytes());
+  storage_->copy(captured_.memory.get(), captured_.staged.get(), runs.size_bytes());
+  return reinterpret_cast<const DeviceRun*>(captured_.memory.get());
+}
+
+void DeviceWalker::prepare_replay(std::span<const Run<float>> runs) {
+  if (!captured_.staged) throw UsageError("no step was captured");
+  storage_->finish();  // the last replay may still read it
+  auto* const staged = reinterpret_cast<DeviceRun*>(captured_.staged.get());
+  for (std::size_t i = 0; i < runs.size(); ++i) staged[i] = device_run(runs[i]);
+}
+
+template <class V>
+V* DeviceWalker::scratch(std::shared_ptr<std::byte>& memory, std::size_t& size, std::size_t count) {
+  if (count > size) {
+    memory = storage_->allocate(count * sizeof(V));
+    size = count;
+  }
+  return reinterpret_cast<V*>(memory.get());
+}
+
+DeviceWorkers DeviceWalker::upload(const Workers& workers) {
+  std::vector<std::uint32_t> numbers = workers.numbers;
+  for (std::size_t k = numbers.size(); k < workers.targets.size(); ++k)
+    numbers.push_back(static_cast<std::uint32_t>(k));
+  return {upload(sources_, std::span(workers.sources)),
+          upload(own_, std::span(workers.own)),
+          upload(targets_, std::span<std::byte* const>(workers.targets)),
+          upload(numbers_, std::span<const std::uint32_t>(numbers)),
+          static_cast<int>(workers.sources.size()),
+          static_cast<int>(workers.targets.size())};
+}
+
+// Padding may hold anything that was published into it; what nobody keeps waits in scratch.
+DeviceShard DeviceWalker::arrays_of(const Shard<float>& shard, const Pass& pass, const Kept<float>& kept) {
+  const auto count = static_cast<std::size_t>(shard.end - shard.begin);
+  DeviceShard seen{shard.begin, shard.w, {}, kept.mean, kept.factor};
+  std::copy(std::begin(shard.slots), std::end(shard.slots), seen.slots);
+  if (!seen.mean && pass.source != Pass::Source::none) seen.mean = scratch<float>(mean_, mean_size_, count);
+  if (!seen.factor && pass.factor) seen.factor = scratch<float>(factor_, factor_size_, count);
+  return seen;
+}
+
+// ---- passes ----
+
+void DeviceWalker::queue(KernelFn kernel, const Launch& launch) const {
+  if (launch.cell_count > 0) device_->launch(kernel, launch);
+}
+
+const RuleKernels& DeviceWalker::rule_of(const Batch& batch) const {
+  return device_->kernels().rules[static_cast<std::size_t>(batch.family)][batch.member];
+}
+
+void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<const Run<float>> runs,
+                        const Shard<float>& shard, const Kept<float>& kept) {
+  if (shard.begin == shard.end || runs.empty()) return;
+  const Cut& cut = cut_of(runs, shard);
+  std::vector<DeviceRun> seen;
+  for (const Run<float>& run : runs) {
+    seen.push_back(device_run(run));
+    if (pass.source == Pass::Source::partial) seen.back().scale = 1.0f;
+  }
+  Launch launch{};
+  launch.runs = device_->captures() ? capture_runs(seen) : upload(runs_, std::span<const DeviceRun>(seen));
+  launch.workers = upload(workers);
+  const bool random = std::any_of(runs.begin(), runs.end(),
+                                  [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
+  const bool fused = pass.source == Pass::Source::gradients && pass.apply && !random &&
+                     pass.weights != Pass::Weights::keep && !pass.sums.any() && !kept.mean;
+  if (!fused) launch.shard = arrays_of(shard, pass, kept);
+  if (fused) launch.shard = arrays_of(shard, {}, kept);
+  const int place = unrolled_place(launch.workers.source_count);
+  for (const Batch& batch : cut.batches) {
+    launch.cells = reinterpret_cast<const Cell*>(cut.cells.get()) + batch.first;
+    launch.cell_count = static_cast<std::int64_t>(batch.places.size());
+    if (!fused) {
+      run_parts(pass, batch, launch, kept);
+      continue;
+    }
+    const auto& steps = rule_of(batch).step[element_place(batch.dtype)];
+    queue(steps[place] ? steps[place] : steps[kUnrolledCount - 1], launch);
+  }
+}
+
+void DeviceWalker::run_parts(const Pass& pass, const Batch& batch, Launch& launch, const Kept<float>& kept) {
+  const DeviceKernels& kernels = device_->kernels();
+  const ElementKernels& element = kernels.element[element_place(batch.dtype)];
+  if (pass.source != Pass::Source::none)
+    queue(element.reduce[std::size_t(unrolled_place(launch.workers.source_count))], launch);
+  if (pass.sums.any()) measure(pass, batch, launch, kept);
+  else if (pass.clip) queue(kernels.clip, launch);
+  if (pass.apply) queue(rule_of(batch).apply, launch);
+  if (pass.factor && rule_of(batch).factor) queue(rule_of(batch).factor, launch);
+  if (pass.weights != Pass::Weights::keep) queue(element.publish, launch);
+}
+
+// The sums of a pass, in the order of its stages.
+void DeviceWalker::measure(const Pass& pass, const Batch& batch, Launch& launch, const Kept<float>& kept) {
+  const DeviceKernels& kernels = device_->kernels();
+  const ElementKernels& element = kernels.element[element_place(batch.dtype)];
+  const auto give = [&](CellSums& to, const std::vector<std::vector<double>>& sums) {
+    for (std::size_t q = 0; q < sums.size(); ++q) to.take(q, batch.places, sums[q]);
+  };
+  if (pass.sums.mean) give(*kept.mean_squares, sums(kernels.mean_squares, 1, launch));
+  if (pass.sums.workers) {
+    const auto each = sums(element.worker_squares, launch.workers.source_count, launch);
+    std::vector<double> together(batch.places.size());
+    for (std::size_t c = 0; c < together.size(); ++c) together[c] = tree_sum(each, 0, each.size(), c);
+    kept.worker_squares->take(0, batch.places, together);
+  }
+  if (pass.clip) queue(kernels.clip, launch);
+  if (pass.sums.measure >= 0) {
+    const RuleKernels& rule = rule_of(batch);
+    if (const KernelFn kernel = rule.measure[pass.sums.measure])
+      give(*kept.measured, sums(kernel, rule.sums[pass.sums.measure], launch));
+  }
+  if (pass.sums.own_squares)
+    give(*kept.own_squares, sums(element.own_squares, launch.workers.source_count, launch));
+}
+
+// Waits for a summing kernel: for each of its sums a number for every cell.
+std::vector<std::vector<double>> DeviceWalker::sums(KernelFn kernel, int count, Launch& launch) {
+  if (device_->captures())
+    throw UsageError("a step that looks at norms of the gradient cannot be captured: the host decides by them");
+  const auto cells = static_cast<std::size_t>(launch.cell_count), sums = static_cast<std::size_t>(count);
+  launch.sums = scratch<double>(sums_, sums_size_, sums * cells);
+  launch.sum_stride = launch.cell_count;
+  queue(kernel, launch);
+  std::vector<std::vector<double>> numbers(sums, std::vector<double>(cells));
+  for (std::size_t q = 0; q < sums; ++q)
+    storage_->copy(numbers[q].data(), launch.sums + q * cells, cells * sizeof(double));
+  storage_->finish();
+  return numbers;
+}
+
+}  // namespace xc

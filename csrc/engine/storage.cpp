@@ -1,0 +1,21 @@
+#include "engine/storage.hpp"
+
+#include <cstring>
+
+namespace xc {
+
+Shared HostStorage::share(Team& team, std::size_t bytes) { return team.share(bytes); }
+
+std::shared_ptr<std::byte> HostStorage::allocate(std::size_t bytes) {
+  return {new std::byte[bytes], std::default_delete<std::byte[]>()};
+}
+
+void HostStorage::copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
+void HostStorage::clear(void* at, std::size_t bytes) {
+  if (bytes > 0) std::memset(at, 0, bytes);
+}
+
+}  // namespace xc

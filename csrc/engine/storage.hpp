@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "comm/team.hpp"
+
+namespace xc {
+
+// Where weights, gradients and state lie: the host's shared memory, or a device's. What is queued here runs
+// in the order in which it was queued; on the host it has run when the call returns.
+//
+// With a device the ranks' memory is written by queued work, so a meeting of the ranks' hosts does not tell
+// that it is done. Each rank ANNOUNCES what it has queued before it comes to a meeting, and after the meeting
+// FOLLOWS the others: what it queues from then on waits for all that was announced. Between two
+// announcements of a rank there must be a meeting after which it followed.
+class Storage {
+ public:
+  virtual ~Storage() = default;
+
+  // Collective. Each rank brings `bytes` of its own, zeroed, and sees its team's.
+  virtual Shared share(Team& team, std::size_t bytes) = 0;
+  // Of this rank alone.
+  virtual std::shared_ptr<std::byte> allocate(std::size_t bytes) = 0;
+
+  // From and to the host's memory as well. The host's may be used again on return, but what is read into it is
+  // there only after finish().
+  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void clear(void* at, std::size_t bytes) = 0;
+  // Returns when all that was queued has run.
+  virtual void finish() = 0;
+
+  virtual void announce() = 0;
+  virtual void follow() = 0;
+};
+
+// The host's.
+class HostStorage final : public Storage {
+ public:
+  Shared share(Team& team, std::size_t bytes) override;
+  std::shared_ptr<std::byte> allocate(std::size_t bytes) override;
+  void copy(void* to, const void* from, std::size_t bytes) override;
+  void clear(void* at, std::size_t bytes) override;
+  void finish() override {}
+  void announce() override {}
+  void follow() override {}
+};
+
+}  // namespace xc
