@@ -2,8 +2,9 @@
 
 `pip install .` and `pip install -e .` both end here. CMake writes the module into the folder that setuptools
 chose and keeps its objects in build/<python>-<environment>, so a second build compiles only what changed.
-XC_CMAKE_ARGS (for example "-DCMAKE_CXX_COMPILER=clang++") is added to the configuration. The engine knows no MPI: where
-an editable install for another MPI has put it into the folder of the package, XC_WIRE_ONLY=1 builds the wire alone.
+With an nvcc on PATH the part for GPUs is built as well, unless XC_CUDA=0. XC_CMAKE_ARGS (for example
+"-DCMAKE_CXX_COMPILER=clang++") is added to the configuration. The engine knows no MPI: where an editable install for
+another MPI has put it into the folder of the package, XC_WIRE_ONLY=1 builds the wire alone.
 """
 
 import os
@@ -53,6 +54,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DXC_BUILD_TESTS=OFF",
             f"-DXC_MPI_FAMILY={mpi_family()}",
+            f"-DXC_CUDA={'ON' if has_cuda() else 'OFF'}",
             *shlex.split(os.environ.get("XC_CMAKE_ARGS", "")),
         ]
 
@@ -70,10 +72,16 @@ def mpi_family() -> str:
     return "mpich" if values.get("mpich", "M")[0].isdigit() else ""
 
 
+def has_cuda() -> bool:
+    """Whether the part for GPUs is built: where there is an nvcc, unless XC_CUDA=0."""
+    return os.environ.get("XC_CUDA", "1") != "0" and shutil.which("nvcc") is not None
+
+
 def extensions() -> list[CMakeExtension]:
-    """The engine, and the wire between hosts for the MPI that is here; only the wire with XC_WIRE_ONLY."""
-    engine = [] if os.environ.get("XC_WIRE_ONLY") else ["_core"]
-    modules = [*engine, *([f"_mpi_{mpi_family()}"] if mpi_family() else [])]
+    """The engine, the wire between hosts for the MPI that is here, and the part for GPUs."""
+    wire = [f"_mpi_{mpi_family()}"] if mpi_family() else []
+    engine = [] if os.environ.get("XC_WIRE_ONLY") else ["_core", *(["_cuda"] if has_cuda() else [])]
+    modules = [*engine, *wire]
     return [CMakeExtension(f"extrapcomm.{module}") for module in modules]
 
 

@@ -1,0 +1,154 @@
+#include "cuda/device.hpp"
+
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "cuda/check.hpp"
+#include "cuda/memory.hpp"
+#include "cuda/order.hpp"
+#include "cuda/tables.hpp"
+
+namespace xc {
+namespace {
+
+// What follows concerns this GPU, and the caller's goes back to what it was.
+class Current {
+ public:
+  explicit Current(int index) {
+    check(cudaGetDevice(&before_), "asking for the current GPU");
+    check(cudaSetDevice(index), "choosing GPU " + std::to_string(index));
+  }
+  ~Current() { cudaSetDevice(before_); }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+DeviceKernels cuda_kernels() {
+  DeviceKernels kernels = cuda_element_kernels();
+  add_cuda_steps_f32(kernels.rules);
+  add_cuda_steps_bf16(kernels.rules);
+  add_cuda_steps_f16(kernels.rules);
+  add_cuda_rules(kernels.rules);
+  return kernels;
+}
+
+// Ranks that share a GPU cannot run at the same time, so none of them may wait there for another.
+Sync chosen_sync() {
+  const char* const wanted = std::getenv("XC_GPU_SYNC");
+  return wanted && *wanted ? sync_from(wanted) : Sync::event;
+}
+
+class CudaStorage final : public Storage {
+ public:
+  CudaStorage(const Device& device, int index, Team& team) : device_(device), index_(index) {
+    const Current current(index_);
+    Sync sync{};
+    team.agree<UsageError>(complaint_of([&] { sync = chosen_sync(); }));
+    order_ = make_order(team, sync);
+  }
+
+  Shared share(Team& team, std::size_t bytes) override {
+    const Current current(index_);
+    return share_device_memory(team, bytes);
+  }
+  std::shared_ptr<std::byte> allocate(std::size_t bytes) override {
+    const Current current(index_);
+    return allocate_device_memory(bytes);
+  }
+  void copy(void* to, const void* from, std::size_t bytes) override {
+    const Current current(index_);
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()), "copying");
+  }
+  void clear(void* at, std::size_t bytes) override {
+    const Current current(index_);
+    check(cudaMemsetAsync(at, 0, bytes, stream()), "clearing memory of the GPU");
+  }
+  void finish() override {
+    const Current current(index_);
+    check(cudaStreamSynchronize(stream()), "waiting for the GPU");
+    if (order_) order_->check();
+  }
+  void announce() override {
+    if (!order_) return;
+    const Current current(index_);
+    order_->announce(stream());
+  }
+  void follow() override {
+    if (!order_) return;
+    const Current current(index_);
+    order_->follow(stream());
+  }
+
+ private:
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(device_.stream()); }
+
+  const Device& device_;
+  int index_;
+  std::unique_ptr<Order> order_;
+};
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int index) : index_(index) {
+    const Current current(index_);
+    check(cudaFree(nullptr), "starting GPU " + std::to_string(index));
+  }
+
+  Place place() const override { return {2, index_}; }  // DLPack's CUDA
+  std::string name() const override { return "cuda:" + std::to_string(index_); }
+  const DeviceKernels& kernels() const override {
+    static const DeviceKernels kernels = cuda_kernels();
+    return kernels;
+  }
+  std::shared_ptr<Storage> storage(Team& team) override {
+    return std::make_shared<CudaStorage>(*this, index_, team);
+  }
+  std::shared_ptr<std::byte> staging(std::size_t bytes) override {
+    const Current current(index_);
+    return allocate_mapped_memory(bytes);
+  }
+  void launch(KernelFn kernel, const Launch& launch) override {
+    const Current current(index_);
+    kernel(launch, stream());
+  }
+  bool captures() const override {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream()), &status), "asking the stream");
+    return status == cudaStreamCaptureStatusActive;
+  }
+
+ private:
+  int index_;
+};
+
+}  // namespace
+
+int cuda_device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+std::shared_ptr<Device> make_cuda_device(int index) {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "looking for GPUs");
+  if (index < 0 || index >= count)
+    throw DeviceError("there is no GPU " + std::to_string(index) + " among the " + std::to_string(count) +
+                      " that this process sees");
+  return std::make_shared<CudaDevice>(index);
+}
+
+std::string describe_cuda_device(int index) {
+  cudaDeviceProp it{};
+  check(cudaGetDeviceProperties(&it, index), "asking GPU " + std::to_string(index));
+  return std::string(it.name) + ", compute capability " + std::to_string(it.major) + "." +
+         std::to_string(it.minor) + ", " + std::to_string(it.totalGlobalMem / 1'000'000) + " MB, " +
+         std::to_string(it.multiProcessorCount) + " multiprocessors";
+}
+
+}  // namespace xc

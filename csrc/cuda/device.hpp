@@ -1,0 +1,18 @@
+#pragma once
+
+#include <memory>
+
+#include "device/device.hpp"
+
+namespace xc {
+
+// How many GPUs this process sees; 0 also where there is no driver.
+int cuda_device_count();
+
+// The GPU with this number, as the CUDA runtime counts them.
+std::shared_ptr<Device> make_cuda_device(int index);
+
+// One line per fact that users look for: name, compute capability, memory, processors.
+std::string describe_cuda_device(int index);
+
+}  // namespace xc
