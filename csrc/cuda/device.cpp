@@ -2,14 +2,18 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
-#include <cstring>
+#include <functional>
 #include <utility>
 
 #include "cuda/check.hpp"
 #include "cuda/memory.hpp"
 #include "cuda/order.hpp"
 #include "cuda/tables.hpp"
+#include "nccl/communicator.hpp"
+#include "nccl/wire.hpp"
 
 namespace xc {
 namespace {
@@ -93,6 +97,47 @@ class CudaStorage final : public Storage {
   std::unique_ptr<Order> order_;
 };
 
+// NCCL's transfers, on this GPU.
+class CudaWire final : public DeviceWire {
+ public:
+  CudaWire(int index, std::shared_ptr<NcclCommunicator> communicator)
+      : index_(index), wire_(std::move(communicator)) {}
+  void exchange(std::span<const Transfer> sends, std::span<const Transfer> receives, Stream stream) override {
+    const Current current(index_);
+    wire_.exchange(sends, receives, stream);
+  }
+  void check() override { wire_.check(); }
+  void abort(const std::string& reason) override { wire_.abort(reason); }
+
+ private:
+  int index_;
+  NcclWire wire_;
+};
+
+// Every rank on a GPU of its own: NCCL is not made for more.
+bool share_a_gpu(const Team& team, int index) {
+  cudaDeviceProp it{};
+  check(cudaGetDeviceProperties(&it, index), "asking GPU " + std::to_string(index));
+  auto all = team.all_gather({it.uuid.bytes, sizeof it.uuid.bytes});
+  std::sort(all.begin(), all.end());
+  return std::adjacent_find(all.begin(), all.end()) != all.end();
+}
+
+// XC_GPU_WIRE: nccl, mpi, or, unset, NCCL where each rank has a GPU to itself.
+bool wants_nccl(const Team& team, int index) {
+  const char* const wanted = std::getenv("XC_GPU_WIRE");
+  const std::string name = wanted ? wanted : "";
+  team.agree<UsageError>(name.empty() || name == "nccl" || name == "mpi"
+                             ? ""
+                             : "XC_GPU_WIRE is nccl or mpi, not " + name);
+  bool shared = true;
+  team.agree<DeviceError>(complaint_of([&] { shared = share_a_gpu(team, index); }));
+  const std::vector<std::string> all = team.all_gather(name);
+  if (std::adjacent_find(all.begin(), all.end(), std::not_equal_to<>()) != all.end())
+    throw MismatchError("the ranks have different values of XC_GPU_WIRE");
+  return name == "nccl" || (name.empty() && !shared);
+}
+
 class CudaDevice final : public Device {
  public:
   explicit CudaDevice(int index) : index_(index) {
@@ -112,6 +157,19 @@ class CudaDevice final : public Device {
   std::shared_ptr<std::byte> staging(std::size_t bytes) override {
     const Current current(index_);
     return allocate_mapped_memory(bytes);
+  }
+  std::unique_ptr<DeviceWire> wire(Team& team) override {
+    if (!wants_nccl(team, index_)) return nullptr;
+    const Current current(index_);
+    const char* const library = std::getenv("XC_NCCL");
+    const auto patience = std::chrono::duration_cast<std::chrono::milliseconds>(team.limits().inside_pass);
+    return std::make_unique<CudaWire>(
+        index_, std::make_shared<NcclCommunicator>(NcclOptions{
+                    .library = library ? library : "",
+                    .rank = team.rank(),
+                    .size = team.topology().size(),
+                    .all_gather = [&team](const std::string& text) { return team.all_gather(text); },
+                    .patience = patience}));
   }
   void launch(KernelFn kernel, const Launch& launch) override {
     const Current current(index_);

@@ -338,6 +338,17 @@ struct PublishBody {
   }
 };
 
+struct TakeBody {
+  static constexpr int kPack = kMasterPack;
+
+  XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread) const {
+    const std::int64_t place = cell.begin - at.shard.begin + thread * kPack;
+    auto mean = load<Pack<float, kPack>>(at.shard.received + place);
+    scale(mean, at.runs[cell.run].scale);
+    store(at.shard.mean + place, mean);
+  }
+};
+
 struct ClipBody {
   static constexpr int kPack = kMasterPack;
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "device/kernels.hpp"
+#include "device/wire.hpp"
 #include "engine/storage.hpp"
 
 namespace xc {
@@ -29,6 +30,8 @@ class Device {
   virtual std::shared_ptr<Storage> storage(Team& team) = 0;
   // The host's memory that queued copies may read when they run, not when they are queued.
   virtual std::shared_ptr<std::byte> staging(std::size_t bytes) = 0;
+  // Collective, with several teams: what goes between them past the hosts' memory; null if nothing does.
+  virtual std::unique_ptr<DeviceWire> wire(Team& team) = 0;
   virtual void launch(KernelFn kernel, const Launch& launch) = 0;
 
   // Whether what is queued is recorded, to run whenever the recording is replayed, and not now.

@@ -37,6 +37,7 @@ struct HostLauncher {
 DeviceKernels host_kernels() {
   using Own = Tables<HostLauncher>;
   DeviceKernels kernels{{Own::element<float>(), Own::element<Bf16>(), Own::element<F16>()},
+                        &HostLauncher::launch<TakeBody>,
                         &HostLauncher::launch<ClipBody>,
                         &HostLauncher::sum<MeanSquaresBody>,
                         {}};

@@ -18,6 +18,7 @@ class HostDevice final : public Device {
   const DeviceKernels& kernels() const override;
   std::shared_ptr<Storage> storage(Team& team) override;
   std::shared_ptr<std::byte> staging(std::size_t bytes) override;
+  std::unique_ptr<DeviceWire> wire(Team&) override { return nullptr; }
   void launch(KernelFn kernel, const Launch& launch) override;
   bool captures() const override { return captures_; }
 

@@ -44,6 +44,7 @@ struct RuleKernels {
 
 struct DeviceKernels {
   ElementKernels element[3];
+  KernelFn take;          // mean = scale x received
   KernelFn clip;          // mean *= clip
   KernelFn mean_squares;  // sum 0: of the mean
   std::vector<std::vector<RuleKernels>> rules;  // by family and member; empty ones where a device has none

@@ -55,6 +55,7 @@ struct DeviceShard {
   float* slots[kMaxSlots];
   float* mean;
   float* factor;
+  const float* received;  // a sum of gradients that came from other teams
 };
 
 // What one launch works on. Sums go to `sums`, an array of `sum_stride` numbers for each of them.

@@ -157,7 +157,7 @@ DeviceWorkers DeviceWalker::upload(const Workers& workers) {
 // Padding may hold anything that was published into it; what nobody keeps waits in scratch.
 DeviceShard DeviceWalker::arrays_of(const Shard<float>& shard, const Pass& pass, const Kept<float>& kept) {
   const auto count = static_cast<std::size_t>(shard.end - shard.begin);
-  DeviceShard seen{shard.begin, shard.w, {}, kept.mean, kept.factor};
+  DeviceShard seen{shard.begin, shard.w, {}, kept.mean, kept.factor, kept.received};
   std::copy(std::begin(shard.slots), std::end(shard.slots), seen.slots);
   if (!seen.mean && pass.source != Pass::Source::none) seen.mean = scratch<float>(mean_, mean_size_, count);
   if (!seen.factor && pass.factor) seen.factor = scratch<float>(factor_, factor_size_, count);
@@ -208,7 +208,9 @@ void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<cons
 void DeviceWalker::run_parts(const Pass& pass, const Batch& batch, Launch& launch, const Kept<float>& kept) {
   const DeviceKernels& kernels = device_->kernels();
   const ElementKernels& element = kernels.element[element_place(batch.dtype)];
-  if (pass.source != Pass::Source::none)
+  if (pass.source == Pass::Source::received)
+    queue(kernels.take, launch);
+  else if (pass.source != Pass::Source::none)
     queue(element.reduce[std::size_t(unrolled_place(launch.workers.source_count))], launch);
   if (pass.sums.any()) measure(pass, batch, launch, kept);
   else if (pass.clip) queue(kernels.clip, launch);

@@ -9,6 +9,8 @@
 #include "core/float_environment.hpp"
 #include "core/streaming.hpp"
 #include "device/device.hpp"
+#include "device/rails.hpp"
+#include "device/staged_wire.hpp"
 #include "device/walker.hpp"
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
@@ -56,10 +58,10 @@ class EngineOf final : public Engine {
         arenas_(*team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_,
                 runs_.slots(), runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
-        rails_(rails_for<T>(exchange_, plan_, arenas_.memory())),
+        rails_(make_rails()),
         overlap_(make_overlap()),
         walker_(make_walker(team->worker_count())),
-        stepper_(plan_, arenas_, runs_, *walker_, rails_.get(), overlap_.get(), tile_, streaming_),
+        stepper_(plan_, arenas_, *storage_, runs_, *walker_, rails_.get(), overlap_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -112,8 +114,10 @@ class EngineOf final : public Engine {
   std::size_t overlap_words() const;
   std::unique_ptr<Overlap<T>> make_overlap();
   std::unique_ptr<Walker<T>> make_walker(int workers);
+  std::unique_ptr<Rails<T>> make_rails();
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
+  std::vector<T> own_slot(std::size_t slot) const;
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
@@ -170,6 +174,21 @@ std::unique_ptr<Walker<float>> EngineOf<float>::make_walker(int workers) {
 template <>
 std::unique_ptr<Walker<double>> EngineOf<double>::make_walker(int workers) {
   return std::make_unique<TileWalker<double>>(tile_, workers);
+}
+
+template <>
+std::unique_ptr<Rails<float>> EngineOf<float>::make_rails() {
+  if (!device_ || !team().wire()) return rails_for<float>(exchange_, plan_, arenas_.memory());
+  const auto wait = [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); };
+  auto wire = device_->wire(team());
+  if (!wire) wire = std::make_unique<StagedWire>(team(), storage_, exchange_.channel(), wait);
+  return std::make_unique<DeviceRails>(team(), plan_, exchange_.channel(), wait, arenas_.memory(), device_,
+                                       storage_, std::move(wire));
+}
+
+template <>
+std::unique_ptr<Rails<double>> EngineOf<double>::make_rails() {
+  return rails_for<double>(exchange_, plan_, arenas_.memory());
 }
 
 // What this rank has queued before the call comes before what others do in it, and the other way round after.
@@ -283,6 +302,7 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
   if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
+  if (device_ && !step.fused) throw UsageError("an unfused step has no kernels on " + device_->name());
   if (device_ && device_->captures()) {
     capture(step);
     return {};
@@ -435,6 +455,19 @@ void EngineOf<T>::hide_master(int v) {
   hidden_.erase(found);
 }
 
+// This rank's part of a slot, in the host's memory.
+template <class T>
+std::vector<T> EngineOf<T>::own_slot(std::size_t slot) const {
+  const auto shards = arenas_.own_shards();
+  const std::int64_t begin = shards.front().begin;
+  std::vector<T> own(static_cast<std::size_t>(shards.back().end - begin));
+  for (const Shard<T>& shard : shards)
+    storage_->copy(own.data() + (shard.begin - begin), shard.slots[slot],
+                   static_cast<std::size_t>(shard.end - shard.begin) * sizeof(T));
+  storage_->finish();
+  return own;
+}
+
 template <class T>
 void EngineOf<T>::collect_state(std::optional<int> only_rank) {
   if (!rails_) return;
@@ -444,9 +477,13 @@ void EngineOf<T>::collect_state(std::optional<int> only_rank) {
     const bool here = !only_rank || *only_rank == team().rank();
     collected_.assign(static_cast<std::size_t>(slots()),
                       std::vector<T>(here ? std::size_t(plan_.length) : 0));
-    for (std::size_t s = 0; s < collected_.size(); ++s)
-      rails_->collect([&](int k) { return arenas_.shards()[std::size_t(k)].slots[s]; }, collected_[s],
-                      only_rank);
+    for (std::size_t s = 0; s < collected_.size(); ++s) {
+      const std::vector<T> own = own_slot(s);
+      const std::int64_t begin = arenas_.own_shards().front().begin;
+      rails_->collect(
+          [&](int k) { return const_cast<T*>(own.data()) + (plan_.segments[std::size_t(k)].begin - begin); },
+          collected_[s], only_rank);
+    }
   });
 }
 
@@ -460,7 +497,11 @@ void EngineOf<T>::read(std::size_t layer, int slot, std::int64_t from, std::int6
     const T* at = slot == 0 ? shard.w : shard.slots[slot - 1];
     if (!at && (collected_.empty() || collected_.front().empty()))
       throw UsageError("another host has this part of the state, and it was not collected");
-    if (!at) at = collected_[static_cast<std::size_t>(slot - 1)].data() + shard.begin;
+    if (!at) {
+      const T* const collected = collected_[static_cast<std::size_t>(slot - 1)].data();
+      std::copy_n(collected + first, last - first, static_cast<T*>(out) + (first - begin));
+      continue;
+    }
     storage_->copy(static_cast<T*>(out) + (first - begin), at + (first - shard.begin),
                    static_cast<std::size_t>(last - first) * sizeof(T));
   }
@@ -503,8 +544,7 @@ void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& opt
 }
 
 // What a device's kernels do not have.
-void check_device(const Device& device, const EngineOptions& options, const Plan& plan,
-                  const Topology& teams) {
+void check_device(const Device& device, const EngineOptions& options, const Plan& plan, bool narrow) {
   const std::string on = " on " + device.name() + "; take the CPU for it";
   const int family = family_index(options.rule);
   for (const GroupSpec& group : options.groups) {
@@ -515,8 +555,8 @@ void check_device(const Device& device, const EngineOptions& options, const Plan
   if (plan.master == DType::f64) throw UsageError("float64 parameters have no kernels" + on);
   if (kExtrapolations[std::size_t(extrapolation_index(options.extrapolation.name))].per_filter)
     throw UsageError("extrapolation '" + options.extrapolation.name + "' has no kernels" + on);
-  if (teams.team_count() > 1)
-    throw UsageError("parameters of several teams cannot lie" + on);
+  if (options.bucket > 0) throw UsageError("sums that travel during backward have no kernels" + on);
+  if (narrow) throw UsageError("sums that travel as bfloat16 have no kernels" + on);
 }
 
 // A rule that projects needs the sums of every filter.
@@ -547,7 +587,7 @@ std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<con
   team->agree(complaint_of([&] { require_obtainable(least); }));
   team->agree<UsageError>(complaint_of([&] {
     plan = make_plan(layers, team->worker_count(), cuts_for(options));
-    if (device) check_device(*device, options, plan, team->topology());
+    if (device) check_device(*device, options, plan, team->wire() && team->rails().narrow);
   }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)

@@ -79,7 +79,6 @@ Rails<T>::Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait w
   scratch_.resize(static_cast<std::size_t>(reduce_scratch_tiles(topology_.team_count())) * elements);
 }
 
-// Into chunks of about so many elements of the longest segment.
 template <class T>
 void Rails<T>::cut(std::int64_t wanted, std::int64_t longest) {
   chunk_ = std::max<std::int64_t>(1, std::min((wanted + kNormGrid - 1) / kNormGrid * kNormGrid, longest));

@@ -54,7 +54,7 @@ class Rails {
 
   // `memory` is where arrays lie that the wire may still write to when something failed.
   Rails(const Team& team, const Plan& plan, std::int64_t channel, Wait wait, Shared memory);
-  ~Rails();
+  virtual ~Rails();
   Rails(const Rails&) = delete;
   Rails& operator=(const Rails&) = delete;
 
@@ -79,6 +79,19 @@ class Rails {
   // numbers[i] becomes the largest of all ranks' i-th.
   void largest_of_all(std::vector<double>& numbers);
 
+ protected:
+  // Into chunks of about so many elements of the longest segment.
+  void cut(std::int64_t wanted, std::int64_t longest);
+  Slice slice_of(int segment, std::int64_t chunk) const;
+  int source(int segment, int from_team) const;
+  std::vector<int> carriers(int segment, int except_team) const;
+  const Topology& topology() const { return topology_; }
+  const Plan& plan() const { return plan_; }
+  const std::vector<int>& carried() const { return carried_; }
+  std::int64_t chunk() const { return chunk_; }
+  std::int64_t chunks() const { return chunks_; }
+  void never_halve() { halving_ = false; }
+
  private:
   struct Pending {
     Wire::Transfer transfer;
@@ -93,11 +106,10 @@ class Rails {
     std::vector<T> incoming;
   };
 
-  void run(const Work& work, const std::vector<Array>& arrays, int from_team);
+  virtual void run(const Work& work, const std::vector<Array>& arrays, int from_team);
   void run_in_chunks(const Work& work, const std::vector<Array>& arrays, int from_team);
 
   static bool can_halve(const Topology& topology);
-  void cut(std::int64_t wanted, std::int64_t longest);
   bool should_halve(const RailOptions& options) const;
   void run_by_halves(const Work& work, const std::vector<Array>& arrays);
   void reduce_by_halves(std::int64_t chunk, const std::vector<int>& order, const Work& work);
@@ -118,9 +130,6 @@ class Rails {
   void wait(const std::function<bool()>& done, const std::function<std::vector<int>()>& awaited);
 
   Flight& flight(std::int64_t chunk) { return flights_[static_cast<std::size_t>(chunk) % flights_.size()]; }
-  Slice slice_of(int segment, std::int64_t chunk) const;
-  int source(int segment, int from_team) const;
-  std::vector<int> carriers(int segment, int except_team) const;
   std::int64_t wire_bytes(std::int64_t count) const;
 
   const Topology& topology_;

@@ -61,10 +61,12 @@ Engine::Step step_of(std::span<const double> numbers) {
 }
 
 template <class T>
-Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Walker<T>& walker,
-                    Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming)
+Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
+                    Walker<T>& walker, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile,
+                    bool streaming)
     : plan_(plan),
       arenas_(arenas),
+      storage_(storage),
       maker_(maker),
       walker_(walker),
       rails_(rails),

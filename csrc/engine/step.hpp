@@ -17,6 +17,7 @@
 #include "engine/projections.hpp"
 #include "engine/rails.hpp"
 #include "engine/runs.hpp"
+#include "engine/storage.hpp"
 
 namespace xc {
 
@@ -51,8 +52,8 @@ template <class T>
 class Stepper {
  public:
   // Without `rails` there is one team; without `overlap` nothing is sent before the step.
-  Stepper(const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& maker, Walker<T>& walker,
-          Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming);
+  Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
+          Walker<T>& walker, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming);
 
   // Arrays that the wire may still write to stay where they are.
   ~Stepper();
@@ -111,7 +112,7 @@ class Stepper {
   void publish_with_filters(const Meet& meet);
   Shard<T> part(const Slice& slice) const;
   T* total_of(std::size_t k);
-  T* carried_of(std::vector<T>& array, std::size_t k) const;
+  T* carried_of(const StoredArray<T>& array, std::size_t k) const;
 
   double norm() const;
   std::vector<double> statistics() const;
@@ -134,6 +135,7 @@ class Stepper {
 
   const Plan& plan_;
   const Arenas<T>& arenas_;
+  Storage& storage_;
   const RunMaker<T>& maker_;
   Walker<T>& walker_;
   Rails<T>* rails_;
@@ -150,9 +152,9 @@ class Stepper {
   std::vector<T> waiting_;           // the reduced gradient of this rank's shards, between unfused passes
   // With several teams: the sum of all workers' gradients for own segments, and for all that are carried the
   // mean gradient, if it displaces, and what gradients are multiplied with to displace.
-  std::vector<T> total_;
-  std::vector<T> mean_;
-  std::vector<T> factor_;
+  StoredArray<T> total_;
+  StoredArray<T> mean_;
+  StoredArray<T> factor_;
   std::vector<std::size_t> places_;  // of each carried segment in those two
   std::size_t carried_elements_ = 0;
 };

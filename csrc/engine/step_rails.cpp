@@ -23,15 +23,15 @@ T* Stepper<T>::total_of(std::size_t k) {
 }
 
 template <class T>
-T* Stepper<T>::carried_of(std::vector<T>& array, std::size_t k) const {
+T* Stepper<T>::carried_of(const StoredArray<T>& array, std::size_t k) const {
   return array.empty() ? nullptr : array.data() + places_[k];
 }
 
 template <class T>
 Stepper<T>::~Stepper() {
   if (!rails_ || !rails_->broken()) return;
-  new std::vector<T>(std::move(mean_));
-  new std::vector<T>(std::move(factor_));
+  new StoredArray<T>(std::move(mean_));
+  new StoredArray<T>(std::move(factor_));
 }
 
 // A slice as a shard of its own.
@@ -57,13 +57,13 @@ template <class T>
 void Stepper<T>::collect_total(const LayerMarks& marks) {
   if (overlap_) return overlap_->complete(marks.stale, marks.present);
   const auto own = arenas_.own_shards();
-  total_.resize(static_cast<std::size_t>(own.back().end - own.front().begin));
+  total_.resize(storage_, static_cast<std::size_t>(own.back().end - own.front().begin));
   rails_->reduce({.partial = [this](const Slice& slice, T* to) { add_team(slice, to); },
                   .settle =
                       [this](const Slice& slice, const T* total) {
                         const auto k = static_cast<std::size_t>(slice.segment);
-                        std::copy_n(total, slice.count(),
-                                    total_of(k) + (slice.begin - plan_.segments[k].begin));
+                        storage_.copy(total_of(k) + (slice.begin - plan_.segments[k].begin), total,
+                                      static_cast<std::size_t>(slice.count()) * sizeof(T));
                       },
                   .publish = {}});
 }
@@ -108,11 +108,11 @@ bool Stepper<T>::has_factor() const {
 template <class T>
 std::vector<typename Rails<T>::Array> Stepper<T>::make_ready_to_gather() {
   const bool by_mean = any([](const Run<T>& run) { return run.extrapolation->by_mean(); });
-  mean_.resize(by_mean ? carried_elements_ : 0);
-  factor_.resize(has_factor() ? carried_elements_ : 0);
+  mean_.resize(storage_, by_mean ? carried_elements_ : 0);
+  factor_.resize(storage_, has_factor() ? carried_elements_ : 0);
   std::vector<typename Rails<T>::Array> arrays = {
       [this](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].w; }};
-  for (std::vector<T>* const array : {&mean_, &factor_})
+  for (const StoredArray<T>* const array : {&mean_, &factor_})
     if (!array->empty())
       arrays.push_back([this, array](int k) { return carried_of(*array, static_cast<std::size_t>(k)); });
   return arrays;

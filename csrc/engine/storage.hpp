@@ -46,4 +46,25 @@ class HostStorage final : public Storage {
   void follow() override {}
 };
 
+// An array in storage, of one rank alone.
+template <class T>
+class StoredArray {
+ public:
+  // What it held is lost if it becomes longer.
+  void resize(Storage& storage, std::size_t count) {
+    if (count > room_) {
+      memory_ = storage.allocate(count * sizeof(T));
+      room_ = count;
+    }
+    count_ = count;
+  }
+  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
+  bool empty() const { return count_ == 0; }
+
+ private:
+  std::shared_ptr<std::byte> memory_;
+  std::size_t room_ = 0;
+  std::size_t count_ = 0;
+};
+
 }  // namespace xc
