@@ -6,6 +6,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
+#include <string>
+#include <variant>
+#include <vector>
 #include <utility>
 
 #include "cuda/check.hpp"
@@ -13,6 +17,7 @@
 #include "cuda/order.hpp"
 #include "cuda/tables.hpp"
 #include "nccl/communicator.hpp"
+#include "nccl/memory.hpp"
 #include "nccl/wire.hpp"
 
 namespace xc {
@@ -42,24 +47,63 @@ DeviceKernels cuda_kernels() {
   return kernels;
 }
 
-// Ranks that share a GPU cannot run at the same time, so none of them may wait there for another.
-Sync chosen_sync() {
-  const char* const wanted = std::getenv("XC_GPU_SYNC");
-  return wanted && *wanted ? sync_from(wanted) : Sync::event;
+std::string wanted(const char* variable) {
+  const char* const value = std::getenv(variable);
+  return value ? value : "";
+}
+
+// Collective, of all ranks.
+std::shared_ptr<NcclCommunicator> connect_by_nccl(const Team& team) {
+  const auto patience = std::chrono::duration_cast<std::chrono::milliseconds>(team.limits().inside_pass);
+  return std::make_shared<NcclCommunicator>(
+      NcclOptions{.library = wanted("XC_NCCL"),
+                  .rank = team.rank(),
+                  .size = team.topology().size(),
+                  .all_gather = [&team](const std::string& text) { return team.all_gather(text); },
+                  .patience = patience});
+}
+
+// Collective. Throws the same error on every rank unless all have one of these values of a variable.
+std::string agreed_choice(const Team& team, const char* variable, std::initializer_list<const char*> values) {
+  const std::string mine = wanted(variable);
+  const bool is_known = std::find(values.begin(), values.end(), mine) != values.end();
+  team.agree<UsageError>(is_known ? "" : std::string(variable) + " cannot be " + mine + "; see docs/gpu.md");
+  const std::vector<std::string> all = team.all_gather(mine);
+  if (std::adjacent_find(all.begin(), all.end(), std::not_equal_to<>()) != all.end())
+    throw MismatchError(std::string("the ranks have different values of ") + variable);
+  return mine;
+}
+
+// Memory that NCCL lets peers reach; where it does not, all ranks learn why.
+Shared share_by_nccl(Team& team, std::shared_ptr<NcclCommunicator>& communicator, std::size_t bytes) {
+  if (team.topology().team_count() > 1)
+    throw UsageError("XC_GPU_MEMORY=nccl is for ranks of one team; take ipc between hosts");
+  if (!communicator) communicator = connect_by_nccl(team);
+  auto found = NcclMemory::share(communicator, bytes);
+  if (const auto* refusal = std::get_if<NcclRefusal>(&found))
+    throw DeviceError("NCCL gives no memory that peers reach: " + refusal->reason +
+                      "; take XC_GPU_MEMORY=ipc");
+  const std::shared_ptr<NcclMemory> memory = std::get<std::unique_ptr<NcclMemory>>(std::move(found));
+  check(cudaMemset(memory->pointers()[std::size_t(team.place())], 0, bytes), "clearing memory of the GPU");
+  Shared all;
+  for (void* const at : memory->pointers())
+    all.push_back(std::make_shared<Mapping>(static_cast<std::byte*>(at), bytes, [memory] {}));
+  return all;
 }
 
 class CudaStorage final : public Storage {
  public:
   CudaStorage(const Device& device, int index, Team& team) : device_(device), index_(index) {
     const Current current(index_);
-    Sync sync{};
-    team.agree<UsageError>(complaint_of([&] { sync = chosen_sync(); }));
-    order_ = make_order(team, sync);
+    // Ranks that share a GPU cannot run at the same time, so by default none waits there for another.
+    const std::string sync = agreed_choice(team, "XC_GPU_SYNC", {"", "event", "spin", "memop"});
+    by_nccl_ = agreed_choice(team, "XC_GPU_MEMORY", {"", "ipc", "nccl"}) == "nccl";
+    order_ = make_order(team, sync_from(sync.empty() ? "event" : sync));
   }
 
   Shared share(Team& team, std::size_t bytes) override {
     const Current current(index_);
-    return share_device_memory(team, bytes);
+    return by_nccl_ ? share_by_nccl(team, communicator_, bytes) : share_device_memory(team, bytes);
   }
   std::shared_ptr<std::byte> allocate(std::size_t bytes) override {
     const Current current(index_);
@@ -94,6 +138,8 @@ class CudaStorage final : public Storage {
 
   const Device& device_;
   int index_;
+  bool by_nccl_ = false;
+  std::shared_ptr<NcclCommunicator> communicator_;
   std::unique_ptr<Order> order_;
 };
 
@@ -123,18 +169,11 @@ bool share_a_gpu(const Team& team, int index) {
   return std::adjacent_find(all.begin(), all.end()) != all.end();
 }
 
-// XC_GPU_WIRE: nccl, mpi, or, unset, NCCL where each rank has a GPU to itself.
+// NCCL where each rank has a GPU to itself, unless XC_GPU_WIRE says which.
 bool wants_nccl(const Team& team, int index) {
-  const char* const wanted = std::getenv("XC_GPU_WIRE");
-  const std::string name = wanted ? wanted : "";
-  team.agree<UsageError>(name.empty() || name == "nccl" || name == "mpi"
-                             ? ""
-                             : "XC_GPU_WIRE is nccl or mpi, not " + name);
+  const std::string name = agreed_choice(team, "XC_GPU_WIRE", {"", "nccl", "mpi"});
   bool shared = true;
   team.agree<DeviceError>(complaint_of([&] { shared = share_a_gpu(team, index); }));
-  const std::vector<std::string> all = team.all_gather(name);
-  if (std::adjacent_find(all.begin(), all.end(), std::not_equal_to<>()) != all.end())
-    throw MismatchError("the ranks have different values of XC_GPU_WIRE");
   return name == "nccl" || (name.empty() && !shared);
 }
 
@@ -161,15 +200,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<DeviceWire> wire(Team& team) override {
     if (!wants_nccl(team, index_)) return nullptr;
     const Current current(index_);
-    const char* const library = std::getenv("XC_NCCL");
-    const auto patience = std::chrono::duration_cast<std::chrono::milliseconds>(team.limits().inside_pass);
-    return std::make_unique<CudaWire>(
-        index_, std::make_shared<NcclCommunicator>(NcclOptions{
-                    .library = library ? library : "",
-                    .rank = team.rank(),
-                    .size = team.topology().size(),
-                    .all_gather = [&team](const std::string& text) { return team.all_gather(text); },
-                    .patience = patience}));
+    return std::make_unique<CudaWire>(index_, connect_by_nccl(team));
   }
   void launch(KernelFn kernel, const Launch& launch) override {
     const Current current(index_);

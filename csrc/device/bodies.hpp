@@ -22,7 +22,7 @@ namespace xc {
 // some. A SUMMING body writes, in each of its rounds, kSums terms for every element of the cell, and the
 // launcher adds them up.
 
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #define XC_UNROLL _Pragma("unroll")
 #else
 #define XC_UNROLL
