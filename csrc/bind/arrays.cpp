@@ -52,8 +52,8 @@ std::string type_name(dlpack::DataType type) {
   return "code " + std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits";
 }
 
-// (address, dtype name, shape, strides in elements or None, device type, device number) of a capsule that stays unconsumed;
-// valid while its producer lives.
+// (address, dtype name, shape, strides in elements or None, device type, device number) of a capsule that
+// stays unconsumed; valid while its producer lives.
 py::tuple describe_dlpack(const py::capsule& capsule) {
   const auto* managed =
       static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kName));

@@ -206,9 +206,10 @@ void register_engine_class(py::module_& module) {
            [](const Engine& e, int v, std::size_t layer) {
              return view_of(e, e.gradients(checked_worker(e, v)), layer);
            })
-      .def_property_readonly("device", [](const Engine& e) -> std::optional<std::string> {
-        return e.device() ? std::optional(e.device()->name()) : std::nullopt;
-      })
+      .def_property_readonly("device",
+                             [](const Engine& e) -> std::optional<std::string> {
+                               return e.device() ? std::optional(e.device()->name()) : std::nullopt;
+                             })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
@@ -270,7 +271,8 @@ void register_shared_array(py::module_& module) {
       .value("broadcast", Operation::broadcast);
   py::class_<SharedArray>(module, "SharedArray", "One array per worker, with collectives on them.")
       .def(py::init(&make_array), py::arg("team"), py::arg("dtype"), py::arg("count"))
-      .def("view", [](const SharedArray& a, int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}, {dlpack::kCpu, 0}}; })
+      .def("view", [](const SharedArray& a,
+                      int v) { return View{a.view(v), a.dtype(), {a.count()}, {1}, {dlpack::kCpu, 0}}; })
       .def("block", [](const SharedArray& a, int k) { return std::pair(a.block(k).begin, a.block(k).end); })
       .def("all_reduce", &SharedArray::all_reduce, Free())
       .def("reduce_scatter", &SharedArray::reduce_scatter, Free())

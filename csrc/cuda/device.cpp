@@ -8,9 +8,9 @@
 #include <functional>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
-#include <utility>
 
 #include "cuda/check.hpp"
 #include "cuda/memory.hpp"
@@ -96,7 +96,7 @@ class CudaStorage final : public Storage {
   CudaStorage(const Device& device, int index, Team& team) : device_(device), index_(index) {
     const Current current(index_);
     // Ranks that share a GPU cannot run at the same time, so by default none waits there for another.
-    const std::string sync = agreed_choice(team, "XC_GPU_SYNC", {"", "event", "spin", "memop"});
+    const std::string sync = agreed_choice(team, "XC_GPU_SYNC", {"", "event", "spin"});
     by_nccl_ = agreed_choice(team, "XC_GPU_MEMORY", {"", "ipc", "nccl"}) == "nccl";
     order_ = make_order(team, sync_from(sync.empty() ? "event" : sync));
   }

@@ -9,6 +9,7 @@ namespace xc {
 namespace {
 
 constexpr std::size_t kLeast = 256;
+constexpr std::size_t kShared = std::size_t{2} << 20;  // what is exported is exported in blocks of so much
 
 std::byte* allocate(std::size_t bytes) {
   void* at = nullptr;
@@ -57,7 +58,7 @@ Shared share_device_memory(Team& team, std::size_t bytes) {
   std::shared_ptr<Mapping> own;
   MemoryTicket mine{};
   team.agree<DeviceError>(complaint_of([&] {
-    std::byte* const at = allocate(bytes);
+    std::byte* const at = allocate((bytes + kShared - 1) / kShared * kShared);
     own = std::make_shared<Mapping>(at, bytes, [at] { cudaFree(at); });
     if (team.size() > 1) mine = ticket_of(at);
   }));

@@ -8,11 +8,11 @@
 
 namespace xc {
 
-// How the queued work of a team's ranks is ordered: see Storage. An EVENT is recorded by its rank and waited
+// How the queued work of a team's ranks is ordered: see Storage. EVENTS are recorded by its rank and waited
 // for by the others' streams; the hosts meet in between. FLAGS are words in the ranks' memory that a kernel
-// of the announcing rank writes and a kernel of the following one looks at, up to a deadline. MEMOPS are the
-// same words, written and awaited by the stream itself, without a kernel.
-enum class Sync { event, spin, memop };
+// of the announcing rank writes and a kernel of the following one looks at, up to a deadline. (A stream could
+// wait for such a word itself, but without a deadline: a rank that dies would hang it for ever.)
+enum class Sync { event, spin };
 
 class Order {
  public:
@@ -26,7 +26,7 @@ class Order {
 // Collective. Ranks that are alone need none.
 std::unique_ptr<Order> make_order(Team& team, Sync sync);
 
-// "event", "spin" or "memop".
+// "event" or "spin".
 Sync sync_from(std::string_view name);
 
 }  // namespace xc

@@ -79,12 +79,12 @@ struct Gradients {
   Pack<E, kPackOf<E>> packs[kWorkers];
 
   XC_HOST_DEVICE Gradients(const DeviceWorkers& workers, std::int64_t byte) {
-  XC_UNROLL
+    XC_UNROLL
     for (int k = 0; k < kWorkers; ++k) packs[k] = load<Pack<E, kPackOf<E>>>(workers.sources[k] + byte);
   }
   XC_HOST_DEVICE Pack<float, kPackOf<E>> sum() const {
     Pack<float, kPackOf<E>> sum;
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPackOf<E>; ++e) sum.at[e] = tree<0, kWorkers>(packs, e);
     return sum;
   }
@@ -129,7 +129,8 @@ XC_HOST_DEVICE void scale(Pack<float, kPack>& pack, float by) {
 
 // Calls visit(w, slots...) for element e.
 template <class R, int kPack, class Visit>
-XC_HOST_DEVICE void with_slots(Pack<float, kPack>& w, Pack<float, kPack> (&s)[kMaxSlots], int e, Visit visit) {
+XC_HOST_DEVICE void with_slots(Pack<float, kPack>& w, Pack<float, kPack> (&s)[kMaxSlots], int e,
+                               Visit visit) {
   static_assert(kMaxSlots == 3);
   if constexpr (R::kSlots == 0) visit(w.at[e]);
   if constexpr (R::kSlots == 1) visit(w.at[e], s[0].at[e]);
@@ -153,25 +154,24 @@ struct Masters {
 
   XC_HOST_DEVICE Masters(const DeviceShard& shard, std::int64_t place) {
     w = load<Pack<float, kPack>>(shard.w + place);
-  XC_UNROLL
+    XC_UNROLL
     for (int s = 0; s < R::kSlots; ++s) slots[s] = load<Pack<float, kPack>>(shard.slots[s] + place);
   }
   XC_HOST_DEVICE void store_slots(const DeviceShard& shard, std::int64_t place) const {
-  XC_UNROLL
+    XC_UNROLL
     for (int s = 0; s < R::kSlots; ++s) store(shard.slots[s] + place, slots[s]);
   }
   XC_HOST_DEVICE void apply(const R& rule, const Pack<float, kPack>& mean) {
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPack; ++e)
       with_slots<R>(w, slots, e, [&](float& weight, auto&... s) { rule(mean.at[e], weight, s...); });
   }
   XC_HOST_DEVICE Pack<float, kPack> factor(const R& rule) {
     Pack<float, kPack> factor{};
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPack; ++e)
-      with_slots<R>(w, slots, e, [&](float& weight, auto&... s) {
-        factor.at[e] = factor_of(rule, weight, s...);
-      });
+      with_slots<R>(w, slots, e,
+                    [&](float& weight, auto&... s) { factor.at[e] = factor_of(rule, weight, s...); });
     return factor;
   }
 };
@@ -187,7 +187,8 @@ template <class K, int kPack>
 XC_HOST_DEVICE void make_noise(const NoiseKey& key, std::int64_t first, Pack<float, kPack>& noise) {
   XC_UNROLL
   for (int e = 0; e < kPack; e += kNoiseLanes) {
-    const Numbers numbers = K::numbers(noise_words(key, static_cast<std::uint64_t>((first + e) / kNoiseLanes)));
+    const Numbers numbers =
+        K::numbers(noise_words(key, static_cast<std::uint64_t>((first + e) / kNoiseLanes)));
     noise.at[e] = numbers.at0;
     noise.at[e + 1] = numbers.at1;
     noise.at[e + 2] = numbers.at2;
@@ -219,10 +220,9 @@ struct Displaced {
   XC_HOST_DEVICE Pack<E, kPackOf<E>> along(const DeviceRun& run, const Pack<E, kPackOf<E>>& own,
                                            const Pack<float, kPackOf<E>>& shared) const {
     Pack<E, kPackOf<E>> x;
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPackOf<E>; ++e) {
-      const float d =
-          displacement<kDirection>(run.own_rate, widen(own.at[e]), run.shared_rate, shared.at[e]);
+      const float d = displacement<kDirection>(run.own_rate, widen(own.at[e]), run.shared_rate, shared.at[e]);
       x.at[e] = narrow<E>(run.scaled ? w.at[e] - d * factor.at[e] : w.at[e] - d);
     }
     return x;
@@ -230,7 +230,7 @@ struct Displaced {
 
   XC_HOST_DEVICE Pack<E, kPackOf<E>> as_they_are() const {
     Pack<E, kPackOf<E>> x;
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPackOf<E>; ++e) x.at[e] = narrow<E>(w.at[e]);
     return x;
   }
@@ -240,7 +240,7 @@ struct Displaced {
   XC_HOST_DEVICE void publish(const DeviceRun& run, const DeviceWorkers& workers, std::int64_t first,
                               std::int64_t byte, const G& gradients) const {
     const int count = G::kCount > 0 ? G::kCount : workers.target_count;
-  XC_UNROLL
+    XC_UNROLL
     for (int k = 0; k < count; ++k)
       store(workers.targets[k] + byte, next(run, workers, first, byte, gradients, k));
   }
@@ -284,8 +284,8 @@ struct GradientsInRegisters : Gradients<E, kWorkers> {
 
 // ---- bodies ----
 
-// The whole step in one pass: the gradients are read, the weights of all workers written, and nothing waits in
-// memory in between. Random displacements take so many registers that they are left to a publication.
+// The whole step in one pass: the gradients are read, the weights of all workers written, and nothing waits
+// in memory in between. Random displacements take so many registers that they are left to a publication.
 template <class E, class R, int kWorkers>
 struct StepBody {
   static constexpr int kPack = kPackOf<E>;
@@ -400,9 +400,8 @@ struct MeanSquaresBody {
   XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread, int, double* terms) const {
     const std::int64_t place = cell.begin - at.shard.begin + thread * kPack;
     const auto mean = load<Pack<float, kPack>>(at.shard.mean + place);
-  XC_UNROLL
-    for (int e = 0; e < kPack; ++e)
-      *terms_of(terms, 0, thread * kPack + e) = product(mean.at[e], mean.at[e]);
+    XC_UNROLL
+    for (int e = 0; e < kPack; ++e) *terms_of(terms, 0, thread * kPack + e) = product(mean.at[e], mean.at[e]);
   }
 };
 
@@ -417,7 +416,7 @@ struct WorkerSquaresBody {
     const DeviceRun& run = at.runs[cell.run];
     const std::int64_t byte = byte_of<E>(run, cell.begin + thread * kPack);
     const auto gradient = load<Pack<E, kPack>>(at.workers.sources[round] + byte);
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPack; ++e) {
       const float value = widen(gradient.at[e]) * run.own;
       *terms_of(terms, 0, thread * kPack + e) = product(value, value);
@@ -438,7 +437,7 @@ struct OwnSquaresBody {
     const auto gradient = load<Pack<E, kPack>>(at.workers.sources[round] + byte_of<E>(run, first));
     const auto w = load<Pack<float, kPack>>(at.shard.w + (first - at.shard.begin));
     const float own = run.own * run.clip;
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPack; ++e) {
       float value = widen(gradient.at[e]) * own;
       if (run.decay != 0.0f) value = value + run.decay * w.at[e];
@@ -458,7 +457,7 @@ struct MeasureBody {
     Masters<R, kPack> masters(at.shard, place);
     const auto mean = load<Pack<float, kPack>>(at.shard.mean + place);
     const R rule = rule_of<R>(at.runs[cell.run]);
-  XC_UNROLL
+    XC_UNROLL
     for (int e = 0; e < kPack; ++e) {
       const int element = thread * kPack + e;
       double term[kSums] = {};

@@ -11,7 +11,8 @@ struct HostLauncher {
   template <class Body>
   static void launch(const Launch& at, Stream) {
     for (std::int64_t c = 0; c < at.cell_count; ++c)
-      for (int thread = 0; thread * Body::kPack < at.cells[c].count; ++thread) Body{}(at, at.cells[c], thread);
+      for (int thread = 0; thread * Body::kPack < at.cells[c].count; ++thread)
+        Body{}(at, at.cells[c], thread);
   }
 
   template <class Body>

@@ -8,9 +8,10 @@
 
 namespace xc {
 
-// The host as a device: the kernels' bodies called by loops, on the host's shared memory, each launch complete
-// when it returns. It is for tests: all that an engine does on a device it does on this one, where sanitizers
-// and machines without a GPU can look at it. Between begin_capture() and end_capture() work is recorded.
+// The host as a device: the kernels' bodies called by loops, on the host's shared memory, each launch
+// complete when it returns. It is for tests: all that an engine does on a device it does on this one, where
+// sanitizers and machines without a GPU can look at it. Between begin_capture() and end_capture() work is
+// recorded.
 class HostDevice final : public Device {
  public:
   Place place() const override;

@@ -29,9 +29,9 @@ constexpr int unrolled_place(int workers) {
 
 struct ElementKernels {
   std::array<KernelFn, kUnrolledCount> reduce;  // mean = scale x the tree sum of the sources
-  KernelFn worker_squares;          // sum k: of source k
-  KernelFn own_squares;             // sum k: of source k, with the decay of the weights
-  KernelFn publish;                 // targets from w, displaced
+  KernelFn worker_squares;                      // sum k: of source k
+  KernelFn own_squares;                         // sum k: of source k, with the decay of the weights
+  KernelFn publish;                             // targets from w, displaced
 };
 
 struct RuleKernels {
@@ -44,9 +44,9 @@ struct RuleKernels {
 
 struct DeviceKernels {
   ElementKernels element[3];
-  KernelFn take;          // mean = scale x received
-  KernelFn clip;          // mean *= clip
-  KernelFn mean_squares;  // sum 0: of the mean
+  KernelFn take;                                // mean = scale x received
+  KernelFn clip;                                // mean *= clip
+  KernelFn mean_squares;                        // sum 0: of the mean
   std::vector<std::vector<RuleKernels>> rules;  // by family and member; empty ones where a device has none
 };
 

@@ -23,7 +23,9 @@ Run<float> all_of(const Plan& plan) {
   return run;
 }
 
-std::byte* bytes_at(float* array, std::int64_t element) { return reinterpret_cast<std::byte*>(array + element); }
+std::byte* bytes_at(float* array, std::int64_t element) {
+  return reinterpret_cast<std::byte*>(array + element);
+}
 
 }  // namespace
 
@@ -39,8 +41,8 @@ DeviceRails::DeviceRails(const Team& team, const Plan& plan, std::int64_t channe
   std::int64_t longest = 0;
   for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
   cut(team.rails().chunk > 0 ? team.rails().chunk : kDeviceChunk, longest);
-  const auto own = static_cast<std::size_t>(std::count_if(carried().begin(), carried().end(),
-                                                          [this](int k) { return is_own(k); }));
+  const auto own = static_cast<std::size_t>(
+      std::count_if(carried().begin(), carried().end(), [this](int k) { return is_own(k); }));
   const auto bytes = static_cast<std::size_t>(bytes_of(chunk()));
   outgoing_ = storage->allocate((carried().size() - own) * bytes);
   incoming_ = storage->allocate((own * (teams() - 1) + 2) * bytes);

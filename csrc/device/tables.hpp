@@ -29,8 +29,9 @@ class Tables {
  public:
   template <class E>
   static ElementKernels element() {
-    return {reduce<E>(std::make_integer_sequence<int, kUnrolledCount>{}), &Launcher::template sum<WorkerSquaresBody<E>>,
-            &Launcher::template sum<OwnSquaresBody<E>>, &Launcher::template launch<PublishBody<E>>};
+    return {reduce<E>(std::make_integer_sequence<int, kUnrolledCount>{}),
+            &Launcher::template sum<WorkerSquaresBody<E>>, &Launcher::template sum<OwnSquaresBody<E>>,
+            &Launcher::template launch<PublishBody<E>>};
   }
 
   // The steps of one element type, for all rules; then what is alike for all types.
@@ -81,7 +82,8 @@ class Tables {
   template <class E, class R, int... kPlace>
   static void add_step(RuleKernels& kernels, std::integer_sequence<int, kPlace...>) {
     if constexpr (kOnDevices<R> && kIsUnrolled<R>)
-      ((kernels.step[kElement<E>][kPlace] = &Launcher::template launch<StepBody<E, R, kUnrolled[kPlace]>>), ...);
+      ((kernels.step[kElement<E>][kPlace] = &Launcher::template launch<StepBody<E, R, kUnrolled[kPlace]>>),
+       ...);
     else if constexpr (kOnDevices<R>)
       kernels.step[kElement<E>][kUnrolledCount - 1] = &Launcher::template launch<StepBody<E, R, 0>>;
   }
@@ -101,7 +103,9 @@ class Tables {
   }
 
   template <class E>
-  static constexpr int kElement = std::is_same_v<E, float> ? 0 : std::is_same_v<E, Bf16> ? 1 : 2;
+  static constexpr int kElement = std::is_same_v<E, float>  ? 0
+                                  : std::is_same_v<E, Bf16> ? 1
+                                                            : 2;
 };
 
 }  // namespace xc

@@ -94,7 +94,8 @@ void DeviceWalker::add_cells(const Run<float>& run, std::uint32_t number, const 
   for (auto at = first; at + 1 < begins.end() && *at < run.end; ++at) {
     const std::int64_t count = *(at + 1) - *at;
     const std::int64_t live = is_layer ? std::clamp<std::int64_t>(run.filters_end - *at, 0, count) : count;
-    cells[index].push_back({*at, number, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(live)});
+    cells[index].push_back(
+        {*at, number, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(live)});
     batch->places.push_back(static_cast<std::size_t>(at - begins.begin()));
   }
 }
@@ -118,12 +119,25 @@ const std::byte* DeviceWalker::upload(Table& table, std::span<const std::byte> c
   return table.memory.get();
 }
 
+// While work is captured no memory can be made, so it is made before.
+void DeviceWalker::prepare_capture(std::size_t bytes) {
+  if (captured_.bytes == bytes) return;
+  captured_ = {device_->staging(bytes), storage_->allocate(bytes), bytes};
+}
+
 // A captured walk copies its runs at every replay, from what is staged.
 const DeviceRun* DeviceWalker::capture_runs(std::span<const DeviceRun> runs) {
-  captured_ = {device_->staging(runs.size_bytes()), storage_->allocate(runs.size_bytes())};
+  if (captured_.bytes != runs.size_bytes())
+    throw UsageError("take a step of the same parameters before one is captured");
   std::memcpy(captured_.staged.get(), runs.data(), runs.size_bytes());
   storage_->copy(captured_.memory.get(), captured_.staged.get(), runs.size_bytes());
   return reinterpret_cast<const DeviceRun*>(captured_.memory.get());
+}
+
+// Whatever later steps put in its place, a replay finds this memory.
+void DeviceWalker::keep_for_replays(const Cut& cut) {
+  kept_.insert(kept_.end(), {cut.cells, captured_.staged, captured_.memory, sources_.memory, own_.memory,
+                             targets_.memory, numbers_.memory, mean_, factor_});
 }
 
 void DeviceWalker::prepare_replay(std::span<const Run<float>> runs) {
@@ -185,9 +199,11 @@ void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<cons
   }
   Launch launch{};
   launch.runs = device_->captures() ? capture_runs(seen) : upload(runs_, std::span<const DeviceRun>(seen));
+  if (device_->captures()) keep_for_replays(cut);
+  if (pass.apply && !device_->captures()) prepare_capture(seen.size() * sizeof(DeviceRun));
   launch.workers = upload(workers);
-  const bool random = std::any_of(runs.begin(), runs.end(),
-                                  [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
+  const bool random = std::any_of(
+      runs.begin(), runs.end(), [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
   const bool fused = pass.source == Pass::Source::gradients && pass.apply && !random &&
                      pass.weights != Pass::Weights::keep && !pass.sums.any() && !kept.mean;
   if (!fused) launch.shard = arrays_of(shard, pass, kept);
@@ -212,8 +228,10 @@ void DeviceWalker::run_parts(const Pass& pass, const Batch& batch, Launch& launc
     queue(kernels.take, launch);
   else if (pass.source != Pass::Source::none)
     queue(element.reduce[std::size_t(unrolled_place(launch.workers.source_count))], launch);
-  if (pass.sums.any()) measure(pass, batch, launch, kept);
-  else if (pass.clip) queue(kernels.clip, launch);
+  if (pass.sums.any())
+    measure(pass, batch, launch, kept);
+  else if (pass.clip)
+    queue(kernels.clip, launch);
   if (pass.apply) queue(rule_of(batch).apply, launch);
   if (pass.factor && rule_of(batch).factor) queue(rule_of(batch).factor, launch);
   if (pass.weights != Pass::Weights::keep) queue(element.publish, launch);
@@ -246,7 +264,8 @@ void DeviceWalker::measure(const Pass& pass, const Batch& batch, Launch& launch,
 // Waits for a summing kernel: for each of its sums a number for every cell.
 std::vector<std::vector<double>> DeviceWalker::sums(KernelFn kernel, int count, Launch& launch) {
   if (device_->captures())
-    throw UsageError("a step that looks at norms of the gradient cannot be captured: the host decides by them");
+    throw UsageError(
+        "a step that looks at norms of the gradient cannot be captured: the host decides by them");
   const auto cells = static_cast<std::size_t>(launch.cell_count), sums = static_cast<std::size_t>(count);
   launch.sums = scratch<double>(sums_, sums_size_, sums * cells);
   launch.sum_stride = launch.cell_count;

@@ -13,9 +13,9 @@
 
 namespace xc {
 
-// Carries out passes by a device's kernels. A pass that reduces, applies and publishes is one kernel. Any other
-// is one kernel for each of its parts, between which the mean gradient waits in the device's memory; sums come
-// back to the host, cell by cell, so what follows from them is decided there, as on the CPU.
+// Carries out passes by a device's kernels. A pass that reduces, applies and publishes is one kernel. Any
+// other is one kernel for each of its parts, between which the mean gradient waits in the device's memory;
+// sums come back to the host, cell by cell, so what follows from them is decided there, as on the CPU.
 class DeviceWalker final : public Walker<float> {
  public:
   DeviceWalker(std::shared_ptr<Device> device, std::shared_ptr<Storage> storage, const Plan& plan)
@@ -51,6 +51,7 @@ class DeviceWalker final : public Walker<float> {
   struct Captured {
     std::shared_ptr<std::byte> staged;
     std::shared_ptr<std::byte> memory;
+    std::size_t bytes = 0;
   };
 
   const Cut& cut_of(std::span<const Run<float>> runs, const Shard<float>& shard);
@@ -60,6 +61,8 @@ class DeviceWalker final : public Walker<float> {
   template <class V>
   const V* upload(Table& table, std::span<const V> values);
   const std::byte* upload(Table& table, std::span<const std::byte> content);
+  void prepare_capture(std::size_t bytes);
+  void keep_for_replays(const Cut& cut);
   const DeviceRun* capture_runs(std::span<const DeviceRun> runs);
   template <class V>
   V* scratch(std::shared_ptr<std::byte>& memory, std::size_t& size, std::size_t count);
@@ -79,6 +82,7 @@ class DeviceWalker final : public Walker<float> {
   Captured captured_;
   Table runs_, sources_, own_, targets_, numbers_;
   std::shared_ptr<std::byte> mean_, factor_, sums_;
+  std::vector<std::shared_ptr<std::byte>> kept_;  // that captures refer to
   std::size_t mean_size_ = 0, factor_size_ = 0, sums_size_ = 0;
 };
 

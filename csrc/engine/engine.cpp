@@ -55,8 +55,9 @@ class EngineOf final : public Engine {
         streaming_(options.streaming.value_or(
             exceeds_cache(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())))),
         buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
-        arenas_(*team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_,
-                runs_.slots(), runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
+        arenas_(
+            *team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_, runs_.slots(),
+            runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(make_rails()),
         overlap_(make_overlap()),
@@ -139,9 +140,9 @@ class EngineOf final : public Engine {
   std::unique_ptr<Walker<T>> walker_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;  // per layer
+  std::vector<std::int64_t> updates_;   // per layer
   std::vector<std::uint8_t> captured_;  // layers that a captured step updates
-  std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
+  std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
   std::vector<std::vector<T>>
       collected_;  // each slot as all teams have it, between collecting and forgetting
   std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
@@ -313,17 +314,16 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   if (overlap_) here.insert(here.end(), overlap_->stale().begin(), overlap_->stale().end());
   std::vector<std::uint8_t> present, stale;
   Outcome outcome;
-  collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here},
-                       [&](const Agreed& agreed) {
-                         const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
-                         present.assign(agreed.present.begin(), layers);
-                         stale.assign(layers, agreed.present.end());
-                         Step settled = step_of(agreed.doubles);
-                         settled.fused = step.fused;
-                         settled.revise = step.revise;
-                         settled.revise_rule = step.revise_rule;
-                         outcome = run(settled, {present, updates_, stale});
-                       });
+  collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here}, [&](const Agreed& agreed) {
+    const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
+    present.assign(agreed.present.begin(), layers);
+    stale.assign(layers, agreed.present.end());
+    Step settled = step_of(agreed.doubles);
+    settled.fused = step.fused;
+    settled.revise = step.revise;
+    settled.revise_rule = step.revise_rule;
+    outcome = run(settled, {present, updates_, stale});
+  });
   stepper_.read_sums(step, {present, updates_}, outcome);
   if (!outcome.skipped)
     for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
@@ -400,12 +400,11 @@ void EngineOf<T>::averaging_step(const Step& step) {
   counted.local_steps = local().steps() + 1;
   auto touched = present_here(step.present);
   for (std::size_t i = 0; i < touched.size(); ++i) touched[i] |= local_->touched()[i];
-  collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched},
-                       [&](const Agreed& agreed) {
-                         local_->step(step);
-                         exchange_.meet_between_passes(steps_ + 1, false);
-                         finish_round(agreed.present);
-                       });
+  collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched}, [&](const Agreed& agreed) {
+    local_->step(step);
+    exchange_.meet_between_passes(steps_ + 1, false);
+    finish_round(agreed.present);
+  });
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
 }
@@ -417,7 +416,7 @@ void EngineOf<T>::average() {
   none.hyper = no_hyper;
   none.local_steps = local().steps();
   collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
-                       [&](const Agreed& agreed) { finish_round(agreed.present); });
+             [&](const Agreed& agreed) { finish_round(agreed.present); });
 }
 
 template <class T>

@@ -302,8 +302,7 @@ Pass::Weights published(bool streaming) { return streaming ? Pass::Weights::stre
 
 Pass summing_pass(Gradient gradient, Sums sums) {
   Pass pass{.spread = gradient.spread, .clip = gradient.needed && gradient.clip, .sums = sums};
-  if (gradient.needed)
-    pass.source = gradient.received ? Pass::Source::received : Pass::Source::gradients;
+  if (gradient.needed) pass.source = gradient.received ? Pass::Source::received : Pass::Source::gradients;
   return pass;
 }
 
@@ -350,7 +349,7 @@ void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs
   }
 }
 
-#define XC_INSTANTIATE(T)                                                                               \
+#define XC_INSTANTIATE(T)                                                                      \
   template void walk<T>(const Pass&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
                         TileBuffers<T>&, const Kept<T>&);
 XC_INSTANTIATE(float)

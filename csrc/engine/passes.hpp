@@ -44,8 +44,8 @@ struct Run {
   int family;         // of its rule, and which member
   unsigned member;
   bool scaled;  // displaced in units of the rule's steps
-  T scale;            // makes the mean of the workers' sum
-  T own;              // makes a worker's term of the mean
+  T scale;      // makes the mean of the workers' sum
+  T own;        // makes a worker's term of the mean
   T clip;
   T decay;  // that a worker's own norms count in
   // What displaces the weights, and at which rates.
@@ -161,9 +161,9 @@ Pass publication_pass(bool streaming);
 Pass partial_pass();
 // Each stage in a pass of its own: what a program without the engine does and what benchmarks compare with.
 std::vector<Pass> unfused_passes();
-Pass load_pass();                // reduce
-Pass sum_pass(bool streaming);   // reduce, publish: collectives without a rule; w is the sum itself
-Pass publish_pass();             // publish what w holds
+Pass load_pass();               // reduce
+Pass sum_pass(bool streaming);  // reduce, publish: collectives without a rule; w is the sum itself
+Pass publish_pass();            // publish what w holds
 
 // Private memory of the walk over tiles.
 template <class T>

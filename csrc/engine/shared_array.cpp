@@ -110,8 +110,7 @@ void SharedArray::ride(double scale, int root) {
                     carried[slice.segment].data() + (slice.begin - block(slice.segment).begin),
                     {}};
   };
-  const auto walk_part = [&](const Pass& pass, const Workers& of, const Slice& slice,
-                             const Kept<T>& kept) {
+  const auto walk_part = [&](const Pass& pass, const Workers& of, const Slice& slice, const Kept<T>& kept) {
     walk<T>(pass, of, std::span(&run, 1), part(slice), buffers, kept);
   };
   const auto load = [&](int k, const std::byte* from) {
@@ -119,8 +118,7 @@ void SharedArray::ride(double scale, int root) {
     walk_part(partial_pass(), {{from}, {}, {}}, all, {.mean = part(all).w});
   };
   const typename Rails<T>::Work work = {
-      .partial = [&](const Slice& slice,
-                     T* to) { walk_part(partial_pass(), workers, slice, {.mean = to}); },
+      .partial = [&](const Slice& slice, T* to) { walk_part(partial_pass(), workers, slice, {.mean = to}); },
       .settle =
           [&](const Slice& slice, const T* total) {
             walk_part(summing_pass({.received = true}, {}), workers, slice,
@@ -135,8 +133,7 @@ void SharedArray::ride(double scale, int root) {
     case Operation::reduce_scatter:
       rails.reduce({work.partial, work.settle, {}});
       for (int k = first; k < first + topology.workers(); ++k)
-        walk_part(publish_pass(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end},
-                  {});
+        walk_part(publish_pass(), {{}, {array_of(k)}, {array_of(k)}}, {k, block(k).begin, block(k).end}, {});
       return;
     case Operation::all_gather:
       for (int k = first; k < first + topology.workers(); ++k) load(k, array_of(k));

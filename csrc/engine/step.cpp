@@ -259,8 +259,7 @@ void Stepper<T>::publish(std::span<const Run<T>> runs) {
 
 template <class T>
 void Stepper<T>::publish_to(std::byte* x, std::span<const Run<T>> runs) {
-  for (const Shard<T>& shard : arenas_.shards())
-    walker_.walk(publish_pass(), {{}, {x}, {x}}, runs, shard);
+  for (const Shard<T>& shard : arenas_.shards()) walker_.walk(publish_pass(), {{}, {x}, {x}}, runs, shard);
 }
 
 template class Stepper<float>;

@@ -23,8 +23,8 @@ class Storage {
   // Of this rank alone.
   virtual std::shared_ptr<std::byte> allocate(std::size_t bytes) = 0;
 
-  // From and to the host's memory as well. The host's may be used again on return, but what is read into it is
-  // there only after finish().
+  // From and to the host's memory as well. The host's may be used again on return, but what is read into it
+  // is there only after finish().
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
   virtual void clear(void* at, std::size_t bytes) = 0;
   // Returns when all that was queued has run.
