@@ -21,8 +21,8 @@ def require_device(device: str, name: str) -> None:
         raise DeviceError(f"{name} is on {device}; extrapcomm works on CPUs and on CUDA devices")
     if find_spec("extrapcomm._cuda") is None:
         raise DeviceError(
-            f"{name} is on {device}, and this build of extrapcomm has no CUDA part: put nvcc on PATH and install it anew"
-            " (pip install --force-reinstall --no-cache-dir extrapcomm)"
+            f"{name} is on {device}, and this build of extrapcomm has no CUDA part: put nvcc on PATH and install it "
+            "anew (pip install --force-reinstall --no-cache-dir extrapcomm)"
         )
 
 
