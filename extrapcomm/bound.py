@@ -20,6 +20,7 @@ from .world import World
 __all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
 
 Core = _core.Engine
+Device = _core.Device
 
 # Arguments that stand for flags and are the same for all groups.
 CHOICES = ("trust", "layer_mean")
@@ -39,7 +40,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _overlap: bool
     _bucket: int
     _core: Core
-    _device: _core.Device | None
+    _device: Device | None
     _binding: Binding
     _micro_batches: MicroBatches
     _gain: Gain | None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from . import _core
 from .errors import DeviceError, UsageError
@@ -48,14 +48,14 @@ def device_for(places: Sequence[str]) -> "_core.Device | None":
 @cache
 def cuda_device(place: str) -> "_core.Device":
     """The GPU that torch and CuPy call by this name."""
-    return import_module("extrapcomm._cuda").device(int(place.partition(":")[2] or 0))
+    return cast(_core.Device, import_module("extrapcomm._cuda").device(int(place.partition(":")[2] or 0)))
 
 
-def core_on(device: "_core.Device | None", library: str, core: "_core.Engine") -> Any:
+def core_on(device: "_core.Device | None", library: str, core: "_core.Engine") -> "_core.Engine":
     """The engine itself on the CPU; on a GPU one that queues its work on the caller's current stream."""
     if device is None or device.name == "host":
         return core
-    return OnStream(core, device, _stream_of(library, device.name))
+    return cast(_core.Engine, OnStream(core, device, _stream_of(library, device.name)))
 
 
 class OnStream:
