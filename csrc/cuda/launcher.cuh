@@ -10,7 +10,9 @@
 
 namespace xc {
 
-// The launcher of CUDA: a block of threads for a cell at a time, and as many blocks as fill the device.
+// The launcher of CUDA: a block of threads for a cell at a time, and as many blocks as fill the device, no
+// more than there are cells. The next cell is asked for before the present one's elements, so nobody waits
+// for it.
 
 template <class Body>
 inline constexpr int kThreads = kCellElements / Body::kPack;
@@ -18,8 +20,10 @@ inline constexpr int kThreads = kCellElements / Body::kPack;
 template <class Body>
 __global__ void __launch_bounds__(kThreads<Body>) over_cells(const Launch at) {
   const int thread = static_cast<int>(threadIdx.x);
+  Cell next = at.cells[blockIdx.x];
   for (std::int64_t c = blockIdx.x; c < at.cell_count; c += gridDim.x) {
-    const Cell cell = at.cells[c];
+    const Cell cell = next;
+    if (c + gridDim.x < at.cell_count) next = at.cells[c + gridDim.x];
     if (thread * Body::kPack < cell.count) Body{}(at, cell, thread);
   }
 }
