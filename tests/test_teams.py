@@ -404,6 +404,32 @@ def test_killed_rank_is_named_in_all_teams(team):
 
 
 @pytest.mark.own_mpirun
+def test_rank_killed_in_another_team_is_named_by_one_that_waits_for_its_own_team():
+    """Whoever waits for rank 0 listens to all ranks, and MPI knows already that one of them is gone."""
+    _, output, _ = run_ranks(
+        3,
+        """
+        world = xc.World(workers_per_team=2, step_timeout=5, pass_timeout=5)
+        engine = engine_of(world)
+        engine.step()
+        world.comm.Barrier()
+        if world.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if world.rank == 0:
+            time.sleep(1)
+        try:
+            engine.step()
+        except xc.PeerError as error:
+            report(error)
+        time.sleep(1)
+        os._exit(0)
+        """,
+        *SURVIVORS,
+    )
+    assert output.count("PeerError rank=2 rank 2") == 2, output
+
+
+@pytest.mark.own_mpirun
 @pytest.mark.parametrize("team", [1, 2])
 def test_stopped_rank_is_found_by_the_deadline_in_all_teams(team):
     wake = "os.kill(pids[1], signal.SIGCONT) if world.rank == 2 and not time.sleep(1) else None"

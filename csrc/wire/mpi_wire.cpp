@@ -38,6 +38,7 @@ class MpiWire final : public Wire {
  public:
   MpiWire(MPI_Comm comm, std::size_t largest) : comm_(comm), largest_(largest) {
     check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+    check(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
   }
 
   Transfer send(const void* from, std::size_t bytes, int rank, int tag) override {
@@ -69,9 +70,7 @@ class MpiWire final : public Wire {
   }
 
   void progress() override {
-    if (finalized()) return;
-    int waiting = 0;
-    check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, MPI_STATUS_IGNORE), "MPI_Iprobe");
+    if (!finalized()) who_notifies();
   }
 
   void notify(int rank, const void* bytes) override {
@@ -87,13 +86,9 @@ class MpiWire final : public Wire {
 
   bool notice(void* bytes) override {
     if (finalized()) return false;
-    int waiting = 0;
-    MPI_Status status;
-    check(MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, &status), "MPI_Iprobe");
-    if (!waiting) return false;
-    check(MPI_Recv(bytes, kNoticeBytes, MPI_BYTE, status.MPI_SOURCE, kNoticeTag, comm_, MPI_STATUS_IGNORE),
-          "MPI_Recv");
-    return true;
+    const int rank = who_notifies();
+    if (rank == MPI_PROC_NULL) return false;
+    return MPI_Recv(bytes, kNoticeBytes, MPI_BYTE, rank, kNoticeTag, comm_, MPI_STATUS_IGNORE) == MPI_SUCCESS;
   }
 
   // What nobody took yet must not lose its bytes under MPI's hands.
@@ -112,6 +107,19 @@ class MpiWire final : public Wire {
     MPI_Request request = MPI_REQUEST_NULL;
   };
 
+  // A rank whose word is waiting, or MPI_PROC_NULL. MPI may refuse to look at all ranks once one of them is
+  // lost; the others have words yet, perhaps about that one, and are looked at one by one.
+  int who_notifies() const {
+    int waiting = 0;
+    MPI_Status status;
+    if (MPI_Iprobe(MPI_ANY_SOURCE, kNoticeTag, comm_, &waiting, &status) == MPI_SUCCESS)
+      return waiting ? status.MPI_SOURCE : MPI_PROC_NULL;
+    for (int rank = 0; rank < size_; ++rank)
+      if (MPI_Iprobe(rank, kNoticeTag, comm_, &waiting, MPI_STATUS_IGNORE) == MPI_SUCCESS && waiting)
+        return rank;
+    return MPI_PROC_NULL;
+  }
+
   template <class Begin>
   Transfer begin(std::size_t bytes, int rank, Begin begin_piece) {
     Pieces pieces{rank, {}, {}};
@@ -123,6 +131,7 @@ class MpiWire final : public Wire {
   }
 
   MPI_Comm comm_;
+  int size_ = 0;
   std::size_t largest_;
   Transfer last_ = 0;
   std::unordered_map<Transfer, Pieces> under_way_;
