@@ -14,8 +14,7 @@ std::shared_ptr<std::byte> allocate_device_memory(std::size_t bytes);
 std::shared_ptr<std::byte> allocate_mapped_memory(std::size_t bytes);
 
 // Collective. Each rank's memory on its GPU, as this rank reaches it: its own, and the others' by the handles
-// of CUDA's inter-process communication. The exporter's stays until all have closed it, as Python's garbage
-// collector may drop one engine earlier than its peers do.
+// of CUDA's inter-process communication. It stays until all have closed it, whoever is first.
 Shared share_device_memory(Team& team, std::size_t bytes);
 
 }  // namespace xc
