@@ -12,9 +12,10 @@ from typing import Any
 
 from . import _core
 from ._version import __version__
+from .device import cuda_part, gpus_here
 from .errors import Error
 from .launch import machine_limits, singleton_warning
-from .placement import place_here, placement_warnings, ranges
+from .placement import gpu_warnings, place_here, placement_warnings, ranges
 from .tune import save, tune
 from .wire import built_wires
 from .world import World
@@ -72,6 +73,7 @@ def gather_facts() -> dict[str, Any]:
     from mpi4py import MPI
 
     team = MPI.COMM_WORLD.allgather(place_here())
+    gpus = MPI.COMM_WORLD.allgather(gpus_here())
     with World(MPI.COMM_WORLD) as world:  # proves that the ranks of a host can open each other's memory
         teams = world.teams
     facts: dict[str, Any] = {
@@ -85,9 +87,17 @@ def gather_facts() -> dict[str, Any]:
         "teams": teams,
         "wires": built_wires(),
         "limits": machine_limits(),
+        "gpus": gpus,
+        "cuda": cuda_facts(),
     }
     facts["warnings"] = warnings_about(facts)
     return facts
+
+
+def cuda_facts() -> dict[str, str] | None:
+    """What the part for GPUs was built for, and how it orders what ranks do on them; None without that part."""
+    part = cuda_part()
+    return part and {"architectures": part.architectures, "sync": os.environ.get("XC_GPU_SYNC") or "event"}
 
 
 def warnings_about(facts: dict[str, Any]) -> list[str]:
@@ -95,6 +105,7 @@ def warnings_about(facts: dict[str, Any]) -> list[str]:
     team, limits = facts["team"], facts["limits"]
     alone = singleton_warning(len(team), facts["mpi"])
     warnings = [*([alone] if alone else []), *placement_warnings(team)]
+    warnings += gpu_warnings([member["host"] for member in team], facts["gpus"])
     limit = limits["cgroup_memory_max"]
     if limit is not None and limit < (limits["memory_available"] or 0):
         warnings.append(
@@ -115,6 +126,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{_size(limits['cgroup_memory_max'])}, /dev/shm {_size(limits['dev_shm_free'])} free of "
         f"{_size(limits['dev_shm_size'])}, huge pages for shared memory: {limits['shmem_huge_pages']}",
         f"  between hosts   {' and '.join(facts['wires']) or 'nothing: it was built without an mpicxx'}",
+        *_gpus(facts),
         f"  team            {_teams(facts['teams'])}",
         *(
             f"    rank {m['rank']}: {m['host']}, process {m['pid']}, cores {ranges(m['cores'])}"
@@ -123,6 +135,19 @@ def as_text(facts: dict[str, Any]) -> str:
         *(f"  WARNING: {text}" for text in facts["warnings"]),
     ]
     return "\n".join(lines)
+
+
+def _gpus(facts: dict[str, Any]) -> list[str]:
+    """The part for GPUs, and every GPU that a rank sees, with the ranks that see it."""
+    if facts["cuda"] is None:
+        return ["  GPUs            not used: it was built without an nvcc"]
+    first = "  GPUs            kernels for {architectures}; ranks are ordered by {sync} (XC_GPU_SYNC)"
+    seen: dict[str, tuple[str, list[int]]] = {}
+    for rank, gpus in enumerate(facts["gpus"]):
+        for gpu in gpus:
+            seen.setdefault(gpu["id"], (gpu["name"], []))[1].append(rank)
+    lines = [f"    {id}: {name}; seen by rank {ranges(ranks)}" for id, (name, ranks) in seen.items()]
+    return [first.format(**facts["cuda"]), *(lines or ["    no GPU is seen"])]
 
 
 def _teams(teams: list[list[int]]) -> str:

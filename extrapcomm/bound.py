@@ -56,7 +56,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         options = (self.RULE, self._rule.extrapolation.for_core(), self._tile, __version__)
         bucket = self._bucket if self._overlap else 0
         core = Core(self.world.team, layers, groups, *options, bucket=bucket, device=self._device)
-        return core_on(self._device, "torch", core)
+        on_device: Core = core_on(self._device, "torch", core)
+        return on_device
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         """Collective: rank 0's weights into this engine, and the model into its memory."""

@@ -12,7 +12,7 @@ from . import _core
 from ._version import __version__
 from .adascale import AdaScale
 from .arrays import copy_into, form_of, look_at, require_visible
-from .device import core_on, device_for
+from .device import core_on, device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_max_norm, check_tile
@@ -109,6 +109,8 @@ class Engine(Gained):
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: float | None = None
         self.skipped = False
+        self._captured_divisor: float | None = None
+        device: _core.Device | None = None
         error: Exception | None = None
         try:
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
@@ -130,7 +132,8 @@ class Engine(Gained):
                 self._gain.require(self._gathered, [self._group])
         except Exception as caught:
             error = caught
-        world.agree(error, "Engine" if gain is None else f"Engine with {gain}")
+        world.agree(error, title_on("Engine" if gain is None else f"Engine with {gain}", device))
+        warn_of_shared_gpu(world, device)
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = self._rule.has_buffer(self._group)
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
@@ -138,7 +141,8 @@ class Engine(Gained):
         options = (rule, kind.for_core(), tile, __version__, streaming)
         library = forms[0].library if forms else "numpy"
         core = _core.Engine(world.team, layers, groups, *options, device=device)
-        self._core = core_on(device, library, core)
+        self._core: _core.Engine = core_on(device, library, core)
+        self._device = device
         self._structure = weights
         self._closed = False
         self._showing = False
@@ -197,16 +201,46 @@ class Engine(Gained):
         """Collective: the same step with each stage in a pass of its own, to measure what fusion is worth."""
         self._step(hyper, 1.0, fused=False)
 
+    def prepare_replay(self, **hyper: Any) -> None:
+        """Before each replay of a captured step: give it these and the present hyper-parameters.
+
+        See `extrapcomm.fused.FusedOptimizer.prepare_replay`; the divisor is the captured step's.
+
+        Args:
+            hyper: new values of hyper-parameters, in force from this step on.
+
+        Raises:
+            UsageError: if no step was captured, or the next one cannot be a replay of it.
+        """
+        if self._captured_divisor is None or self._core.captures:
+            raise UsageError(
+                "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
+            )
+        if self.max_grad_norm or self.skip_nonfinite:
+            raise UsageError(
+                "a replayed step has no max_grad_norm and no skip_nonfinite: it looks at no norm"
+            )
+        group = self._next_group(hyper)
+        self._core.prepare_replay(
+            self._rule.table([group], self.world.K), self._present, self._captured_divisor
+        )
+        self._group = group
+
+    def _next_group(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyper-parameters of a step, checked."""
+        group = self._completed({**self._group, **hyper})
+        self._rule.check_fixed(group, self._flags, self._has_momentum)
+        self._check_filters(group["inner_lr"])
+        if self._showing:
+            raise UsageError("step() inside master_weights(): leave the context first")
+        check_max_norm(self.max_grad_norm)
+        return group
+
     def _step(self, hyper: Mapping[str, Any], divisor: float, fused: bool) -> None:
         if self._closed:
             raise UsageError("this engine is closed")
         try:
-            group = self._completed({**self._group, **hyper})
-            self._rule.check_fixed(group, self._flags, self._has_momentum)
-            self._check_filters(group["inner_lr"])
-            if self._showing:
-                raise UsageError("step() inside master_weights(): leave the context first")
-            check_max_norm(self.max_grad_norm)
+            group = self._next_group(hyper)
             if not (isinstance(divisor, (int, float)) and 0 < divisor < float("inf")):
                 raise UsageError(f"divisor must be a positive number, not {divisor!r}")
             if not fused:
@@ -222,6 +256,8 @@ class Engine(Gained):
             self.grad_norm, self.skipped, _ = observed.step(table, *options)
         else:
             self.grad_norm, self.skipped = self._gain.step(observed, table, [group], self._gathered, options)
+        if self._core.captures:
+            self._captured_divisor = float(divisor)
         self._group = group
 
     def _check_filters(self, inner_lr: InnerRate) -> None:

@@ -11,12 +11,13 @@ import torch
 from .adascale import AdaScale
 from .binding import MANNERS
 from .checkpoint import Checkpoints
-from .device import device_for
+from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
+from .replay import Captured
 from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
@@ -83,6 +84,8 @@ class FusedOptimizer(Checkpoints, Gained):
         self._bucket = bucket
         self._loss_scale = 1.0
         self._gain = None
+        self._device = None
+        self._captured: Captured | None = None
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.grad_norm: float | None = None
@@ -104,13 +107,15 @@ class FusedOptimizer(Checkpoints, Gained):
         except Exception as caught:
             error = caught
         self.world.agree(error, self._title())
+        warn_of_shared_gpu(self.world, self._device)
         self._bind(self._make_core(layers, groups), layers, groups)
         if overlap and not self._overlap:
             self._warn_once("overlap=True has nothing to send during backward: all ranks share memory")
 
     def _title(self) -> str:
         """What the ranks must agree on before they construct."""
-        return type(self).__name__ + ("" if self._gain is None else f" with {self._gain.estimator}")
+        gain = "" if self._gain is None else f" with {self._gain.estimator}"
+        return title_on(type(self).__name__ + gain, self._device)
 
     # -- The step ------------------------------------------------------------------------------------------------
 
@@ -141,7 +146,10 @@ class FusedOptimizer(Checkpoints, Gained):
             with torch.enable_grad():
                 loss = closure()
         self._require_open()
+        capturing = self._core.captures
         if self._to_adopt:
+            if capturing:
+                raise UsageError("weights were loaded: take a step before you capture one")
             self.adopt()
         try:
             take = self._prepared_step()
@@ -150,11 +158,69 @@ class FusedOptimizer(Checkpoints, Gained):
             raise
         self._warn_of_mistakes()
         self.grad_norm, self.skipped, *_ = take()
+        if capturing:
+            self._captured = self._as_captured()
         self._binding.forget_finished()
         self._micro_batches.reset()
         if not self.skipped:
             self._binding.mark_written()
         return loss
+
+    def prepare_replay(self) -> None:
+        """Before each replay of a captured step: give it the groups' present learning rates and other numbers.
+
+        While a stream captures, `step()` only records its work; nothing happens and nothing is counted. The step is
+        taken when the recording is replayed, with numbers that this call writes where the recording reads them, so
+        schedulers, momenta and bias corrections go on as usual. It waits until the last replay is through. Call it
+        once for each replay, and on the stream on which you replay.
+
+        One rank alone with one worker can capture, and only steps that need no norm of the gradient: none with
+        `max_grad_norm`, `skip_nonfinite`, a gain, `inner_lr="noise"` or a rule with trust ratios. Take a step with
+        gradients of the same parameters before the capture. A step with gradients of others, or `add_param_group`, asks
+        for a new capture.
+
+        Raises:
+            UsageError: if no step was captured, or the next one cannot be a replay of it.
+
+        Example, on a GPU::
+
+            opt = xc.Adam(model.parameters(), lr=1e-3)
+            loss_fn(model(x), y).backward()  # x and y are where every batch will be
+            opt.step()
+            graph = torch.cuda.CUDAGraph()
+            opt.zero_grad()
+            with torch.cuda.graph(graph):
+                loss_fn(model(x), y).backward()
+                opt.step()
+            for batch, labels in batches:
+                x.copy_(batch)
+                y.copy_(labels)
+                opt.prepare_replay()
+                graph.replay()
+                scheduler.step()
+        """
+        self._require_open()
+        if self._captured is None or self._core.captures:
+            raise UsageError(
+                "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
+            )
+        if self.max_grad_norm or self.skip_nonfinite:
+            raise UsageError(
+                "a replayed step has no max_grad_norm and no skip_nonfinite: it looks at no norm"
+            )
+        if self._to_adopt:
+            self.adopt()
+        table = self._checked_table()
+        self._captured.require_like(self._micro_batches.count(), self._binding.names, self._binding.params)
+        self._core.prepare_replay(table, self._captured.present, self._captured.divisor)
+        self._micro_batches.reset()
+        self._binding.mark_written()
+
+    def _as_captured(self) -> Captured:
+        grads = [param.grad for param in self._binding.params]
+        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        present = self._binding.present.copy()
+        return Captured(present, self._divisor(), self._micro_batches.count(), addresses)
 
     def _advance(self, table: Any, *options: Any) -> tuple[float | None, bool, Any]:
         """Collective: the engine's step, without a gain."""

@@ -6,7 +6,14 @@ from typing import Literal, TypedDict
 
 from .launch import cores_allowed, cores_here, memory_domains
 
-__all__ = ["Place", "place_here", "placement_warnings", "ranges"]
+__all__ = ["Gpu", "Place", "gpu_warnings", "place_here", "placement_warnings", "ranges", "sharing_warning"]
+
+
+class Gpu(TypedDict):
+    """One that a process sees."""
+
+    id: str  # that no other GPU of any host has
+    name: str
 
 
 class Place(TypedDict):
@@ -37,6 +44,42 @@ def placement_warnings(team: Sequence[Place]) -> list[str]:
     """What to change in how the ranks were started; those of each host are looked at by themselves."""
     hosts = dict.fromkeys(place["host"] for place in team)
     return [text for host in hosts for text in _on_host(host, [p for p in team if p["host"] == host])]
+
+
+def gpu_warnings(hosts: Sequence[str], gpus: Sequence[Sequence[Gpu]]) -> list[str]:
+    """Where the ranks of a host are more than the GPUs that they see.
+
+    Args:
+        hosts: of each rank.
+        gpus: what each rank sees.
+    """
+    warnings = []
+    for host in dict.fromkeys(hosts):
+        seen = [mine for name, mine in zip(hosts, gpus, strict=True) if name == host]
+        count = len({gpu["id"] for mine in seen for gpu in mine})
+        if 0 < count < len(seen):
+            warnings.append(
+                f"{len(seen)} ranks on {host} see {count} GPU{'s' * (count > 1)} together, so some will share one: "
+                "that is right but slow, as their kernels take turns"
+            )
+    return warnings
+
+
+def sharing_warning(gpus: Sequence[str]) -> str | None:
+    """What to do if ranks use the same GPU; None if each has its own.
+
+    Args:
+        gpus: which each rank uses.
+    """
+    for gpu in dict.fromkeys(gpus):
+        ranks = [rank for rank, name in enumerate(gpus) if name == gpu]
+        if len(ranks) > 1:
+            return (
+                f"ranks {ranges(ranks)} use the same GPU ({gpu}): their kernels take turns and its memory holds the "
+                "arrays of all. To give each its own: torch.cuda.set_device(world.local_rank % "
+                "torch.cuda.device_count()) before the model is made"
+            )
+    return None
 
 
 def _on_host(host: str, places: list[Place]) -> list[str]:

@@ -50,6 +50,13 @@ class World:
         pass_timeout: the same inside a step, when all have come.
         warn_after: seconds of waiting after which a warning names who is awaited.
 
+    Attributes:
+        rank, size: of the communicator.
+        local_rank: this rank's number among those of its host, from 0. With GPUs, before the model is made:
+            `torch.cuda.set_device(world.local_rank % torch.cuda.device_count())`.
+        teams: the ranks of each team.
+        keeps_order: see above.
+
     Raises:
         UsageError: on every rank, for arguments that cannot be, several teams without a wire for mpi4py's MPI, or a
             launcher of another MPI than mpi4py's if `comm` is not given.
@@ -148,7 +155,7 @@ class World:
         if self.size == 1 and error:
             raise error
         mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
-        texts = [text.decode() for text in self._all_gather(mine.encode())]
+        texts = self.gather_words(mine)
         for rank, text in enumerate(texts):
             kind, _, words = text.partition("\0")
             if kind:
@@ -159,6 +166,10 @@ class World:
                     f"every rank must construct the same things in the same order: rank 0 makes a {texts[0][1:]}, "
                     f"rank {rank} a {text[1:]}"
                 )
+
+    def gather_words(self, mine: str) -> list[str]:
+        """Collective: what every rank brings, in the order of ranks."""
+        return [text.decode() for text in self._all_gather(mine.encode())]
 
     def close(self) -> None:
         """Say good-bye: ranks that wait for this one raise PeerError. Engines of this world take no more steps.
@@ -218,7 +229,8 @@ class World:
 
     def _find_teams(self, workers_per_team: int | None) -> _core.Topology:
         """Ranks that say the same of their host: the boot of its kernel, and its name, which containers may have."""
-        places = [text.decode() for text in self._all_gather(f"{_boot_id()} {os.uname().nodename}".encode())]
+        places = self.gather_words(f"{_boot_id()} {os.uname().nodename}")
+        self.local_rank: int = places[: self.rank].count(places[self.rank])
         hosts: dict[str, list[int]] = {}
         for rank, place in enumerate(places):
             hosts.setdefault(place, []).append(rank)

@@ -52,6 +52,7 @@ DEVICE = os.environ.get("XC_DEVICE", "")
 NOT_ON_DEVICES = {
     " no kernels on host": "what has no kernels on devices",
     "local steps are taken on the CPU only": "local steps are taken on the CPU only",
+    "unfused steps are taken on the CPU only": "unfused steps are taken on the CPU only",
 }
 
 if TEAM:

@@ -114,7 +114,7 @@ def test_world_of_a_lost_singleton_must_be_asked_for(unlaunched):
 
 def test_memory_limit_below_the_machines_is_warned_of():
     limits = {"cgroup_memory_max": 10**9, "memory_available": 10**10}
-    facts = {"team": [place()], "limits": limits, "mpi": "an MPI"}
+    facts = {"team": [place()], "limits": limits, "mpi": "an MPI", "gpus": [[]]}
     assert any("memory limit is 1.0 GB" in text for text in warnings_about(facts))
 
 

@@ -10,5 +10,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("architectures") = XC_CUDA_ARCHITECTURES;
   module.def("device_count", &xc::cuda_device_count);
   module.def("device", &xc::make_cuda_device, py::arg("index"), "The GPU with this number.");
+  module.def("identify", &xc::identify_cuda_device, py::arg("index"));
   module.def("describe", &xc::describe_cuda_device, py::arg("index"));
 }

@@ -210,6 +210,7 @@ void register_engine_class(py::module_& module) {
                              [](const Engine& e) -> std::optional<std::string> {
                                return e.device() ? std::optional(e.device()->name()) : std::nullopt;
                              })
+      .def_property_readonly("captures", [](const Engine& e) { return e.device() && e.device()->captures(); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())

@@ -232,6 +232,18 @@ std::shared_ptr<Device> make_cuda_device(int index) {
   return std::make_shared<CudaDevice>(index);
 }
 
+std::string identify_cuda_device(int index) {
+  cudaDeviceProp it{};
+  check(cudaGetDeviceProperties(&it, index), "asking GPU " + std::to_string(index));
+  std::string text = "GPU-";
+  for (const char byte : it.uuid.bytes) {
+    constexpr char kDigits[] = "0123456789abcdef";
+    const auto value = static_cast<unsigned char>(byte);
+    text += {kDigits[value / 16], kDigits[value % 16]};
+  }
+  return text;
+}
+
 std::string describe_cuda_device(int index) {
   cudaDeviceProp it{};
   check(cudaGetDeviceProperties(&it, index), "asking GPU " + std::to_string(index));

@@ -15,4 +15,7 @@ std::shared_ptr<Device> make_cuda_device(int index);
 // One line per fact that users look for: name, compute capability, memory, processors.
 std::string describe_cuda_device(int index);
 
+// The same for no other GPU of any host, by whatever number a process calls it.
+std::string identify_cuda_device(int index);
+
 }  // namespace xc

@@ -17,8 +17,11 @@ namespace xc {
 template <class Body>
 inline constexpr int kThreads = kCellElements / Body::kPack;
 
+// Left to itself the compiler would rather spill registers than run fewer blocks at a time.
+inline constexpr int kFewestBlocks = 1;
+
 template <class Body>
-__global__ void __launch_bounds__(kThreads<Body>) over_cells(const Launch at) {
+__global__ void __launch_bounds__(kThreads<Body>, kFewestBlocks) over_cells(const Launch at) {
   const int thread = static_cast<int>(threadIdx.x);
   Cell next = at.cells[blockIdx.x];
   for (std::int64_t c = blockIdx.x; c < at.cell_count; c += gridDim.x) {

@@ -38,6 +38,19 @@ std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
 
 using Agreed = Exchange::Agreed;
 
+// What a captured step cannot change when it is replayed: where its runs begin and end, and their kernels.
+using Outline = std::vector<std::int64_t>;
+
+template <class T>
+Outline outline_of(const std::vector<Run<T>>& runs) {
+  Outline outline;
+  for (const Run<T>& run : runs)
+    outline.insert(outline.end(),
+                   {run.begin, run.end, std::int64_t(run.dtype), run.family, std::int64_t(run.member),
+                    run.extrapolation->random ? std::int64_t(*run.extrapolation->random) : -1});
+  return outline;
+}
+
 // The engine for one master type.
 template <class T>
 class EngineOf final : public Engine {
@@ -62,7 +75,9 @@ class EngineOf final : public Engine {
         rails_(make_rails()),
         overlap_(make_overlap()),
         walker_(make_walker(team->worker_count())),
-        stepper_(plan_, arenas_, *storage_, runs_, *walker_, rails_.get(), overlap_.get(), tile_, streaming_),
+        mover_(make_walker(team->worker_count())),
+        stepper_(plan_, arenas_, *storage_, runs_, *walker_, *mover_, rails_.get(), overlap_.get(), tile_,
+                 streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -119,6 +134,7 @@ class EngineOf final : public Engine {
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
   std::vector<T> own_slot(std::size_t slot) const;
+  void note_outline(const std::vector<Run<T>>& runs);
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
@@ -138,9 +154,11 @@ class EngineOf final : public Engine {
   std::unique_ptr<Rails<T>> rails_;      // with several teams
   std::unique_ptr<Overlap<T>> overlap_;  // with buckets
   std::unique_ptr<Walker<T>> walker_;
+  std::unique_ptr<Walker<T>> mover_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;   // per layer
+  std::vector<std::int64_t> updates_;  // per layer
+  Outline walked_;                     // of the last step on a device
   std::vector<std::uint8_t> captured_;  // layers that a captured step updates
   std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
   std::vector<std::vector<T>>
@@ -303,7 +321,7 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
   if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
-  if (device_ && !step.fused) throw UsageError("an unfused step has no kernels on " + device_->name());
+  if (device_ && !step.fused) throw UsageError("unfused steps are taken on the CPU only");
   if (device_ && device_->captures()) {
     capture(step);
     return {};
@@ -322,6 +340,7 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
     settled.fused = step.fused;
     settled.revise = step.revise;
     settled.revise_rule = step.revise_rule;
+    if (device_) note_outline(runs_.for_step(settled, present, updates_));
     outcome = run(settled, {present, updates_, stale});
   });
   stepper_.read_sums(step, {present, updates_}, outcome);
@@ -332,18 +351,43 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   return outcome;
 }
 
-// Nothing happens yet, so nothing is counted, and no rank is met.
+// What a recording refers to is replaced by a step of another outline.
+template <class T>
+void EngineOf<T>::note_outline(const std::vector<Run<T>>& runs) {
+  Outline outline = outline_of<T>(runs);
+  if (outline == walked_) return;
+  captured_.clear();
+  walked_ = std::move(outline);
+}
+
+// Nothing happens yet, so nothing is counted, and no rank is met. A step like it has been taken, so that all
+// its tables are in the device's memory already.
 template <class T>
 void EngineOf<T>::capture(const Step& step) {
-  if (team().size() > 1) throw UsageError("a step can be captured by one rank alone");
-  captured_ = present_here(step.present);
-  stepper_.run(step_of(numbers_of(step)), {captured_, updates_}, [](bool) {});
+  if (team().size() > 1 || arenas_.own_shards().size() > 1)
+    throw UsageError("a step can be captured by one rank alone, with one worker");
+  const auto numbers = numbers_of(step);
+  const Step settled = step_of(numbers);
+  auto present = present_here(step.present);
+  bool like_last = outline_of<T>(runs_.for_step(settled, present, updates_)) == walked_;
+  for (std::size_t i = 0; i < cleared_.size(); ++i) like_last &= step.present[i] || cleared_[i];
+  if (!like_last)
+    throw UsageError(
+        "a step can be captured after one that had gradients of the same layers: take such a step first");
+  captured_.clear();
+  stepper_.run(settled, {present, updates_}, [](bool) {});
+  captured_ = std::move(present);
 }
 
 template <class T>
 void EngineOf<T>::prepare_replay(const Step& step) {
-  if (captured_.empty()) throw UsageError("no step was captured");
-  walker_->prepare_replay(runs_.for_step(step_of(numbers_of(step)), captured_, updates_));
+  if (captured_.empty())
+    throw UsageError("no step was captured, or a step with gradients of other layers was taken since");
+  const auto runs = runs_.for_step(step_of(numbers_of(step)), captured_, updates_);
+  if (outline_of<T>(runs) != walked_)
+    throw UsageError(
+        "what changed since the step was captured takes other kernels: take a step, and capture the next");
+  walker_->prepare_replay(runs);
   for (std::size_t i = 0; i < captured_.size(); ++i) updates_[i] += captured_[i];
   ++steps_;
 }

@@ -62,13 +62,14 @@ Engine::Step step_of(std::span<const double> numbers) {
 
 template <class T>
 Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
-                    Walker<T>& walker, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile,
-                    bool streaming)
+                    Walker<T>& walker, Walker<T>& mover, Rails<T>* rails, Overlap<T>* overlap,
+                    std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       storage_(storage),
       maker_(maker),
       walker_(walker),
+      mover_(mover),
       rails_(rails),
       overlap_(overlap),
       streaming_(streaming),
@@ -247,19 +248,19 @@ template <class T>
 void Stepper<T>::load(const Workers& root, std::span<const Run<T>> runs) {
   for (const int k : arenas_.carried()) {
     const Shard<T>& shard = arenas_.shards()[static_cast<std::size_t>(k)];
-    walker_.walk(load_pass(), root, runs, shard, {.mean = shard.w});
+    mover_.walk(load_pass(), root, runs, shard, {.mean = shard.w});
   }
 }
 
 template <class T>
 void Stepper<T>::publish(std::span<const Run<T>> runs) {
   for (const int k : arenas_.carried())
-    walker_.walk(publish_pass(), arenas_.workers(), runs, arenas_.shards()[static_cast<std::size_t>(k)]);
+    mover_.walk(publish_pass(), arenas_.workers(), runs, arenas_.shards()[static_cast<std::size_t>(k)]);
 }
 
 template <class T>
 void Stepper<T>::publish_to(std::byte* x, std::span<const Run<T>> runs) {
-  for (const Shard<T>& shard : arenas_.shards()) walker_.walk(publish_pass(), {{}, {x}, {x}}, runs, shard);
+  for (const Shard<T>& shard : arenas_.shards()) mover_.walk(publish_pass(), {{}, {x}, {x}}, runs, shard);
 }
 
 template class Stepper<float>;

@@ -53,7 +53,8 @@ class Stepper {
  public:
   // Without `rails` there is one team; without `overlap` nothing is sent before the step.
   Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
-          Walker<T>& walker, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile, bool streaming);
+          Walker<T>& walker, Walker<T>& mover, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile,
+          bool streaming);
 
   // Arrays that the wire may still write to stay where they are.
   ~Stepper();
@@ -138,6 +139,7 @@ class Stepper {
   Storage& storage_;
   const RunMaker<T>& maker_;
   Walker<T>& walker_;
+  Walker<T>& mover_;  // of weights as they are, apart from steps
   Rails<T>* rails_;
   Overlap<T>* overlap_;
   bool streaming_;
