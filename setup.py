@@ -26,7 +26,8 @@ class CMakeExtension(Extension):
     """A CMake target named like the last part of the module; its sources are listed for the sdist."""
 
     def __init__(self, name: str) -> None:
-        sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+        folders = [*(ROOT / "csrc").rglob("*"), *(ROOT / "cmake").iterdir()]
+        sources = [ROOT / "CMakeLists.txt", *(path for path in folders if path.is_file())]
         super().__init__(name, sources=[str(path.relative_to(ROOT)) for path in sorted(sources)])
 
     @property
