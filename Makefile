@@ -21,7 +21,7 @@ CPP   := build/cpp$(patsubst .venv%,%,$(notdir $(VENV)))
 OBJECTS = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')-$(patsubst .%,%,$(notdir $(VENV)))
 
 CPP_FILES   := $(shell find csrc tests/cpp \( -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
-BUILD_FILES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+BUILD_FILES := CMakeLists.txt setup.py pyproject.toml constraints.txt $(shell find csrc cmake -type f 2>/dev/null)
 
 # Lets a plain `mpirun -n N` work on any machine: as root in a container, with more ranks than cores, and with
 # no rank tied to a core that another job uses. Open MPI 5 reads PRTE_*, Open MPI 4 the OMPI_MCA_* of the same
@@ -38,14 +38,16 @@ export PATH := $(BIN):$(PATH)
 # An interpreter that was asked for must be the one in the virtual environment.
 python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifneq ($(origin PYTHON),file)
+ifneq ($(MAKECMDGOALS),test-gpu)
 ifneq ($(wildcard $(BIN)/python),)
 ifneq ($(call python_version,$(PYTHON)),$(call python_version,$(BIN)/python))
 $(error $(VENV) holds Python $(call python_version,$(BIN)/python), not $(PYTHON): remove it, or add VENV=.venv-$(notdir $(PYTHON)))
 endif
 endif
 endif
+endif
 
-.PHONY: help venv build demo test test-python test-cpp sanitize lint format bench info env clean
+.PHONY: help venv build demo test test-python test-cpp test-gpu sanitize lint format bench info env clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +73,9 @@ test-cpp: $(BUILT) ## run the C++ tests alone
 	$(BIN)/cmake -S . -B $(CPP)-baseline -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON
 	$(BIN)/cmake --build $(CPP)-baseline --target test_golden
 	$(BIN)/ctest --test-dir $(CPP)-baseline --output-on-failure --no-tests=error -R golden
+
+test-gpu: ## run what needs a GPU, with PYTHON's own torch, numpy and pybind11: no virtual environment, no MPI
+	$(PYTHON) tests/gpu/run.py $(ARGS)
 
 # Sanitizers look at memory, not at instructions: loops for one instruction set are enough.
 sanitize: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests under sanitizers: addresses and undefined behaviour, threads

@@ -8,6 +8,7 @@ README.md beside this file defines every figure.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gpu
 import table
 import torch
 import torch.distributed as dist
@@ -59,6 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     shape = ("DEPTH", "WIDTH", "BATCH")
     add("--perceptron", type=int, nargs=3, default=train.PERCEPTRON, metavar=shape, help="of --train")
     add("--train", action="store_true", help="instead: forward, backward and step of a model of 100 tensors")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: another table, on GPUs, of both widths",
+    )
+    add("--parameters", type=at_least(1), default=100_000_000, help="of --device cuda")
     add("--overhead", action="store_true", help="instead: what the calls cost when there is nothing to do")
     args = parser.parse_args()
     complain_about(args, parser)
@@ -94,6 +103,8 @@ def rival_list(text: str) -> list[str]:
 def complain_about(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """The mistakes that need more than one argument, or the machine, to be seen. Collective."""
     comm = MPI.COMM_WORLD
+    if args.device == "cuda" and (reason := gpu.why_absent()):
+        parser.error(reason)
     itemsize = DTYPES[args.datatype].itemsize
     if args.minbytes < itemsize:
         parser.error(f"-b {args.minbytes} holds no element of {args.datatype} ({itemsize} bytes)")
@@ -196,6 +207,8 @@ def save(path: Path | None, header: dict[str, Any], results: list[table.Result],
 def main() -> int:
     comm = MPI.COMM_WORLD
     args = parse_arguments()
+    if args.device == "cuda":
+        return run_on_gpus(args, comm)
     share_cores(comm)
     start_gloo(comm)
     with xc.World(comm, workers=args.workers) as world:
@@ -206,6 +219,14 @@ def main() -> int:
         status = run_table(args, world, header)
     dist.destroy_process_group()
     return status
+
+
+def run_on_gpus(args: argparse.Namespace, comm: MPI.Comm) -> int:
+    with xc.World(comm) as world:
+        results = gpu.run(world, args.parameters, args.iters, args.warmup_iters)
+        if world.rank == 0 and args.json:
+            args.json.write_text(json.dumps([gpu.as_json(result) for result in results], indent=2) + "\n")
+    return int(any(result.wrong for result in results))
 
 
 def run_train(args: argparse.Namespace, world: xc.World, header: dict[str, Any]) -> int:
