@@ -157,8 +157,8 @@ class EngineOf final : public Engine {
   std::unique_ptr<Walker<T>> mover_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;  // per layer
-  Outline walked_;                     // of the last step on a device
+  std::vector<std::int64_t> updates_;   // per layer
+  Outline walked_;                      // of the last step on a device
   std::vector<std::uint8_t> captured_;  // layers that a captured step updates
   std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
   std::vector<std::vector<T>>

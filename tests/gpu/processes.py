@@ -1,6 +1,6 @@
 """Rows: two processes on one GPU, ordered by events or by words that kernels await; and one that is late.
 
-    processes.py event|spin|memop        the bits of one process with two workers
+    processes.py event|spin              the bits of one process with two workers
     processes.py absent                  a rank whose host does not come to the step
     processes.py late                    a rank whose GPU does not come to an end with its work
 
@@ -31,9 +31,9 @@ OPTIONS = {"rule": "sgd", "lr": 0.1, "momentum": 0.9, "extrapolation": "local", 
 
 def main(manner: str) -> int:
     require_gpu()
-    if place() == "cpu" and manner in ("spin", "memop", "late"):
+    if place() == "cpu" and manner in ("spin", "late"):
         skip("the host's device has no queue")
-    sync = "spin" if manner == "late" else manner if manner in ("event", "spin", "memop") else "event"
+    sync = "spin" if manner == "late" else manner if manner in ("event", "spin") else "event"
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"XC_GPU_SYNC": sync, "CUDA_MODULE_LOADING": "EAGER"}
         command = [sys.executable, __file__, manner, folder]

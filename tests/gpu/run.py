@@ -50,7 +50,6 @@ ROWS = (
     Row("capture and replay", ("capture.py",), 60),
     Row("2 processes, events", ("processes.py", "event"), 120),
     Row("2 processes, spinning", ("processes.py", "spin"), 120),
-    Row("2 processes, memory operations", ("processes.py", "memop"), 120),
     Row("a rank that is absent", ("processes.py", "absent"), 60),
     Row("a GPU that is late", ("processes.py", "late"), 120),
     Row("memcheck", ("sanitized.py", "memcheck"), 150),
