@@ -404,8 +404,10 @@ Engine::Outcome EngineOf<T>::run(const Step& step, const LayerMarks& marks) {
   return {};
 }
 
+// All ranks announce equally often, whatever becomes of the call.
 template <class T>
 void EngineOf<T>::complain(const std::string& complaint) {
+  storage_->announce();
   exchange_.complain({Operation::step, steps_ + 1}, complaint);
 }
 
