@@ -103,7 +103,7 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
 
 
 def _average(world: World, buffer: torch.Tensor) -> None:
-    mine = buffer.detach().to(torch.float64).contiguous().numpy()
+    mine = buffer.detach().to("cpu", torch.float64).contiguous().numpy()
     total = np.empty_like(mine)
     world.comm.Allreduce(mine, total)
     buffer.copy_(torch.from_numpy(total).div_(world.size))
@@ -111,6 +111,6 @@ def _average(world: World, buffer: torch.Tensor) -> None:
 
 def _broadcast(world: World, buffer: torch.Tensor) -> None:
     """As bytes: NumPy does not know every type that torch does."""
-    values = buffer.detach().contiguous()
+    values = buffer.detach().cpu().contiguous()
     world.comm.Bcast(values.flatten().view(torch.uint8).numpy(), root=0)
     buffer.copy_(values)
