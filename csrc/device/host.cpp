@@ -62,7 +62,7 @@ class DeviceOfHostStorage final : public Storage {
     device_.queue([=, this] { memory_.clear(at, bytes); });
   }
   void finish() override {}
-  void announce() override {}
+  void announce() override { device_.count_announcement(); }
   void follow() override {}
 
  private:

@@ -26,11 +26,15 @@ class HostDevice final : public Device {
   void begin_capture();
   void end_capture() { captures_ = false; }
   void replay();
+  // How often engines have announced work here; their ranks must have done so equally often.
+  int announcements() const { return announcements_; }
+  void count_announcement() { ++announcements_; }
   // Runs the work now, or records it.
   void queue(std::function<void()> work);
 
  private:
   bool captures_ = false;
+  int announcements_ = 0;
   std::vector<std::function<void()>> recorded_;
 };
 

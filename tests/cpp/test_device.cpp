@@ -137,6 +137,26 @@ void a_captured_step_is_replayed_with_new_numbers() {
   CHECK(run(false) == run(true));
 }
 
+void ranks_announce_equally_often_when_one_complains() {
+  const Case each{"sgd", {0.1, 0.9, 0.0, 0.0}};
+  const Ranks two(2);
+  two.run_well([&](int rank) {
+    const auto device = std::make_shared<HostDevice>();
+    const auto team = std::make_shared<Team>(two.options(rank, 1));
+    const auto engine = Engine::create(team, layers(), options_of(each), device);
+    const std::vector<std::uint8_t> present(std::size(kLengths), 1);
+    auto hyper = each.hyper;
+    hyper.push_back(0.05);
+    thrown<UsageError>([&] {
+      if (rank == 0) engine->complain("not yet");
+      engine->step({.hyper = hyper, .present = present});
+    });
+    CHECK(device->announcements() == 1);
+    engine->step({.hyper = hyper, .present = present});
+    CHECK(device->announcements() == 3);
+  });
+}
+
 void what_a_device_does_not_have_is_said() {
   const Ranks one(1);
   const auto team = std::make_shared<Team>(one.options(0, 2));
@@ -157,5 +177,6 @@ void what_a_device_does_not_have_is_said() {
 int main() {
   a_device_gives_the_bits_of_the_cpu();
   a_captured_step_is_replayed_with_new_numbers();
+  ranks_announce_equally_often_when_one_complains();
   what_a_device_does_not_have_is_said();
 }
