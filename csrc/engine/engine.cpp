@@ -320,8 +320,8 @@ std::vector<std::uint8_t> EngineOf<T>::present_here(std::span<const std::uint8_t
 
 template <class T>
 Engine::Outcome EngineOf<T>::step(const Step& step) {
-  if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
   if (device_ && !step.fused) throw UsageError("unfused steps are taken on the CPU only");
+  if (rails_ && !step.fused) throw UsageError("an unfused step works inside one team");
   if (device_ && device_->captures()) {
     capture(step);
     return {};
@@ -364,7 +364,7 @@ void EngineOf<T>::note_outline(const std::vector<Run<T>>& runs) {
 // its tables are in the device's memory already.
 template <class T>
 void EngineOf<T>::capture(const Step& step) {
-  if (team().size() > 1 || arenas_.own_shards().size() > 1)
+  if (team().topology().size() > 1 || arenas_.own_shards().size() > 1)
     throw UsageError("a step can be captured by one rank alone, with one worker");
   const auto numbers = numbers_of(step);
   const Step settled = step_of(numbers);
