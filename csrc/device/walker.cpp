@@ -1,11 +1,11 @@
 #include "device/walker.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <utility>
 
 #include "core/error.hpp"
+#include "engine/partials.hpp"
 
 namespace xc {
 namespace {
@@ -36,13 +36,15 @@ std::vector<std::int64_t> bounds_of(std::span<const Run<float>> runs) {
   return bounds;
 }
 
-// The tree sum of one number of each worker, as gradients are summed.
-double tree_sum(const std::vector<std::vector<double>>& of_workers, std::size_t first, std::size_t count,
-                std::size_t cell) {
-  if (count == 1) return of_workers[first][cell];
-  const std::size_t left = std::bit_floor(count - 1);
-  const double sum = tree_sum(of_workers, first, left, cell);
-  return sum + tree_sum(of_workers, first + left, count - left, cell);
+// For every cell, the tree sum of the workers' numbers, as gradients are summed.
+std::vector<double> tree_sums(const std::vector<std::vector<double>>& of_workers) {
+  const std::size_t cells = of_workers.front().size();
+  const auto workers = static_cast<int>(of_workers.size());
+  std::vector<const std::byte*> parts;
+  for (const auto& numbers : of_workers) parts.push_back(reinterpret_cast<const std::byte*>(numbers.data()));
+  std::vector<double> sums(cells), scratch(static_cast<std::size_t>(reduce_scratch_tiles(workers)) * cells);
+  add_tree(parts, static_cast<std::int64_t>(cells), sums.data(), scratch.data());
+  return sums;
 }
 
 }  // namespace
@@ -198,16 +200,16 @@ void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<cons
     if (pass.source == Pass::Source::partial) seen.back().scale = 1.0f;
   }
   Launch launch{};
-  launch.runs = device_->captures() ? capture_runs(seen) : upload(runs_, std::span<const DeviceRun>(seen));
-  if (device_->captures()) keep_for_replays(cut);
-  if (pass.apply && !device_->captures()) prepare_capture(seen.size() * sizeof(DeviceRun));
+  const bool captures = device_->captures();
+  launch.runs = captures ? capture_runs(seen) : upload(runs_, std::span<const DeviceRun>(seen));
+  if (captures) keep_for_replays(cut);
+  if (pass.apply && !captures) prepare_capture(seen.size() * sizeof(DeviceRun));
   launch.workers = upload(workers);
   const bool random = std::any_of(
       runs.begin(), runs.end(), [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
   const bool fused = pass.source == Pass::Source::gradients && pass.apply && !random &&
                      pass.weights != Pass::Weights::keep && !pass.sums.any() && !kept.mean;
-  if (!fused) launch.shard = arrays_of(shard, pass, kept);
-  if (fused) launch.shard = arrays_of(shard, {}, kept);
+  launch.shard = arrays_of(shard, fused ? Pass{} : pass, kept);
   const int place = unrolled_place(launch.workers.source_count);
   for (const Batch& batch : cut.batches) {
     launch.cells = reinterpret_cast<const Cell*>(cut.cells.get()) + batch.first;
@@ -247,9 +249,7 @@ void DeviceWalker::measure(const Pass& pass, const Batch& batch, Launch& launch,
   if (pass.sums.mean) give(*kept.mean_squares, sums(kernels.mean_squares, 1, launch));
   if (pass.sums.workers) {
     const auto each = sums(element.worker_squares, launch.workers.source_count, launch);
-    std::vector<double> together(batch.places.size());
-    for (std::size_t c = 0; c < together.size(); ++c) together[c] = tree_sum(each, 0, each.size(), c);
-    kept.worker_squares->take(0, batch.places, together);
+    kept.worker_squares->take(0, batch.places, tree_sums(each));
   }
   if (pass.clip) queue(kernels.clip, launch);
   if (pass.sums.measure >= 0) {

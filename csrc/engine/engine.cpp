@@ -340,8 +340,8 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
     settled.fused = step.fused;
     settled.revise = step.revise;
     settled.revise_rule = step.revise_rule;
-    if (device_) note_outline(runs_.for_step(settled, present, updates_));
     outcome = run(settled, {present, updates_, stale});
+    if (device_) note_outline(stepper_.runs());
   });
   stepper_.read_sums(step, {present, updates_}, outcome);
   if (!outcome.skipped)

@@ -64,6 +64,8 @@ class Stepper {
   Engine::Outcome run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet);
   // After the meeting that ends the step: what its last pass has summed.
   void read_sums(const Engine::Step& step, const LayerMarks& marks, Engine::Outcome& outcome);
+  // Those of the last step.
+  const std::vector<Run<T>>& runs() const { return runs_; }
   // Each stage in a pass of its own.
   void run_unfused(const Engine::Step& step, const LayerMarks& marks);
   // Forgets what was measured along: weights or state have changed.
