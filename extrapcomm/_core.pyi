@@ -73,6 +73,7 @@ class Engine:
     last_step_seconds: float
     local_steps: int | None
     most_updates: int
+    outcome: tuple[float | None, bool]
     def __init__(
         self,
         team: Team,
@@ -117,7 +118,12 @@ class Engine:
         revise_rule: Revise | None = None,
     ) -> tuple[float | None, bool, list[float]]: ...
     def prepare_replay(
-        self, hyper: NDArray[np.float64], present: NDArray[np.uint8], divisor: float
+        self,
+        hyper: NDArray[np.float64],
+        present: NDArray[np.uint8],
+        divisor: float,
+        max_norm: float,
+        skip_nonfinite: bool,
     ) -> None: ...
     def complain(self, complaint: str) -> None: ...
     def begin_local(self) -> None: ...

@@ -15,6 +15,7 @@ from .errors import UsageError, describe
 from .gain import Gain
 from .hyper import Rule
 from .micro_batches import MicroBatches
+from .observed import Numbers
 from .world import World
 
 __all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
@@ -45,6 +46,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _micro_batches: MicroBatches
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
+    _table: Numbers | None  # of all groups, at the last step
     _owns_world: bool
     _built: bool
     _closed: bool
@@ -63,6 +65,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Collective: rank 0's weights into this engine, and the model into its memory."""
         self._core = core
         self._built = True
+        self._table = None
         self._settled = [
             (flags, self._rule.has_buffer(group))
             for (flags, _), group in zip(groups, self.param_groups, strict=True)

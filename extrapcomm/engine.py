@@ -64,9 +64,6 @@ class Engine(Gained):
 
     Attributes:
         max_grad_norm, skip_nonfinite: as given; may change between steps, alike on all ranks.
-        grad_norm: the norm of the last step's mean gradient before clipping, alike on all ranks; None unless
-            `max_grad_norm` or `skip_nonfinite` asks for it.
-        skipped: whether the last step was skipped.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -107,8 +104,6 @@ class Engine(Gained):
         self.world = world
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.grad_norm: float | None = None
-        self.skipped = False
         self._captured_divisor: float | None = None
         device: _core.Device | None = None
         error: Exception | None = None
@@ -216,15 +211,24 @@ class Engine(Gained):
             raise UsageError(
                 "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
             )
-        if self.max_grad_norm or self.skip_nonfinite:
-            raise UsageError(
-                "a replayed step has no max_grad_norm and no skip_nonfinite: it looks at no norm"
-            )
         group = self._next_group(hyper)
-        self._core.prepare_replay(
-            self._rule.table([group], self.world.K), self._present, self._captured_divisor
-        )
+        table = self._rule.table([group], self.world.K)
+        norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
+        self._core.prepare_replay(table, self._present, self._captured_divisor, norm, skips)
         self._group = group
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's mean gradient before clipping, alike on all ranks; on a GPU, waits for it.
+
+        None unless `max_grad_norm` or `skip_nonfinite` asks for it.
+        """
+        return self._core.outcome[0]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped, on all ranks alike; on a GPU, waits for it."""
+        return self._core.outcome[1]
 
     def _next_group(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The hyper-parameters of a step, checked."""
@@ -253,9 +257,9 @@ class Engine(Gained):
         options = (self._present, fused, float(divisor), self.max_grad_norm or 0.0, skip)
         observed = ObservedCore(self._core, self._rule, [group])
         if self._gain is None:
-            self.grad_norm, self.skipped, _ = observed.step(table, *options)
+            observed.step(table, *options)
         else:
-            self.grad_norm, self.skipped = self._gain.step(observed, table, [group], self._gathered, options)
+            self._gain.step(observed, table, [group], self._gathered, options)
         if self._core.captures:
             self._captured_divisor = float(divisor)
         self._group = group

@@ -39,9 +39,6 @@ class FusedOptimizer(Checkpoints, Gained):
         max_grad_norm: the mean gradient is scaled down to this norm if it is longer; None: never. May change between
             steps, alike on all ranks.
         skip_nonfinite: whether a step whose mean gradient is not finite changes nothing on any rank.
-        grad_norm: the norm of the last step's mean gradient before clipping, alike on all ranks; None unless
-            `max_grad_norm` or `skip_nonfinite` asks for it.
-        skipped: whether the last step was skipped.
     """
 
     found_inf: torch.Tensor
@@ -88,8 +85,6 @@ class FusedOptimizer(Checkpoints, Gained):
         self._captured: Captured | None = None
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.grad_norm: float | None = None
-        self.skipped = False
         error: Exception | None = None
         try:
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
@@ -157,14 +152,27 @@ class FusedOptimizer(Checkpoints, Gained):
             self._core.complain(describe(error))
             raise
         self._warn_of_mistakes()
-        self.grad_norm, self.skipped, *_ = take()
+        _, skipped, *_ = take()
         if capturing:
             self._captured = self._as_captured()
         self._binding.forget_finished()
         self._micro_batches.reset()
-        if not self.skipped:
+        if not skipped:
             self._binding.mark_written()
         return loss
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's mean gradient before clipping, alike on all ranks; on a GPU, waits for it.
+
+        None unless `max_grad_norm` or `skip_nonfinite` asks for it.
+        """
+        return self._core.outcome[0]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped, on all ranks alike; on a GPU, waits for it."""
+        return self._core.outcome[1]
 
     def prepare_replay(self) -> None:
         """Before each replay of a captured step: give it the groups' present learning rates and other numbers.
@@ -174,10 +182,11 @@ class FusedOptimizer(Checkpoints, Gained):
         schedulers, momenta and bias corrections go on as usual. It waits until the last replay is through. Call it
         once for each replay, and on the stream on which you replay.
 
-        One rank alone with one worker can capture, and only steps that need no norm of the gradient: none with
-        `max_grad_norm`, `skip_nonfinite`, a gain, `inner_lr="noise"` or a rule with trust ratios. Take a step with
-        gradients of the same parameters before the capture. A step with gradients of others, or `add_param_group`, asks
-        for a new capture.
+        One rank alone with one worker can capture, and only steps that the device takes without the host: none with a
+        gain, `inner_lr="noise"` or a rule with trust ratios. `max_grad_norm` and `skip_nonfinite` may be captured, and
+        the norm may change between replays; `grad_norm` and `skipped` are the last replay's. Take a step with gradients
+        of the same parameters before the capture. A step with gradients of others, or `add_param_group`, asks for a new
+        capture.
 
         Raises:
             UsageError: if no step was captured, or the next one cannot be a replay of it.
@@ -204,15 +213,12 @@ class FusedOptimizer(Checkpoints, Gained):
             raise UsageError(
                 "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
             )
-        if self.max_grad_norm or self.skip_nonfinite:
-            raise UsageError(
-                "a replayed step has no max_grad_norm and no skip_nonfinite: it looks at no norm"
-            )
         if self._to_adopt:
             self.adopt()
         table = self._checked_table()
         self._captured.require_like(self._micro_batches.count(), self._binding.names, self._binding.params)
-        self._core.prepare_replay(table, self._captured.present, self._captured.divisor)
+        norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
+        self._core.prepare_replay(table, self._captured.present, self._captured.divisor, norm, skips)
         self._micro_batches.reset()
         self._binding.mark_written()
 
@@ -263,7 +269,9 @@ class FusedOptimizer(Checkpoints, Gained):
                 for param in group["params"]:
                     shape, strides = param.shape, param.stride()
                     self._rule.check_filters("of this group", shape, strides, group["inner_lr"])
-        return self._rule.table(self.param_groups, self.world.K)
+        if not self._core.captures or self._table is None:  # a recording gets its numbers before each replay
+            self._table = self._rule.table(self.param_groups, self.world.K)
+        return self._table
 
     def _prepared_step(self) -> Callable[[], tuple[Any, ...]]:
         """The engine's step, its arguments checked."""

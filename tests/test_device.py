@@ -233,6 +233,11 @@ CAPTURABLE = {
     "ExtrapSGD": make_extrap,
     "Adam": lambda params, **more: xc.Adam(params, lr=0.01, weight_decay=0.1, **more),
     "ExtrapAdam, random": lambda params, **more: xc.ExtrapAdam(params, extrapolation="gaussian", **more),
+    "clipped": lambda params, **more: make_extrap(params, max_grad_norm=1.0, **more),
+    "displaced unclipped": lambda params, **more: make_extrap(
+        params, max_grad_norm=1.0, extrapolation="global", inner_clip=False, **more
+    ),
+    "guarded": lambda params, **more: xc.Adam(params, **{"lr": 0.01, "skip_nonfinite": True, **more}),
 }
 
 
@@ -315,16 +320,110 @@ def test_engine_replays_with_new_numbers(virtual):
     twins.close()
 
 
+@pytest.mark.parametrize("name", ["clipped", "guarded"])
+def test_replays_that_are_skipped_count_as_skipped_steps(virtual, name):
+    optimizers = two_optimizers(virtual(1), CAPTURABLE[name], skip_nonfinite=True)
+    (device, mine), (cpu, its) = optimizers
+    for opt, params in optimizers:
+        fill(params, 0)
+        opt.step()
+    with captured(device):
+        device.step()
+    for n in range(1, 6):
+        for _, params in optimizers:
+            fill(params, n)
+            if n in (2, 3):
+                params[1].grad[n] = float("nan")
+        device.prepare_replay()
+        device._device.replay()
+        cpu.step()
+        if n in (2, 5):  # read or not
+            assert device.skipped == cpu.skipped == (n == 2)
+            assert device.grad_norm == cpu.grad_norm or n == 2
+    assert [device._core.updates(i) for i in range(3)] == [4, 4, 4]
+    require_same_parameters(optimizers)
+    device.close()
+    cpu.close()
+
+
+def test_norm_may_change_between_replays(virtual):
+    optimizers = two_optimizers(virtual(1), CAPTURABLE["clipped"])
+    (device, _), (cpu, _) = optimizers
+    for opt, params in optimizers:
+        fill(params, 0)
+        opt.step()
+    with captured(device):
+        device.step()
+    for norm in (0.5, float("inf"), 2.0):
+        for opt, params in optimizers:
+            fill(params, 1)
+            opt.max_grad_norm = norm
+        device.prepare_replay()
+        device._device.replay()
+        cpu.step()
+    require_same_parameters(optimizers)
+    device.close()
+    cpu.close()
+
+
+class RateOnAGpu:
+    """A learning rate that can be read, but for while a stream captures."""
+
+    def __init__(self, value, opt):
+        self.value, self.opt = value, opt
+
+    def __float__(self):
+        if self.opt._core.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return self.value
+
+
+def test_rate_in_a_tensor_is_read_before_each_replay(virtual):
+    optimizers = two_optimizers(virtual(1), CAPTURABLE["SGD"])
+    (device, _), (cpu, _) = optimizers
+    rate = RateOnAGpu(0.1, device)
+    for opt, params in optimizers:
+        opt.param_groups[0]["lr"] = rate
+        fill(params, 0)
+        opt.step()
+    with captured(device):
+        device.step()
+    for n in range(1, 4):
+        rate.value = 0.1 / n
+        for _, params in optimizers:
+            fill(params, n)
+        device.prepare_replay()
+        device._device.replay()
+        cpu.step()
+    require_same_parameters(optimizers)
+    device.close()
+    cpu.close()
+
+
+def test_skipped_steps_on_a_device_are_counted_when_somebody_asks(world):
+    optimizers = two_optimizers(world, CAPTURABLE["guarded"])
+    for opt, params in optimizers:
+        for n in range(4):
+            fill(params, n)
+            if n % 2 == 1 and world.rank == 0:
+                params[0].grad[0] = float("inf")
+            opt.step()
+    for opt, _ in optimizers:
+        assert opt.skipped and opt.grad_norm == float("inf")
+        assert opt.state_dict()["state"][0]["step"] == 2
+    require_same_parameters(optimizers)
+    for opt, _ in optimizers:
+        opt.close()
+
+
 CANNOT_BE_CAPTURED = {
-    "max_grad_norm": lambda params, **more: xc.SGD(params, lr=0.1, max_grad_norm=1.0, **more),
-    "skip_nonfinite": lambda params, **more: xc.SGD(params, lr=0.1, skip_nonfinite=True, **more),
     "a trust ratio": lambda params, **more: xc.LARS(params, lr=0.1, **more),
     "a scale": lambda params, **more: xc.EG(params, lr=0.1, **more),
 }
 
 
 @pytest.mark.parametrize("name", CANNOT_BE_CAPTURED)
-def test_step_that_needs_norms_cannot_be_captured(virtual, name):
+def test_step_that_asks_the_host_cannot_be_captured(virtual, name):
     with on_the_host_device():
         params = [torch.nn.Parameter(torch.ones(9))]
         opt = CANNOT_BE_CAPTURED[name](params, world=virtual(1))
@@ -386,7 +485,7 @@ def test_replay_with_gradients_elsewhere_is_refused(virtual):
 def test_replay_that_would_need_a_norm_is_refused(virtual):
     opt, _ = a_captured_one(virtual(1))
     opt.max_grad_norm = 1.0
-    with pytest.raises(xc.UsageError, match="no max_grad_norm and no skip_nonfinite"):
+    with pytest.raises(xc.UsageError, match="takes other kernels: take a step, and capture the next"):
         opt.prepare_replay()
     opt.close()
 

@@ -19,7 +19,7 @@ KERNEL = re.compile(
     re.DOTALL,
 )
 UNROLLED = re.compile(
-    r"(?:StepBody|ReduceBody)I.*Li([1248])EEEEE?v"
+    r"(?:StepBody|ReduceBody|GradientSquaresBody)I.*Li([1248])EEEEE?v"
 )  # mangled: the number of workers is last
 
 

@@ -134,8 +134,16 @@ OutcomeTuple step(Engine& engine, const Doubles& hyper, const Bytes& present, bo
     const py::gil_scoped_release nogil;
     outcome = engine.step(arguments);
   }
-  return {arguments.wants_norm() ? std::optional(outcome.norm) : std::nullopt, outcome.skipped,
-          outcome.statistics};
+  return {outcome.norm, outcome.skipped, outcome.statistics};
+}
+
+std::tuple<std::optional<double>, bool> outcome_of(Engine& engine) {
+  Engine::Outcome outcome;
+  {
+    const py::gil_scoped_release nogil;
+    outcome = engine.outcome();
+  }
+  return {outcome.norm, outcome.skipped};
 }
 
 // The kind of local step that `kStep` is.
@@ -145,6 +153,18 @@ void local_step(Engine& engine, const Doubles& hyper, const Bytes& present, doub
   const Engine::Step arguments{.hyper = span_of(hyper), .present = span_of(present), .divisor = divisor};
   const py::gil_scoped_release nogil;
   (engine.*kStep)(arguments);
+}
+
+void prepare_replay(Engine& engine, const Doubles& hyper, const Bytes& present, double divisor,
+                    double max_norm, bool skip_nonfinite) {
+  require_complete(engine, hyper, present);
+  const Engine::Step arguments{.hyper = span_of(hyper),
+                               .present = span_of(present),
+                               .divisor = divisor,
+                               .max_norm = max_norm,
+                               .skip_nonfinite = skip_nonfinite};
+  const py::gil_scoped_release nogil;
+  engine.prepare_replay(arguments);
 }
 
 void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
@@ -229,8 +249,10 @@ void register_engine_class(py::module_& module) {
            py::arg("divisor") = 1.0, py::arg("max_norm") = 0.0, py::arg("skip_nonfinite") = false,
            py::arg("observe") = Observe::nothing, py::arg("revise") = py::none(),
            py::arg("gain") = std::array<double, 4>{}, py::arg("revise_rule") = py::none())
-      .def("prepare_replay", &local_step<&Engine::prepare_replay>, py::arg("hyper"), py::arg("present"),
-           py::arg("divisor"))
+      .def_property_readonly("outcome", &outcome_of,
+                             "The last step's norm, if it was to know it, and whether it was skipped.")
+      .def("prepare_replay", &prepare_replay, py::arg("hyper"), py::arg("present"), py::arg("divisor"),
+           py::arg("max_norm"), py::arg("skip_nonfinite"))
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),

@@ -7,7 +7,9 @@
 #include <cstdlib>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -37,6 +39,18 @@ class Current {
  private:
   int before_ = 0;
 };
+
+// Of a GPU's work, for the host to wait for.
+struct DestroyEvent {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent>;
+
+Event make_event() {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  return Event(event);
+}
 
 DeviceKernels cuda_kernels() {
   DeviceKernels kernels = cuda_element_kernels();
@@ -122,6 +136,15 @@ class CudaStorage final : public Storage {
     check(cudaStreamSynchronize(stream()), "waiting for the GPU");
     if (order_) order_->check();
   }
+  void mark() override {
+    const Current current(index_);
+    if (!mark_) mark_ = make_event();
+    check(cudaEventRecord(mark_.get(), stream()), "recording an event");
+  }
+  void await_mark() override {
+    check(cudaEventSynchronize(mark_.get()), "waiting for the GPU");
+    if (order_) order_->check();
+  }
   void announce() override {
     if (!order_) return;
     const Current current(index_);
@@ -141,6 +164,7 @@ class CudaStorage final : public Storage {
   bool by_nccl_ = false;
   std::shared_ptr<NcclCommunicator> communicator_;
   std::unique_ptr<Order> order_;
+  Event mark_;
 };
 
 // NCCL's transfers, on this GPU.
@@ -205,6 +229,10 @@ class CudaDevice final : public Device {
   void launch(KernelFn kernel, const Launch& launch) override {
     const Current current(index_);
     kernel(launch, stream());
+  }
+  void judge(const Judgement& at) override {
+    const Current current(index_);
+    kernels().judge(at, stream());
   }
   bool captures() const override {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

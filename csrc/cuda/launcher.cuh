@@ -22,6 +22,7 @@ inline constexpr int kFewestBlocks = 1;
 
 template <class Body>
 __global__ void __launch_bounds__(kThreads<Body>, kFewestBlocks) over_cells(const Launch at) {
+  if (at.obeyed && at.obeyed->skipped) return;
   const int thread = static_cast<int>(threadIdx.x);
   Cell next = at.cells[blockIdx.x];
   for (std::int64_t c = blockIdx.x; c < at.cell_count; c += gridDim.x) {
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads<Body>) sum_over_cells(const Launch at
         lanes[thread] = lane_of(terms, thread / kLanes, thread % kLanes, cell.count);
       __syncthreads();
       if (thread < Body::kSums)
-        at.sums[(round * Body::kSums + thread) * at.sum_stride + c] = lanes_together(lanes + thread * kLanes);
+        sum_at(at, round * Body::kSums + thread, c) = sum_of_lanes(lanes + thread * kLanes);
     }
   }
 }

@@ -1,7 +1,32 @@
 #include "cuda/launcher.cuh"
 #include "cuda/tables.hpp"
+#include "device/judging.hpp"
 
 namespace xc {
+namespace {
+
+// One block: a thread for each lane of the norm, then for each run. Halves of the lanes are added as
+// sum_of_lanes does.
+__global__ void __launch_bounds__(kNormLanes) judge_squares(const Judgement at) {
+  __shared__ double lanes[kNormLanes];
+  const int thread = static_cast<int>(threadIdx.x);
+  lanes[thread] = lane_of(at.squares, thread);
+  __syncthreads();
+  for (int width = kNormLanes / 2; width > 0; width /= 2) {
+    if (thread < width) lanes[thread] += lanes[thread + width];
+    __syncthreads();
+  }
+  const DeviceVerdict verdict = verdict_on(*at.bounds, lanes[0]);
+  for (int run = thread; run < at.bounds->run_count; run += kNormLanes) clip(at, verdict, run);
+  if (thread == 0) *at.verdict = verdict;
+}
+
+void judge(const Judgement& at, Stream stream) {
+  judge_squares<<<1, kNormLanes, 0, static_cast<cudaStream_t>(stream)>>>(at);
+  check(cudaGetLastError(), "starting a kernel");
+}
+
+}  // namespace
 
 void add_cuda_rules(RuleTable& rules) { Tables<CudaLauncher>::add_rules(rules); }
 
@@ -11,6 +36,7 @@ DeviceKernels cuda_element_kernels() {
           &CudaLauncher::launch<TakeBody>,
           &CudaLauncher::launch<ClipBody>,
           &CudaLauncher::sum<MeanSquaresBody>,
+          &judge,
           {}};
 }
 

@@ -10,7 +10,7 @@
 #include "rules/extrapolation.hpp"
 #include "rules/noise.hpp"
 #include "rules/rule.hpp"
-#include "stages/tables.hpp"
+#include "stages/tree.hpp"
 
 namespace xc {
 
@@ -19,8 +19,7 @@ namespace xc {
 // loops, so the bits are the same.
 //
 // A BODY has kPack, how many neighbouring elements a thread works on, and is called for each thread that has
-// some. A SUMMING body writes, in each of its rounds, kSums terms for every element of the cell, and the
-// launcher adds them up.
+// some.
 
 #ifdef __CUDA_ARCH__
 #define XC_UNROLL _Pragma("unroll")
@@ -57,18 +56,12 @@ XC_HOST_DEVICE std::int64_t byte_of(const DeviceRun& run, std::int64_t element) 
 
 // ---- the sum of the workers' gradients ----
 
-constexpr int left_of(int count) {
-  int left = 1;
-  while (2 * left < count) left *= 2;
-  return left;
-}
-
 template <int kFirst, int kCount, class E, int kPack>
 XC_HOST_DEVICE float tree(const Pack<E, kPack>* packs, int e) {
   if constexpr (kCount == 1) {
     return widen(packs[kFirst].at[e]);
   } else {
-    constexpr int kLeft = left_of(kCount);
+    constexpr int kLeft = left_part(kCount);
     return tree<kFirst, kLeft>(packs, e) + tree<kFirst + kLeft, kCount - kLeft>(packs, e);
   }
 }
@@ -385,104 +378,5 @@ struct FactorBody {
     store(at.shard.factor + place, masters.factor(rule_of<R>(at.runs[cell.run])));
   }
 };
-
-// ---- summing bodies ----
-
-// Where a thread leaves the terms of one sum.
-XC_HOST_DEVICE double* terms_of(double* terms, int sum, int element) {
-  return terms + sum * kCellElements + element;
-}
-
-struct MeanSquaresBody {
-  static constexpr int kPack = kMasterPack, kSums = 1;
-  XC_HOST_DEVICE static int rounds(const Launch&) { return 1; }
-
-  XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread, int, double* terms) const {
-    const std::int64_t place = cell.begin - at.shard.begin + thread * kPack;
-    const auto mean = load<Pack<float, kPack>>(at.shard.mean + place);
-    XC_UNROLL
-    for (int e = 0; e < kPack; ++e) *terms_of(terms, 0, thread * kPack + e) = product(mean.at[e], mean.at[e]);
-  }
-};
-
-// Of every worker's gradient in a round of its own.
-template <class E>
-struct WorkerSquaresBody {
-  static constexpr int kPack = kPackOf<E>, kSums = 1;
-  XC_HOST_DEVICE static int rounds(const Launch& at) { return at.workers.source_count; }
-
-  XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread, int round,
-                                 double* terms) const {
-    const DeviceRun& run = at.runs[cell.run];
-    const std::int64_t byte = byte_of<E>(run, cell.begin + thread * kPack);
-    const auto gradient = load<Pack<E, kPack>>(at.workers.sources[round] + byte);
-    XC_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      const float value = widen(gradient.at[e]) * run.own;
-      *terms_of(terms, 0, thread * kPack + e) = product(value, value);
-    }
-  }
-};
-
-// The same of clipped gradients with the decay of the weights.
-template <class E>
-struct OwnSquaresBody {
-  static constexpr int kPack = kPackOf<E>, kSums = 1;
-  XC_HOST_DEVICE static int rounds(const Launch& at) { return at.workers.source_count; }
-
-  XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread, int round,
-                                 double* terms) const {
-    const DeviceRun& run = at.runs[cell.run];
-    const std::int64_t first = cell.begin + thread * kPack;
-    const auto gradient = load<Pack<E, kPack>>(at.workers.sources[round] + byte_of<E>(run, first));
-    const auto w = load<Pack<float, kPack>>(at.shard.w + (first - at.shard.begin));
-    const float own = run.own * run.clip;
-    XC_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      float value = widen(gradient.at[e]) * own;
-      if (run.decay != 0.0f) value = value + run.decay * w.at[e];
-      *terms_of(terms, 0, thread * kPack + e) = thread * kPack + e < cell.live ? product(value, value) : 0.0;
-    }
-  }
-};
-
-// Padding has no terms, and its state stays.
-template <class R, int kMeasure>
-struct MeasureBody {
-  static constexpr int kPack = kMasterPack, kSums = R::kSums[kMeasure];
-  XC_HOST_DEVICE static int rounds(const Launch&) { return 1; }
-
-  XC_HOST_DEVICE void operator()(const Launch& at, const Cell& cell, int thread, int, double* terms) const {
-    const std::int64_t place = cell.begin - at.shard.begin + thread * kPack;
-    Masters<R, kPack> masters(at.shard, place);
-    const auto mean = load<Pack<float, kPack>>(at.shard.mean + place);
-    const R rule = rule_of<R>(at.runs[cell.run]);
-    XC_UNROLL
-    for (int e = 0; e < kPack; ++e) {
-      const int element = thread * kPack + e;
-      double term[kSums] = {};
-      if (element < cell.live)
-        with_slots<R>(masters.w, masters.slots, e, [&](float& w, auto&... s) {
-          rule.template measure<kMeasure>(mean.at[e], term, w, s...);
-        });
-      for (int q = 0; q < kSums; ++q) *terms_of(terms, q, element) = term[q];
-    }
-    if constexpr (R::kMeasuresTouchState) masters.store_slots(at.shard, place);
-  }
-};
-
-// One lane of one sum over a cell, in the order of the tile loops.
-XC_HOST_DEVICE double lane_of(const double* terms, int sum, int lane, int count) {
-  double total = 0.0;
-  for (int j = lane; j < count; j += kLanes) total += *(terms + sum * kCellElements + j);
-  return total;
-}
-
-// What the lanes of a sum come to.
-XC_HOST_DEVICE double lanes_together(double* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
-}
 
 }  // namespace xc

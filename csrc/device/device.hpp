@@ -33,6 +33,7 @@ class Device {
   // Collective, with several teams: what goes between them past the hosts' memory; null if nothing does.
   virtual std::unique_ptr<DeviceWire> wire(Team& team) = 0;
   virtual void launch(KernelFn kernel, const Launch& launch) = 0;
+  virtual void judge(const Judgement& at) = 0;
 
   // Whether what is queued is recorded, to run whenever the recording is replayed, and not now.
   virtual bool captures() const = 0;

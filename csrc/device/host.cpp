@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/judging.hpp"
 #include "device/tables.hpp"
 
 namespace xc {
@@ -10,6 +11,7 @@ namespace {
 struct HostLauncher {
   template <class Body>
   static void launch(const Launch& at, Stream) {
+    if (at.obeyed && at.obeyed->skipped) return;
     for (std::int64_t c = 0; c < at.cell_count; ++c)
       for (int thread = 0; thread * Body::kPack < at.cells[c].count; ++thread)
         Body{}(at, at.cells[c], thread);
@@ -24,14 +26,22 @@ struct HostLauncher {
         for (int thread = 0; thread * Body::kPack < cell.count; ++thread)
           Body{}(at, cell, thread, round, terms.data());
         for (int q = 0; q < Body::kSums; ++q)
-          at.sums[(round * Body::kSums + q) * at.sum_stride + c] = sum_of(terms.data(), q, cell.count);
+          sum_at(at, round * Body::kSums + q, c) = sum_of(terms.data(), q, cell.count);
       }
+  }
+
+  static void judge(const Judgement& at, Stream) {
+    double lanes[kNormLanes];
+    for (int lane = 0; lane < kNormLanes; ++lane) lanes[lane] = lane_of(at.squares, lane);
+    const DeviceVerdict verdict = verdict_on(*at.bounds, sum_of_lanes<kNormLanes>(lanes));
+    for (int run = 0; run < at.bounds->run_count; ++run) clip(at, verdict, run);
+    *at.verdict = verdict;
   }
 
   static double sum_of(const double* terms, int sum, int count) {
     double lanes[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane_of(terms, sum, lane, count);
-    return lanes_together(lanes);
+    return sum_of_lanes(lanes);
   }
 };
 
@@ -41,6 +51,7 @@ DeviceKernels host_kernels() {
                         &HostLauncher::launch<TakeBody>,
                         &HostLauncher::launch<ClipBody>,
                         &HostLauncher::sum<MeanSquaresBody>,
+                        &HostLauncher::judge,
                         {}};
   Own::add_steps<float>(kernels.rules);
   Own::add_steps<Bf16>(kernels.rules);
@@ -62,6 +73,8 @@ class DeviceOfHostStorage final : public Storage {
     device_.queue([=, this] { memory_.clear(at, bytes); });
   }
   void finish() override {}
+  void mark() override {}
+  void await_mark() override {}
   void announce() override { device_.count_announcement(); }
   void follow() override {}
 
@@ -89,6 +102,10 @@ std::shared_ptr<std::byte> HostDevice::staging(std::size_t bytes) {
 
 void HostDevice::launch(KernelFn kernel, const Launch& launch) {
   queue([=] { kernel(launch, nullptr); });
+}
+
+void HostDevice::judge(const Judgement& at) {
+  queue([=, this] { kernels().judge(at, nullptr); });
 }
 
 void HostDevice::queue(std::function<void()> work) {

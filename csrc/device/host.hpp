@@ -21,6 +21,7 @@ class HostDevice final : public Device {
   std::shared_ptr<std::byte> staging(std::size_t bytes) override;
   std::unique_ptr<DeviceWire> wire(Team&) override { return nullptr; }
   void launch(KernelFn kernel, const Launch& launch) override;
+  void judge(const Judgement& at) override;
   bool captures() const override { return captures_; }
 
   void begin_capture();

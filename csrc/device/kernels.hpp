@@ -16,6 +16,7 @@ namespace xc {
 // which reads them twice.
 
 using KernelFn = void (*)(const Launch& launch, Stream stream);
+using JudgeFn = void (*)(const Judgement& at, Stream stream);
 
 inline constexpr int kUnrolled[] = {1, 2, 4, 8, 0};
 inline constexpr int kUnrolledCount = 5;
@@ -28,10 +29,11 @@ constexpr int unrolled_place(int workers) {
 }
 
 struct ElementKernels {
-  std::array<KernelFn, kUnrolledCount> reduce;  // mean = scale x the tree sum of the sources
-  KernelFn worker_squares;                      // sum k: of source k
-  KernelFn own_squares;                         // sum k: of source k, with the decay of the weights
-  KernelFn publish;                             // targets from w, displaced
+  std::array<KernelFn, kUnrolledCount> reduce;   // mean = scale x the tree sum of the sources
+  std::array<KernelFn, kUnrolledCount> squares;  // sum 0: of the mean that reduce makes
+  KernelFn worker_squares;                       // sum k: of source k
+  KernelFn own_squares;                          // sum k: of source k, with the decay of the weights
+  KernelFn publish;                              // targets from w, displaced
 };
 
 struct RuleKernels {
@@ -47,6 +49,7 @@ struct DeviceKernels {
   KernelFn take;                                // mean = scale x received
   KernelFn clip;                                // mean *= clip
   KernelFn mean_squares;                        // sum 0: of the mean
+  JudgeFn judge;                                // from the squares to the verdict, and the runs' clip
   std::vector<std::vector<RuleKernels>> rules;  // by family and member; empty ones where a device has none
 };
 

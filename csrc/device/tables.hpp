@@ -8,6 +8,7 @@
 
 #include "device/bodies.hpp"
 #include "device/kernels.hpp"
+#include "device/summing.hpp"
 #include "rules/all.hpp"
 
 namespace xc {
@@ -29,9 +30,9 @@ class Tables {
  public:
   template <class E>
   static ElementKernels element() {
-    return {reduce<E>(std::make_integer_sequence<int, kUnrolledCount>{}),
-            &Launcher::template sum<WorkerSquaresBody<E>>, &Launcher::template sum<OwnSquaresBody<E>>,
-            &Launcher::template launch<PublishBody<E>>};
+    constexpr auto kPlaces = std::make_integer_sequence<int, kUnrolledCount>{};
+    return {reduce<E>(kPlaces), squares<E>(kPlaces), &Launcher::template sum<WorkerSquaresBody<E>>,
+            &Launcher::template sum<OwnSquaresBody<E>>, &Launcher::template launch<PublishBody<E>>};
   }
 
   // The steps of one element type, for all rules; then what is alike for all types.
@@ -44,9 +45,12 @@ class Tables {
  private:
   template <class E, int... kPlace>
   static std::array<KernelFn, kUnrolledCount> reduce(std::integer_sequence<int, kPlace...>) {
-    std::array<KernelFn, kUnrolledCount> table{};
-    ((table[kPlace] = &Launcher::template launch<ReduceBody<E, kUnrolled[kPlace]>>), ...);
-    return table;
+    return {&Launcher::template launch<ReduceBody<E, kUnrolled[kPlace]>>...};
+  }
+
+  template <class E, int... kPlace>
+  static std::array<KernelFn, kUnrolledCount> squares(std::integer_sequence<int, kPlace...>) {
+    return {&Launcher::template sum<GradientSquaresBody<E, kUnrolled[kPlace]>>...};
   }
 
   template <class Part, class... F>

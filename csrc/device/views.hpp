@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rules/clipping.hpp"
 #include "rules/extrapolation.hpp"
 #include "rules/rule.hpp"
 
@@ -32,6 +33,7 @@ struct DeviceRun {
   float own_rate;
   float shared_rate;
   Direction direction;
+  Clipped clipped;
   bool scaled;          // in units of the rule's steps
   std::int32_t random;  // -1: the shared direction is the mean gradient; else the Noise
   NoiseKey noise;
@@ -58,7 +60,29 @@ struct DeviceShard {
   const float* received;  // a sum of gradients that came from other teams
 };
 
-// What one launch works on. Sums go to `sums`, an array of `sum_stride` numbers for each of them.
+// What the norm of a step is held to, in front of the runs that this concerns.
+struct alignas(alignof(DeviceRun)) DeviceBounds {
+  double max_norm;
+  std::int32_t skips;
+  std::int32_t run_count;
+};
+
+// What the norm led to.
+struct DeviceVerdict {
+  double norm;
+  std::int32_t skipped;
+};
+
+// The squares of the whole mean gradient: rank p of the team has those of the plan's cells from firsts[p] on.
+struct DeviceSquares {
+  const double* const* of_ranks;
+  const std::int64_t* firsts;
+  int ranks;
+};
+
+// What one launch works on. Sums go to `sums`, an array of `sum_stride` numbers for each of them: of cell c
+// to number places[c], or c if there are no places. A launch that must obey a verdict does nothing in a step
+// that was skipped.
 struct Launch {
   const Cell* cells;
   std::int64_t cell_count;
@@ -67,6 +91,15 @@ struct Launch {
   DeviceShard shard;
   double* sums;
   std::int64_t sum_stride;
+  const std::uint32_t* places;
+  const DeviceVerdict* obeyed;
+};
+
+// What the judge of a step works on: its runs are still to be clipped.
+struct Judgement {
+  DeviceSquares squares;
+  DeviceBounds* bounds;
+  DeviceVerdict* verdict;
 };
 
 }  // namespace xc

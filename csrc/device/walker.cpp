@@ -10,23 +10,6 @@
 namespace xc {
 namespace {
 
-DeviceRun device_run(const Run<float>& run) {
-  DeviceRun seen{};
-  seen.first_byte = run.byte_begin - run.begin * run.element_size;
-  seen.scale = run.scale;
-  seen.own = run.own;
-  seen.clip = run.kernel ? run.clip : 1.0f;
-  seen.decay = run.decay;
-  seen.own_rate = run.own_rate;
-  seen.shared_rate = run.shared_rate;
-  seen.direction = run.extrapolation->direction;
-  seen.scaled = run.scaled && seen.direction != Direction::none;
-  seen.random = run.extrapolation->random ? static_cast<std::int32_t>(*run.extrapolation->random) : -1;
-  seen.noise = run.noise;
-  std::memcpy(seen.scalars, run.scalars, sizeof seen.scalars);
-  return seen;
-}
-
 // Where runs begin and end, and which kernels they take.
 std::vector<std::int64_t> bounds_of(std::span<const Run<float>> runs) {
   std::vector<std::int64_t> bounds;
@@ -35,6 +18,24 @@ std::vector<std::int64_t> bounds_of(std::span<const Run<float>> runs) {
                                  run.kernel ? run.family : -1, std::int64_t(run.member)});
   return bounds;
 }
+
+// A sum that is not yet a mean is of gradients as they are.
+std::vector<Run<float>> scaled_for(const Pass& pass, std::span<const Run<float>> runs) {
+  std::vector<Run<float>> scaled(runs.begin(), runs.end());
+  if (pass.source == Pass::Source::partial)
+    for (Run<float>& run : scaled) run.scale = 1.0f;
+  return scaled;
+}
+
+// Random displacements are a kernel of their own, as is whatever leaves something behind.
+bool is_one_kernel(const Pass& pass, std::span<const Run<float>> runs, const Kept<float>& kept) {
+  const bool random = std::any_of(
+      runs.begin(), runs.end(), [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
+  return pass.source == Pass::Source::gradients && pass.apply && !random &&
+         pass.weights != Pass::Weights::keep && !pass.sums.any() && !kept.mean;
+}
+
+bool only_leaves_squares(const Pass& pass) { return pass.judged && !pass.apply; }
 
 // For every cell, the tree sum of the workers' numbers, as gradients are summed.
 std::vector<double> tree_sums(const std::vector<std::vector<double>>& of_workers) {
@@ -67,12 +68,14 @@ DeviceWalker::Cut DeviceWalker::cut(std::span<const Run<float>> runs, const Shar
   for (std::size_t i = 0; i < runs.size(); ++i)
     add_cells(runs[i], static_cast<std::uint32_t>(i), shard, cells, cut.batches);
   std::vector<Cell> all;
+  std::vector<std::uint32_t> places;
   for (std::size_t b = 0; b < cells.size(); ++b) {
     cut.batches[b].first = all.size();
     all.insert(all.end(), cells[b].begin(), cells[b].end());
+    places.insert(places.end(), cut.batches[b].places.begin(), cut.batches[b].places.end());
   }
-  cut.cells = storage_->allocate(all.size() * sizeof(Cell));
-  storage_->copy(cut.cells.get(), all.data(), all.size() * sizeof(Cell));
+  cut.cells = stored(*storage_, all);
+  cut.places = stored(*storage_, places);
   return cut;
 }
 
@@ -98,7 +101,7 @@ void DeviceWalker::add_cells(const Run<float>& run, std::uint32_t number, const 
     const std::int64_t live = is_layer ? std::clamp<std::int64_t>(run.filters_end - *at, 0, count) : count;
     cells[index].push_back(
         {*at, number, static_cast<std::uint16_t>(count), static_cast<std::uint16_t>(live)});
-    batch->places.push_back(static_cast<std::size_t>(at - begins.begin()));
+    batch->places.push_back(static_cast<std::uint32_t>(at - begins.begin()));
   }
 }
 
@@ -121,32 +124,11 @@ const std::byte* DeviceWalker::upload(Table& table, std::span<const std::byte> c
   return table.memory.get();
 }
 
-// While work is captured no memory can be made, so it is made before.
-void DeviceWalker::prepare_capture(std::size_t bytes) {
-  if (captured_.bytes == bytes) return;
-  captured_ = {device_->staging(bytes), storage_->allocate(bytes), bytes};
-}
-
-// A captured walk copies its runs at every replay, from what is staged.
-const DeviceRun* DeviceWalker::capture_runs(std::span<const DeviceRun> runs) {
-  if (captured_.bytes != runs.size_bytes())
-    throw UsageError("take a step of the same parameters before one is captured");
-  std::memcpy(captured_.staged.get(), runs.data(), runs.size_bytes());
-  storage_->copy(captured_.memory.get(), captured_.staged.get(), runs.size_bytes());
-  return reinterpret_cast<const DeviceRun*>(captured_.memory.get());
-}
-
 // Whatever later steps put in its place, a replay finds this memory.
 void DeviceWalker::keep_for_replays(const Cut& cut) {
-  kept_.insert(kept_.end(), {cut.cells, captured_.staged, captured_.memory, sources_.memory, own_.memory,
-                             targets_.memory, numbers_.memory, mean_, factor_});
-}
-
-void DeviceWalker::prepare_replay(std::span<const Run<float>> runs) {
-  if (!captured_.staged) throw UsageError("no step was captured");
-  storage_->finish();  // the last replay may still read it
-  auto* const staged = reinterpret_cast<DeviceRun*>(captured_.staged.get());
-  for (std::size_t i = 0; i < runs.size(); ++i) staged[i] = device_run(runs[i]);
+  kept_ = runs_->captured();
+  kept_.insert(kept_.end(), {cut.cells, cut.places, sources_.memory, own_.memory, targets_.memory,
+                             numbers_.memory, mean_, factor_});
 }
 
 template <class V>
@@ -194,33 +176,41 @@ void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<cons
                         const Shard<float>& shard, const Kept<float>& kept) {
   if (shard.begin == shard.end || runs.empty()) return;
   const Cut& cut = cut_of(runs, shard);
-  std::vector<DeviceRun> seen;
-  for (const Run<float>& run : runs) {
-    seen.push_back(device_run(run));
-    if (pass.source == Pass::Source::partial) seen.back().scale = 1.0f;
-  }
   Launch launch{};
-  const bool captures = device_->captures();
-  launch.runs = captures ? capture_runs(seen) : upload(runs_, std::span<const DeviceRun>(seen));
-  if (captures) keep_for_replays(cut);
-  if (pass.apply && !captures) prepare_capture(seen.size() * sizeof(DeviceRun));
+  if (!pass.judged) runs_->upload(scaled_for(pass, runs));
+  launch.runs = runs_->runs();
+  if (pass.judged && pass.apply) launch.obeyed = judge_->verdict_memory();
+  if (device_->captures())
+    keep_for_replays(cut);
+  else if (pass.apply)
+    runs_->prepare_capture();
   launch.workers = upload(workers);
-  const bool random = std::any_of(
-      runs.begin(), runs.end(), [](const Run<float>& run) { return run.extrapolation->random.has_value(); });
-  const bool fused = pass.source == Pass::Source::gradients && pass.apply && !random &&
-                     pass.weights != Pass::Weights::keep && !pass.sums.any() && !kept.mean;
-  launch.shard = arrays_of(shard, fused ? Pass{} : pass, kept);
-  const int place = unrolled_place(launch.workers.source_count);
+  const bool fused = is_one_kernel(pass, runs, kept);
+  launch.shard = arrays_of(shard, fused || only_leaves_squares(pass) ? Pass{} : pass, kept);
   for (const Batch& batch : cut.batches) {
     launch.cells = reinterpret_cast<const Cell*>(cut.cells.get()) + batch.first;
     launch.cell_count = static_cast<std::int64_t>(batch.places.size());
-    if (!fused) {
+    if (only_leaves_squares(pass))
+      leave_squares(cut, batch, launch);
+    else if (fused)
+      take_step(batch, launch);
+    else
       run_parts(pass, batch, launch, kept);
-      continue;
-    }
-    const auto& steps = rule_of(batch).step[element_place(batch.dtype)];
-    queue(steps[place] ? steps[place] : steps[kUnrolledCount - 1], launch);
   }
+}
+
+void DeviceWalker::take_step(const Batch& batch, const Launch& launch) const {
+  const auto& steps = rule_of(batch).step[element_place(batch.dtype)];
+  const auto place = static_cast<std::size_t>(unrolled_place(launch.workers.source_count));
+  queue(steps[place] ? steps[place] : steps[kUnrolledCount - 1], launch);
+}
+
+// Where the judge finds them. Nothing else is made of the mean: the last pass reduces again.
+void DeviceWalker::leave_squares(const Cut& cut, const Batch& batch, Launch& launch) const {
+  const ElementKernels& element = device_->kernels().element[element_place(batch.dtype)];
+  launch.places = reinterpret_cast<const std::uint32_t*>(cut.places.get()) + batch.first;
+  launch.sums = judge_->squares_from(launch.shard.begin);
+  queue(element.squares[std::size_t(unrolled_place(launch.workers.source_count))], launch);
 }
 
 void DeviceWalker::run_parts(const Pass& pass, const Batch& batch, Launch& launch, const Kept<float>& kept) {

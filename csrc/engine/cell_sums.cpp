@@ -1,6 +1,6 @@
 #include "engine/cell_sums.hpp"
 
-#include <bit>
+#include "stages/tree.hpp"
 
 namespace xc {
 
@@ -21,7 +21,7 @@ void CellSums::open(std::int64_t at) {
 // Of `count` sums from number `first` on.
 double CellSums::tree_sum(std::size_t first, std::size_t count) {
   if (count == 1) return sum_of_lanes(&lanes_[first * kLanes]);
-  const std::size_t left = std::bit_floor(count - 1);
+  const auto left = static_cast<std::size_t>(left_part(static_cast<int>(count)));
   const double sum = tree_sum(first, left);
   return sum + tree_sum(first + left, count - left);
 }

@@ -39,7 +39,7 @@ class CellSums {
   }
 
   // Adds sums that somebody else took, of the shard's cells with these places, to array number `array`.
-  void take(std::size_t array, std::span<const std::size_t> places, std::span<const double> numbers) {
+  void take(std::size_t array, std::span<const std::uint32_t> places, std::span<const double> numbers) {
     for (std::size_t i = 0; i < places.size(); ++i) arrays_[array][places[i]] += numbers[i];
   }
 

@@ -9,7 +9,9 @@
 #include "core/float_environment.hpp"
 #include "core/streaming.hpp"
 #include "device/device.hpp"
+#include "device/judge.hpp"
 #include "device/rails.hpp"
+#include "device/run_table.hpp"
 #include "device/staged_wire.hpp"
 #include "device/walker.hpp"
 #include "engine/arenas.hpp"
@@ -42,8 +44,8 @@ using Agreed = Exchange::Agreed;
 using Outline = std::vector<std::int64_t>;
 
 template <class T>
-Outline outline_of(const std::vector<Run<T>>& runs) {
-  Outline outline;
+Outline outline_of(const std::vector<Run<T>>& runs, bool judged) {
+  Outline outline{judged};
   for (const Run<T>& run : runs)
     outline.insert(outline.end(),
                    {run.begin, run.end, std::int64_t(run.dtype), run.family, std::int64_t(run.member),
@@ -74,10 +76,9 @@ class EngineOf final : public Engine {
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(make_rails()),
         overlap_(make_overlap()),
-        walker_(make_walker(team->worker_count())),
-        mover_(make_walker(team->worker_count())),
-        stepper_(plan_, arenas_, *storage_, runs_, *walker_, *mover_, rails_.get(), overlap_.get(), tile_,
-                 streaming_),
+        hands_(make_hands()),
+        stepper_(plan_, arenas_, *storage_, runs_, *hands_.walker, *hands_.mover, hands_.judge.get(),
+                 rails_.get(), overlap_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -88,8 +89,12 @@ class EngineOf final : public Engine {
   std::shared_ptr<std::byte> gradients(int v) const override { return arenas_.gradients(v); }
   std::size_t hyper_count() const override { return names_.size() - numbers_of({}).size(); }
   int slots() const override { return runs_.slots(); }
-  std::int64_t updates(std::size_t layer) const override { return updates_[layer]; }
-  std::int64_t most_updates() const override {
+  std::int64_t updates(std::size_t layer) override {
+    settle();
+    return updates_[layer];
+  }
+  std::int64_t most_updates() override {
+    settle();
     return updates_.empty() ? 0 : *std::max_element(updates_.begin(), updates_.end());
   }
   const char* way() const override { return !rails_ ? "none" : rails_->halves() ? "halving" : "direct"; }
@@ -106,6 +111,10 @@ class EngineOf final : public Engine {
   void adopt(int root_worker) override;
   void load(std::span<const Saved> layers, std::uint64_t hash) override;
   Outcome step(const Step& step) override;
+  Outcome outcome() override {
+    settle();
+    return outcome_;
+  }
   void prepare_replay(const Step& step) override;
   void complain(const std::string& complaint) override;
   void begin_local() override;
@@ -129,12 +138,22 @@ class EngineOf final : public Engine {
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   std::size_t overlap_words() const;
   std::unique_ptr<Overlap<T>> make_overlap();
-  std::unique_ptr<Walker<T>> make_walker(int workers);
+  // Who carries out passes; the mover's are apart from steps.
+  struct Hands {
+    std::unique_ptr<Judge<T>> judge;  // null: the host decides
+    std::unique_ptr<Walker<T>> walker;
+    std::unique_ptr<Walker<T>> mover;
+  };
+  Hands make_hands();
+  Hands hands_of_host() const;
   std::unique_ptr<Rails<T>> make_rails();
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
   std::vector<T> own_slot(std::size_t slot) const;
-  void note_outline(const std::vector<Run<T>>& runs);
+  void note_outline(Outline outline);
+  void conclude(const Step& step, std::span<const std::uint8_t> present);
+  void count(std::span<const std::uint8_t> present);
+  void settle();
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
@@ -153,14 +172,15 @@ class EngineOf final : public Engine {
   Exchange exchange_;
   std::unique_ptr<Rails<T>> rails_;      // with several teams
   std::unique_ptr<Overlap<T>> overlap_;  // with buckets
-  std::unique_ptr<Walker<T>> walker_;
-  std::unique_ptr<Walker<T>> mover_;
+  Hands hands_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;   // per layer
-  Outline walked_;                      // of the last step on a device
-  std::vector<std::uint8_t> captured_;  // layers that a captured step updates
-  std::vector<std::uint8_t> cleared_;   // per own worker and layer: its gradient is known to be zeros
+  std::vector<std::int64_t> updates_;    // per layer
+  Outcome outcome_;                      // of the last step,
+  std::vector<std::uint8_t> undecided_;  // unless it updated these layers or was skipped, and nobody asked
+  Outline walked_;                       // of the last step on a device
+  std::vector<std::uint8_t> captured_;   // layers that a captured step updates
+  std::vector<std::uint8_t> cleared_;    // per own worker and layer: its gradient is known to be zeros
   std::vector<std::vector<T>>
       collected_;  // each slot as all teams have it, between collecting and forgetting
   std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
@@ -184,15 +204,26 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
   }
 }
 
+template <class T>
+typename EngineOf<T>::Hands EngineOf<T>::hands_of_host() const {
+  const int workers = team().worker_count();
+  return {nullptr, std::make_unique<TileWalker<T>>(tile_, workers),
+          std::make_unique<TileWalker<T>>(tile_, workers)};
+}
+
+// Sums that come over the wire are the host's to decide by.
 template <>
-std::unique_ptr<Walker<float>> EngineOf<float>::make_walker(int workers) {
-  if (device_) return std::make_unique<DeviceWalker>(device_, storage_, plan_);
-  return std::make_unique<TileWalker<float>>(tile_, workers);
+EngineOf<float>::Hands EngineOf<float>::make_hands() {
+  if (!device_) return hands_of_host();
+  const auto runs = std::make_shared<RunTable>(device_, storage_);
+  auto judge = rails_ ? nullptr : std::make_unique<DeviceJudge>(team(), device_, storage_, runs, plan_);
+  auto walker = std::make_unique<DeviceWalker>(device_, storage_, plan_, runs, judge.get());
+  return {std::move(judge), std::move(walker), std::make_unique<DeviceWalker>(device_, storage_, plan_)};
 }
 
 template <>
-std::unique_ptr<Walker<double>> EngineOf<double>::make_walker(int workers) {
-  return std::make_unique<TileWalker<double>>(tile_, workers);
+EngineOf<double>::Hands EngineOf<double>::make_hands() {
+  return hands_of_host();
 }
 
 template <>
@@ -280,6 +311,7 @@ void copy_part(Storage& storage, const Layer& layer, const void* from, const Sha
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   collective({Operation::load, steps_, hash}, [&](const Agreed&) {
+    settle();
     for (const Shard<T>& shard : arenas_.own_shards())
       for (std::size_t i = 0; i < layers.size(); ++i) {
         if (layers[i].weights) copy_part(*storage_, plan_.layers[i], layers[i].weights, shard, shard.w);
@@ -331,7 +363,6 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   auto here = present_here(step.present);
   if (overlap_) here.insert(here.end(), overlap_->stale().begin(), overlap_->stale().end());
   std::vector<std::uint8_t> present, stale;
-  Outcome outcome;
   collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here}, [&](const Agreed& agreed) {
     const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
     present.assign(agreed.present.begin(), layers);
@@ -340,21 +371,43 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
     settled.fused = step.fused;
     settled.revise = step.revise;
     settled.revise_rule = step.revise_rule;
-    outcome = run(settled, {present, updates_, stale});
-    if (device_) note_outline(stepper_.runs());
+    settle();
+    outcome_ = run(settled, {present, updates_, stale});
+    if (device_) note_outline(outline_of<T>(stepper_.runs(), stepper_.judges(step)));
   });
-  stepper_.read_sums(step, {present, updates_}, outcome);
-  if (!outcome.skipped)
-    for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
-  ++steps_;
+  stepper_.read_sums(step, {present, updates_}, outcome_);
+  conclude(step, present);
   last_step_ = std::chrono::steady_clock::now() - start;
-  return outcome;
+  return outcome_;
+}
+
+// Counts a step of these layers, now or when its outcome is known.
+template <class T>
+void EngineOf<T>::conclude(const Step& step, std::span<const std::uint8_t> present) {
+  if (stepper_.judges(step))
+    undecided_.assign(present.begin(), present.end());
+  else if (!outcome_.skipped)
+    count(present);
+  ++steps_;
+}
+
+template <class T>
+void EngineOf<T>::count(std::span<const std::uint8_t> present) {
+  for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
+}
+
+template <class T>
+void EngineOf<T>::settle() {
+  if (undecided_.empty()) return;
+  const auto [norm, skipped] = hands_.judge->verdict();
+  outcome_ = {norm, skipped};
+  if (!skipped) count(undecided_);
+  undecided_.clear();
 }
 
 // What a recording refers to is replaced by a step of another outline.
 template <class T>
-void EngineOf<T>::note_outline(const std::vector<Run<T>>& runs) {
-  Outline outline = outline_of<T>(runs);
+void EngineOf<T>::note_outline(Outline outline) {
   if (outline == walked_) return;
   captured_.clear();
   walked_ = std::move(outline);
@@ -369,7 +422,8 @@ void EngineOf<T>::capture(const Step& step) {
   const auto numbers = numbers_of(step);
   const Step settled = step_of(numbers);
   auto present = present_here(step.present);
-  bool like_last = outline_of<T>(runs_.for_step(settled, present, updates_)) == walked_;
+  bool like_last =
+      outline_of<T>(runs_.for_step(settled, present, updates_), stepper_.judges(settled)) == walked_;
   for (std::size_t i = 0; i < cleared_.size(); ++i) like_last &= step.present[i] || cleared_[i];
   if (!like_last)
     throw UsageError(
@@ -383,13 +437,14 @@ template <class T>
 void EngineOf<T>::prepare_replay(const Step& step) {
   if (captured_.empty())
     throw UsageError("no step was captured, or a step with gradients of other layers was taken since");
+  settle();
   const auto runs = runs_.for_step(step_of(numbers_of(step)), captured_, updates_);
-  if (outline_of<T>(runs) != walked_)
+  if (outline_of<T>(runs, stepper_.judges(step)) != walked_)
     throw UsageError(
         "what changed since the step was captured takes other kernels: take a step, and capture the next");
-  walker_->prepare_replay(runs);
-  for (std::size_t i = 0; i < captured_.size(); ++i) updates_[i] += captured_[i];
-  ++steps_;
+  hands_.walker->prepare_replay(runs, bounds_of(step));
+  outcome_ = {};
+  conclude(step, captured_);
 }
 
 template <class T>
@@ -434,6 +489,7 @@ void EngineOf<T>::local_step(const Step& step) {
   team().require_own_process();
   const FloatEnvironment environment;
   local().step(step);
+  outcome_ = {};
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
 }

@@ -139,12 +139,14 @@ class Engine {
     bool wants_norm() const { return max_norm > 0 || skip_nonfinite; }
   };
   struct Outcome {
-    double norm = 0;  // of the mean gradient, unclipped; if the step measured it
+    std::optional<double> norm = {};  // of the mean gradient, unclipped, if the step wanted it
     bool skipped = false;
-    std::vector<double> statistics;  // if the step observed them, as `revise` gets them
+    std::vector<double> statistics = {};  // if the step observed them, as `revise` gets them
   };
-  // Collective.
+  // Collective. A device may decide by the norm itself; what it has decided is in outcome() only.
   virtual Outcome step(const Step& step) = 0;
+  // Of the last step; waits for a device that has decided.
+  virtual Outcome outcome() = 0;
   // With a device: a step that was taken while the device captured is repeated whenever the capture is
   // replayed. Before each replay this gives it the numbers of the next step, whose gradients are of the same
   // layers, and counts that step.
@@ -180,8 +182,9 @@ class Engine {
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.
   virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;
-  virtual std::int64_t updates(std::size_t layer) const = 0;
-  virtual std::int64_t most_updates() const = 0;  // of any layer
+  // These wait for the last outcome.
+  virtual std::int64_t updates(std::size_t layer) = 0;
+  virtual std::int64_t most_updates() = 0;  // of any layer
 
   // How sums travel between teams: "direct" or "halving"; "none" with one team.
   virtual const char* way() const = 0;

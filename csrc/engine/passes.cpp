@@ -301,7 +301,10 @@ Pass::Weights published(bool streaming) { return streaming ? Pass::Weights::stre
 }  // namespace
 
 Pass summing_pass(Gradient gradient, Sums sums) {
-  Pass pass{.spread = gradient.spread, .clip = gradient.needed && gradient.clip, .sums = sums};
+  Pass pass{.spread = gradient.spread,
+            .clip = gradient.needed && gradient.clip,
+            .sums = sums,
+            .judged = gradient.judged};
   if (gradient.needed) pass.source = gradient.received ? Pass::Source::received : Pass::Source::gradients;
   return pass;
 }

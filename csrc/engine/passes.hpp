@@ -10,6 +10,7 @@
 #include "comm/control.hpp"
 #include "engine/cell_sums.hpp"
 #include "engine/plan.hpp"
+#include "rules/clipping.hpp"
 #include "stages/tables.hpp"
 
 namespace xc {
@@ -52,6 +53,7 @@ struct Run {
   const Extrapolation* extrapolation;
   T own_rate;
   T shared_rate;
+  Clipped clipped;              // which of the two the clip concerns
   NoiseKey noise;               // of worker 0
   std::int64_t filter_length;   // of its layer
   std::int64_t filters_end;     // where its layer's elements end, before its padding
@@ -117,6 +119,7 @@ struct Gradient {
   bool clip = false;
   bool projection = false;
   bool received = false;  // its sum came over the wire
+  bool judged = false;    // a device decides what its norm leads to
 };
 
 // What a pass sums beside the rest of its work.
@@ -134,6 +137,13 @@ struct Publication {
   bool factor = false;     // displaced in units of the rule's steps
 };
 
+// What a step holds the norm of its mean gradient to: scaled down to max_norm, if that is positive, and no
+// step at all if it is not finite.
+struct Bounds {
+  double max_norm = 0;
+  bool skips = false;
+};
+
 // What one walk over a shard does, in the order of its stages; an executor (the CPU's tile loops, a device)
 // decides how.
 struct Pass {
@@ -148,6 +158,7 @@ struct Pass {
   bool factor = false;
   Weights weights = Weights::keep;  // how they are published
   bool displace = false;            // in place, by itself
+  bool judged = false;              // its runs are the judge's; if it applies, so is whether it does
 };
 
 // Passes that only sum, before the one that applies the rule.
@@ -202,7 +213,7 @@ class Walker {
   virtual void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs,
                     const Shard<T>& shard, const Kept<T>& kept = {}) = 0;
   // Of one that can be captured and replayed: the runs of the next replay.
-  virtual void prepare_replay(std::span<const Run<T>>) {}
+  virtual void prepare_replay(std::span<const Run<T>>, const Bounds&) {}
 };
 
 template <class T>

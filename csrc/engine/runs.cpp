@@ -96,6 +96,10 @@ void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double in
   run.extrapolation = &kExtrapolations[static_cast<std::size_t>(wanted)];
   run.own_rate = T(inner / step.divisor);
   run.shared_rate = T(inner);
+  if (options_.clipped)
+    run.clipped = Clipped::own_rate;
+  else if (run.extrapolation->by_mean())
+    run.clipped = Clipped::shared_rate;
   const Direction direction = run.extrapolation->direction;
   run.scaled = options_.scaled && run.extrapolation->by_gradient() && run.kernel->factor;
   run.publish = publish_kernel<T>(spec.dtype, step.fused ? direction : Direction::none, run.scaled);

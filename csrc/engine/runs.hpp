@@ -22,7 +22,6 @@ class RunMaker {
   // Sums for each cell that a set needs.
   int sums() const;
   bool measures_workers() const { return measures_workers_; }
-  bool clips_displacement() const { return options_.clipped; }
   // Whether displacements by gradients are in units of the rule's steps.
   bool scaled() const;
   std::size_t groups() const { return flags_.size(); }

@@ -18,14 +18,6 @@ constexpr const char* kWholeStep[] = {
     "the number of local steps since the last averaging"};
 constexpr std::size_t kWholeStepCount = std::size(kWholeStep);
 
-// As torch.nn.utils.clip_grad_norm_, the tiny number included; a norm that is NaN stays so. An infinite bound
-// only measures.
-double clip_for(double norm, double max_norm) {
-  if (std::isinf(max_norm)) return 1.0;
-  const double clip = max_norm > 0 ? max_norm / (norm + 1e-6) : 1.0;
-  return clip > 1.0 ? 1.0 : clip;
-}
-
 }  // namespace
 
 std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::size_t groups) {
@@ -62,14 +54,15 @@ Engine::Step step_of(std::span<const double> numbers) {
 
 template <class T>
 Stepper<T>::Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
-                    Walker<T>& walker, Walker<T>& mover, Rails<T>* rails, Overlap<T>* overlap,
-                    std::int64_t tile, bool streaming)
+                    Walker<T>& walker, Walker<T>& mover, Judge<T>* judge, Rails<T>* rails,
+                    Overlap<T>* overlap, std::int64_t tile, bool streaming)
     : plan_(plan),
       arenas_(arenas),
       storage_(storage),
       maker_(maker),
       walker_(walker),
       mover_(mover),
+      judge_(judge),
       rails_(rails),
       overlap_(overlap),
       streaming_(streaming),
@@ -88,12 +81,15 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
   Engine::Outcome outcome;
   runs_ = maker_.for_step(step, marks.present, marks.updates);
   const bool observes = step.observe == Observe::before;
+  if (judges(step)) return run_judged(step, meet);
   if (rails_ && must_wait_for_scalars(step)) collect_total(marks);
+  double norm = 0;
   if (step.wants_norm() || observes) {
     sum_all({}, {.mean = true, .workers = observes});
     meet(false);
-    outcome.norm = norm();
-    outcome.skipped = step.skip_nonfinite && !std::isfinite(outcome.norm);
+    norm = this->norm();
+    if (step.wants_norm()) outcome.norm = norm;
+    outcome.skipped = step.skip_nonfinite && !std::isfinite(norm);
     if (outcome.skipped) return outcome;
   }
   Engine::Step settled = step;
@@ -103,11 +99,27 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
     settled.hyper = observed_;
     runs_ = maker_.for_step(settled, marks.present, marks.updates);
   }
-  if (step.max_norm > 0) clip(outcome.norm, step);
+  if (step.max_norm > 0) clip(norm, step);
   for (int measure = 0; measure < maker_.measures(); ++measure)
-    measure_layers(settled, marks, measure, outcome.norm, meet);
+    measure_layers(settled, marks, measure, norm, meet);
   last_pass(step, meet);
   return outcome;
+}
+
+// Whether nobody but the last pass needs to know what the norm leads to.
+template <class T>
+bool Stepper<T>::judges(const Engine::Step& step) const {
+  return judge_ && !rails_ && step.wants_norm() && step.observe == Observe::nothing && maker_.measures() == 0;
+}
+
+template <class T>
+Engine::Outcome Stepper<T>::run_judged(const Engine::Step& step, const Meet& meet) {
+  judge_->begin(bounds_of(step), runs_);
+  sum_all({.judged = true}, {.mean = true});
+  meet(false);
+  judge_->judge();
+  last_pass(step, meet);
+  return {};
 }
 
 // What follows from the norm of the whole gradient for every run.
@@ -116,10 +128,7 @@ void Stepper<T>::clip(double norm, const Engine::Step& step) {
   const double clip = clip_for(norm, step.max_norm);
   for (Run<T>& run : runs_) {
     run.clip = T(clip);
-    if (maker_.clips_displacement())
-      run.own_rate = T(static_cast<double>(run.own_rate) * clip);
-    else if (run.extrapolation->by_mean() && clip > 0)
-      run.shared_rate = T(static_cast<double>(run.shared_rate) / clip);
+    clip_rates(run.clipped, clip, run.own_rate, run.shared_rate);
   }
 }
 
@@ -133,7 +142,8 @@ template <class T>
 Gradient Stepper<T>::gradient(const Engine::Step& step) const {
   return {.needed = true,
           .spread = any([](const Run<T>& run) { return run.kernel->extra == Extra::spread; }),
-          .clip = step.max_norm > 0};
+          .clip = step.max_norm > 0,
+          .judged = judges(step)};
 }
 
 // Every layer's sums, and what follows from them for its run. A rule that lags takes a layer's last ones if

@@ -11,6 +11,7 @@
 #include "engine/arenas.hpp"
 #include "engine/engine.hpp"
 #include "engine/filters.hpp"
+#include "engine/judge.hpp"
 #include "engine/overlap.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
@@ -26,6 +27,7 @@ namespace xc {
 std::vector<std::string> names_of_step_numbers(const FamilyInfo& family, std::size_t groups);
 std::vector<double> numbers_of(const Engine::Step& step);
 Engine::Step step_of(std::span<const double> numbers);
+inline Bounds bounds_of(const Engine::Step& step) { return {step.max_norm, step.skip_nonfinite}; }
 
 // A meeting of all ranks between two passes; whether the first of them changed weights or state.
 using Meet = std::function<void(bool touched)>;
@@ -51,10 +53,11 @@ struct Sinks {
 template <class T>
 class Stepper {
  public:
-  // Without `rails` there is one team; without `overlap` nothing is sent before the step.
+  // Without a `judge` the host decides; without `rails` there is one team; without `overlap` nothing is sent
+  // before the step.
   Stepper(const Plan& plan, const Arenas<T>& arenas, Storage& storage, const RunMaker<T>& maker,
-          Walker<T>& walker, Walker<T>& mover, Rails<T>* rails, Overlap<T>* overlap, std::int64_t tile,
-          bool streaming);
+          Walker<T>& walker, Walker<T>& mover, Judge<T>* judge, Rails<T>* rails, Overlap<T>* overlap,
+          std::int64_t tile, bool streaming);
 
   // Arrays that the wire may still write to stay where they are.
   ~Stepper();
@@ -62,6 +65,8 @@ class Stepper {
   // One pass; before it another if the step needs the gradient's norm or statistics, and one for each measure
   // of the rule. `meet` stands between passes: after it every rank's sums are visible to all.
   Engine::Outcome run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet);
+  // Whether the judge has the outcome of such a step: then run() does not.
+  bool judges(const Engine::Step& step) const;
   // After the meeting that ends the step: what its last pass has summed.
   void read_sums(const Engine::Step& step, const LayerMarks& marks, Engine::Outcome& outcome);
   // Those of the last step.
@@ -82,6 +87,7 @@ class Stepper {
  private:
   using LayerSums = std::vector<TermSums>;
 
+  Engine::Outcome run_judged(const Engine::Step& step, const Meet& meet);
   void clip(double norm, const Engine::Step& step);
   void measure_layers(const Engine::Step& step, const LayerMarks& marks, int measure, double norm,
                       const Meet& meet);
@@ -142,6 +148,7 @@ class Stepper {
   const RunMaker<T>& maker_;
   Walker<T>& walker_;
   Walker<T>& mover_;  // of weights as they are, apart from steps
+  Judge<T>* judge_;
   Rails<T>* rails_;
   Overlap<T>* overlap_;
   bool streaming_;

@@ -75,9 +75,10 @@ void Stepper<T>::sum_all(Gradient gradient, Sums sums) {
 
 template <class T>
 double Stepper<T>::norm() const {
-  double total = 0;
-  for_each_cell(0, [&](std::size_t, std::int64_t, double square) { total += square; });
-  return std::sqrt(total);
+  double lanes[kNormLanes] = {};
+  std::size_t cell = 0;
+  for_each_cell(0, [&](std::size_t, std::int64_t, double square) { lanes[cell++ % kNormLanes] += square; });
+  return std::sqrt(sum_of_lanes<kNormLanes>(lanes));
 }
 
 // Per group, the square of the mean gradient and the squares of all workers' gradients.

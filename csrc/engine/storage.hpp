@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <vector>
 
 #include "comm/team.hpp"
 
@@ -29,10 +30,22 @@ class Storage {
   virtual void clear(void* at, std::size_t bytes) = 0;
   // Returns when all that was queued has run.
   virtual void finish() = 0;
+  // Returns when all has run that was queued before the last mark, but for what a recording holds.
+  virtual void mark() = 0;
+  virtual void await_mark() = 0;
 
   virtual void announce() = 0;
   virtual void follow() = 0;
 };
+
+// An array in storage that holds these values.
+template <class V>
+std::shared_ptr<std::byte> stored(Storage& storage, const std::vector<V>& values) {
+  const std::size_t bytes = values.size() * sizeof(V);
+  auto memory = storage.allocate(bytes);
+  storage.copy(memory.get(), values.data(), bytes);
+  return memory;
+}
 
 // The host's.
 class HostStorage final : public Storage {
@@ -42,6 +55,8 @@ class HostStorage final : public Storage {
   void copy(void* to, const void* from, std::size_t bytes) override;
   void clear(void* at, std::size_t bytes) override;
   void finish() override {}
+  void mark() override {}
+  void await_mark() override {}
   void announce() override {}
   void follow() override {}
 };

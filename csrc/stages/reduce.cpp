@@ -1,9 +1,9 @@
-#include <bit>
 #include <limits>
 #include <utility>
 
 #include "core/clones.hpp"
 #include "stages/tables.hpp"
+#include "stages/tree.hpp"
 
 // The tree sum. Up to kFan sources are summed in registers by a leaf that is unrolled for their number; more
 // are summed by splitting at the largest power of two below their number, the right part into scratch, then
@@ -14,10 +14,6 @@ namespace xc {
 namespace {
 
 constexpr int kFan = 8;
-
-constexpr int left_part(int count) {
-  return static_cast<int>(std::bit_floor(static_cast<unsigned>(count - 1)));
-}
 
 template <int kFirst, int kCount, class E>
 [[gnu::always_inline]] inline Master<E> tree(const E* const* source, std::int64_t i) {

@@ -48,12 +48,6 @@ OwnSquaresFn<double> own_squares_kernel<double>(DType, bool decayed) {
   return own_squares_of<double>(decayed);
 }
 
-double sum_of_lanes(double* lanes) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
-}
-
 template void add_squares<float>(const float*, std::int64_t, std::int64_t, double*, const Upcoming&);
 template void add_squares<double>(const double*, std::int64_t, std::int64_t, double*, const Upcoming&);
 

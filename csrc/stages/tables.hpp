@@ -10,6 +10,7 @@
 #include "rules/extrapolation.hpp"
 #include "rules/noise.hpp"
 #include "rules/rule.hpp"
+#include "stages/lanes.hpp"
 
 namespace xc {
 
@@ -88,11 +89,6 @@ using StreamFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, s
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
 using DisplaceFn = void (*)(const Displacement<T>& by, std::byte* x, std::int64_t count);
-
-// Sums are taken in double and in kLanes lanes: element first + i belongs to lane (first + i) % kLanes, so
-// neither the length of a tile nor the instruction set changes the order in which a lane sums.
-inline constexpr int kLanes = 16;
-double sum_of_lanes(double* lanes);  // uses them up
 
 // Arrays that the next tile will read; `at` is where they go on after the elements in hand.
 struct Upcoming {
