@@ -45,12 +45,16 @@ class Tables {
  private:
   template <class E, int... kPlace>
   static std::array<KernelFn, kUnrolledCount> reduce(std::integer_sequence<int, kPlace...>) {
-    return {&Launcher::template launch<ReduceBody<E, kUnrolled[kPlace]>>...};
+    std::array<KernelFn, kUnrolledCount> table{};
+    ((table[kPlace] = &Launcher::template launch<ReduceBody<E, kUnrolled[kPlace]>>), ...);
+    return table;
   }
 
   template <class E, int... kPlace>
   static std::array<KernelFn, kUnrolledCount> squares(std::integer_sequence<int, kPlace...>) {
-    return {&Launcher::template sum<GradientSquaresBody<E, kUnrolled[kPlace]>>...};
+    std::array<KernelFn, kUnrolledCount> table{};
+    ((table[kPlace] = &Launcher::template sum<GradientSquaresBody<E, kUnrolled[kPlace]>>), ...);
+    return table;
   }
 
   template <class Part, class... F>

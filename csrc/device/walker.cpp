@@ -10,15 +10,6 @@
 namespace xc {
 namespace {
 
-// Where runs begin and end, and which kernels they take.
-std::vector<std::int64_t> bounds_of(std::span<const Run<float>> runs) {
-  std::vector<std::int64_t> bounds;
-  for (const Run<float>& run : runs)
-    bounds.insert(bounds.end(), {run.begin, run.end, run.filters_end, std::int64_t(run.dtype),
-                                 run.kernel ? run.family : -1, std::int64_t(run.member)});
-  return bounds;
-}
-
 // A sum that is not yet a mean is of gradients as they are.
 std::vector<Run<float>> scaled_for(const Pass& pass, std::span<const Run<float>> runs) {
   std::vector<Run<float>> scaled(runs.begin(), runs.end());
@@ -53,9 +44,9 @@ std::vector<double> tree_sums(const std::vector<std::vector<double>>& of_workers
 // ---- cells ----
 
 const DeviceWalker::Cut& DeviceWalker::cut_of(std::span<const Run<float>> runs, const Shard<float>& shard) {
-  if (auto bounds = bounds_of(runs); bounds != bounds_) {
+  if (Outline outline = outline_of(runs); outline != outline_) {
     cuts_.clear();
-    bounds_ = std::move(bounds);
+    outline_ = std::move(outline);
   }
   const auto [found, is_new] = cuts_.try_emplace({shard.begin, shard.end});
   if (is_new) found->second = cut(runs, shard);

@@ -12,6 +12,7 @@
 #include "device/run_table.hpp"
 #include "engine/passes.hpp"
 #include "engine/plan.hpp"
+#include "engine/runs.hpp"
 
 namespace xc {
 
@@ -87,7 +88,7 @@ class DeviceWalker final : public Walker<float> {
   std::shared_ptr<RunTable> runs_;
   const DeviceJudge* judge_;
   const Plan& plan_;
-  std::vector<std::int64_t> bounds_;  // of the runs that cuts_ are for
+  Outline outline_;  // of the runs that cuts_ are for
   std::map<std::pair<std::int64_t, std::int64_t>, Cut> cuts_;
   Table sources_, own_, targets_, numbers_;
   std::shared_ptr<std::byte> mean_, factor_, sums_;

@@ -19,8 +19,10 @@
 #include "engine/local.hpp"
 #include "engine/overlap.hpp"
 #include "engine/rails.hpp"
+#include "engine/recording.hpp"
 #include "engine/runs.hpp"
 #include "engine/signature.hpp"
+#include "engine/state.hpp"
 #include "engine/step.hpp"
 
 namespace xc {
@@ -39,19 +41,6 @@ std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
 }
 
 using Agreed = Exchange::Agreed;
-
-// What a captured step cannot change when it is replayed: where its runs begin and end, and their kernels.
-using Outline = std::vector<std::int64_t>;
-
-template <class T>
-Outline outline_of(const std::vector<Run<T>>& runs, bool judged) {
-  Outline outline{judged};
-  for (const Run<T>& run : runs)
-    outline.insert(outline.end(),
-                   {run.begin, run.end, std::int64_t(run.dtype), run.family, std::int64_t(run.member),
-                    run.extrapolation->random ? std::int64_t(*run.extrapolation->random) : -1});
-  return outline;
-}
 
 // The engine for one master type.
 template <class T>
@@ -76,6 +65,7 @@ class EngineOf final : public Engine {
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(make_rails()),
         overlap_(make_overlap()),
+        state_(plan_, arenas_, *storage_, *team, rails_.get(), runs_.slots()),
         hands_(make_hands()),
         stepper_(plan_, arenas_, *storage_, runs_, *hands_.walker, *hands_.mover, hands_.judge.get(),
                  rails_.get(), overlap_.get(), tile_, streaming_),
@@ -128,9 +118,14 @@ class EngineOf final : public Engine {
   void hide_master(int v) override;
   void keep_master(int v) override { hidden_.erase(v); }
   void collect_state(std::optional<int> only_rank) override;
-  void forget_collected() override { collected_.clear(); }
-  void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const override;
-  std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const override;
+  void forget_collected() override { state_.forget_collected(); }
+  void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const override {
+    require_settled();
+    state_.read(layer, slot, from, to, out);
+  }
+  std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const override {
+    return state_.owned(layer);
+  }
   void close() override;
 
  private:
@@ -149,8 +144,7 @@ class EngineOf final : public Engine {
   std::unique_ptr<Rails<T>> make_rails();
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
-  std::vector<T> own_slot(std::size_t slot) const;
-  void note_outline(Outline outline);
+  Recording::Look look_of(const std::vector<Run<T>>& runs, const Step& step) const;
   void conclude(const Step& step, std::span<const std::uint8_t> present);
   void count(std::span<const std::uint8_t> present);
   void settle();
@@ -172,17 +166,15 @@ class EngineOf final : public Engine {
   Exchange exchange_;
   std::unique_ptr<Rails<T>> rails_;      // with several teams
   std::unique_ptr<Overlap<T>> overlap_;  // with buckets
+  State<T> state_;
   Hands hands_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;    // per layer
   Outcome outcome_;                      // of the last step,
   std::vector<std::uint8_t> undecided_;  // unless it updated these layers or was skipped, and nobody asked
-  Outline walked_;                       // of the last step on a device
-  std::vector<std::uint8_t> captured_;   // layers that a captured step updates
-  std::vector<std::uint8_t> cleared_;    // per own worker and layer: its gradient is known to be zeros
-  std::vector<std::vector<T>>
-      collected_;  // each slot as all teams have it, between collecting and forgetting
+  Recording recording_;
+  std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
@@ -294,30 +286,15 @@ void EngineOf<T>::adopt(int root_worker) {
   if (local_) local_->begin_round();
 }
 
-// Copies the part of a layer's array that lies in the shard; `to` is the shard's array.
-template <class T>
-void copy_part(Storage& storage, const Layer& layer, const void* from, const Shard<T>& shard, T* to) {
-  const std::int64_t first = std::max(layer.begin, shard.begin);
-  const std::int64_t last = std::min(layer.begin + layer.count, shard.end);
-  if (first >= last) return;
-  T* const target = to + (first - shard.begin);
-  const std::size_t bytes = static_cast<std::size_t>(last - first) * sizeof(T);
-  if (from)
-    storage.copy(target, static_cast<const T*>(from) + (first - layer.begin), bytes);
-  else
-    storage.clear(target, bytes);
-}
-
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   collective({Operation::load, steps_, hash}, [&](const Agreed&) {
     settle();
-    for (const Shard<T>& shard : arenas_.own_shards())
-      for (std::size_t i = 0; i < layers.size(); ++i) {
-        if (layers[i].weights) copy_part(*storage_, plan_.layers[i], layers[i].weights, shard, shard.w);
-        for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
-          copy_part(*storage_, plan_.layers[i], layers[i].slots[s], shard, shard.slots[s]);
-      }
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      if (layers[i].weights) state_.write(i, 0, layers[i].weights);
+      for (std::size_t s = 0; s < layers[i].slots.size(); ++s)
+        state_.write(i, static_cast<int>(s) + 1, layers[i].slots[s]);
+    }
     stepper_.spread_from_owners();
     stepper_.publish(runs_.plain());
   });
@@ -373,7 +350,7 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
     settled.revise_rule = step.revise_rule;
     settle();
     outcome_ = run(settled, {present, updates_, stale});
-    if (device_) note_outline(outline_of<T>(stepper_.runs(), stepper_.judges(step)));
+    if (device_) recording_.took(look_of(stepper_.runs(), step));
   });
   stepper_.read_sums(step, {present, updates_}, outcome_);
   conclude(step, present);
@@ -405,16 +382,12 @@ void EngineOf<T>::settle() {
   undecided_.clear();
 }
 
-// What a recording refers to is replaced by a step of another outline.
 template <class T>
-void EngineOf<T>::note_outline(Outline outline) {
-  if (outline == walked_) return;
-  captured_.clear();
-  walked_ = std::move(outline);
+Recording::Look EngineOf<T>::look_of(const std::vector<Run<T>>& runs, const Step& step) const {
+  return {outline_of<T>(runs), stepper_.judges(step)};
 }
 
-// Nothing happens yet, so nothing is counted, and no rank is met. A step like it has been taken, so that all
-// its tables are in the device's memory already.
+// Nothing happens yet, so nothing is counted, and no rank is met.
 template <class T>
 void EngineOf<T>::capture(const Step& step) {
   if (team().topology().size() > 1 || arenas_.own_shards().size() > 1)
@@ -422,29 +395,23 @@ void EngineOf<T>::capture(const Step& step) {
   const auto numbers = numbers_of(step);
   const Step settled = step_of(numbers);
   auto present = present_here(step.present);
-  bool like_last =
-      outline_of<T>(runs_.for_step(settled, present, updates_), stepper_.judges(settled)) == walked_;
-  for (std::size_t i = 0; i < cleared_.size(); ++i) like_last &= step.present[i] || cleared_[i];
-  if (!like_last)
-    throw UsageError(
-        "a step can be captured after one that had gradients of the same layers: take such a step first");
-  captured_.clear();
+  recording_.require_like_last(look_of(runs_.for_step(settled, present, updates_), settled));
+  for (std::size_t i = 0; i < cleared_.size(); ++i)
+    if (!step.present[i] && !cleared_[i])
+      throw UsageError("a gradient was dropped since the last step: take a step before one is captured");
   stepper_.run(settled, {present, updates_}, [](bool) {});
-  captured_ = std::move(present);
+  recording_.captured(std::move(present));
 }
 
 template <class T>
 void EngineOf<T>::prepare_replay(const Step& step) {
-  if (captured_.empty())
-    throw UsageError("no step was captured, or a step with gradients of other layers was taken since");
+  const auto& layers = recording_.layers();
   settle();
-  const auto runs = runs_.for_step(step_of(numbers_of(step)), captured_, updates_);
-  if (outline_of<T>(runs, stepper_.judges(step)) != walked_)
-    throw UsageError(
-        "what changed since the step was captured takes other kernels: take a step, and capture the next");
+  const auto runs = runs_.for_step(step_of(numbers_of(step)), layers, updates_);
+  recording_.require_replayable(look_of(runs, step));
   hands_.walker->prepare_replay(runs, bounds_of(step));
   outcome_ = {};
-  conclude(step, captured_);
+  conclude(step, layers);
 }
 
 template <class T>
@@ -556,66 +523,12 @@ void EngineOf<T>::hide_master(int v) {
   hidden_.erase(found);
 }
 
-// This rank's part of a slot, in the host's memory.
-template <class T>
-std::vector<T> EngineOf<T>::own_slot(std::size_t slot) const {
-  const auto shards = arenas_.own_shards();
-  const std::int64_t begin = shards.front().begin;
-  std::vector<T> own(static_cast<std::size_t>(shards.back().end - begin));
-  for (const Shard<T>& shard : shards)
-    storage_->copy(own.data() + (shard.begin - begin), shard.slots[slot],
-                   static_cast<std::size_t>(shard.end - shard.begin) * sizeof(T));
-  storage_->finish();
-  return own;
-}
-
 template <class T>
 void EngineOf<T>::collect_state(std::optional<int> only_rank) {
   if (!rails_) return;
   require_settled();
   const std::uint64_t wanted = only_rank ? std::uint64_t(*only_rank) + 1 : 0;
-  collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) {
-    const bool here = !only_rank || *only_rank == team().rank();
-    collected_.assign(static_cast<std::size_t>(slots()),
-                      std::vector<T>(here ? std::size_t(plan_.length) : 0));
-    for (std::size_t s = 0; s < collected_.size(); ++s) {
-      const std::vector<T> own = own_slot(s);
-      const std::int64_t begin = arenas_.own_shards().front().begin;
-      rails_->collect(
-          [&](int k) { return const_cast<T*>(own.data()) + (plan_.segments[std::size_t(k)].begin - begin); },
-          collected_[s], only_rank);
-    }
-  });
-}
-
-template <class T>
-void EngineOf<T>::read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const {
-  require_settled();
-  const std::int64_t begin = plan_.layers[layer].begin + from, end = plan_.layers[layer].begin + to;
-  for (const Shard<T>& shard : arenas_.shards()) {
-    const std::int64_t first = std::max(begin, shard.begin), last = std::min(end, shard.end);
-    if (first >= last) continue;
-    const T* at = slot == 0 ? shard.w : shard.slots[slot - 1];
-    if (!at && (collected_.empty() || collected_.front().empty()))
-      throw UsageError("another host has this part of the state, and it was not collected");
-    if (!at) {
-      const T* const collected = collected_[static_cast<std::size_t>(slot - 1)].data();
-      std::copy_n(collected + first, last - first, static_cast<T*>(out) + (first - begin));
-      continue;
-    }
-    storage_->copy(static_cast<T*>(out) + (first - begin), at + (first - shard.begin),
-                   static_cast<std::size_t>(last - first) * sizeof(T));
-  }
-  storage_->finish();
-}
-
-template <class T>
-std::pair<std::int64_t, std::int64_t> EngineOf<T>::owned(std::size_t layer) const {
-  const Layer& whole = plan_.layers[layer];
-  const auto within = [&](std::int64_t at) {
-    return std::clamp<std::int64_t>(at - whole.begin, 0, whole.count);
-  };
-  return {within(arenas_.own_shards().front().begin), within(arenas_.own_shards().back().end)};
+  collective({Operation::collect_state, steps_, wanted}, [&](const Agreed&) { state_.collect(only_rank); });
 }
 
 template <class T>

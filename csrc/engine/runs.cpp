@@ -31,6 +31,20 @@ bool alike(const LayerSpec& a, const LayerSpec& b) { return a.group == b.group &
 }  // namespace
 
 template <class T>
+Outline outline_of(std::span<const Run<T>> runs) {
+  Outline outline;
+  for (const Run<T>& run : runs)
+    outline.insert(outline.end(),
+                   {run.begin, run.end, run.filters_end, std::int64_t(run.dtype),
+                    run.kernel ? run.family : -1, std::int64_t(run.member),
+                    run.extrapolation->random ? std::int64_t(*run.extrapolation->random) : -1});
+  return outline;
+}
+
+template Outline outline_of<float>(std::span<const Run<float>>);
+template Outline outline_of<double>(std::span<const Run<double>>);
+
+template <class T>
 RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker_count)
     : plan_(plan),
       family_(family_index(options.rule)),

@@ -10,6 +10,11 @@
 
 namespace xc {
 
+// Where runs begin and end, and which kernels they take.
+using Outline = std::vector<std::int64_t>;
+template <class T>
+Outline outline_of(std::span<const Run<T>> runs);
+
 // Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, count of
 // updates) make one run, so most models are one run per group; under a rule that measures, a layer is a run.
 template <class T>
