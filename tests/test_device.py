@@ -226,6 +226,26 @@ def test_absent_gradients_count_as_zeros_on_a_device(world):
         opt.close()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_collected_from_wherever_they_lie(world, dtype):
+    lengths = [1, 7, 40_000, 8] + 125 * [3]  # over a piece, and over a batch of copies
+    optimizers = []
+    for where in (on_the_host_device, on_the_cpu):
+        with where():
+            params = [torch.nn.Parameter(torch.ones(n, dtype=DTYPES[dtype])) for n in lengths]
+            optimizers.append((xc.SGD(params, lr=0.5, world=world), params))
+    for opt, params in optimizers:
+        random = np.random.default_rng(world.rank)
+        for i, param in enumerate(params):
+            values = torch.from_numpy(random.normal(size=param.numel() + 3).astype(np.float32))
+            param.grad = values.to(DTYPES[dtype])[i % 4 : i % 4 + param.numel()]
+        opt.step()
+    for mine, its in zip(optimizers[0][1], optimizers[1][1], strict=True):
+        assert_same_bits(mine.detach().float().numpy(), its.detach().float().numpy(), "weights")
+    for opt, _ in optimizers:
+        opt.close()
+
+
 # ---- captured steps ----
 
 CAPTURABLE = {

@@ -18,6 +18,7 @@
 #include "cuda/memory.hpp"
 #include "cuda/order.hpp"
 #include "cuda/tables.hpp"
+#include "device/copying.hpp"
 #include "nccl/communicator.hpp"
 #include "nccl/memory.hpp"
 #include "nccl/wire.hpp"
@@ -126,6 +127,10 @@ class CudaStorage final : public Storage {
   void copy(void* to, const void* from, std::size_t bytes) override {
     const Current current(index_);
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()), "copying");
+  }
+  void copy_all(std::span<const Copy> copies) override {
+    const Current current(index_);
+    in_batches(copies, [&](const CopyBatch& batch) { device_.kernels().copy(batch, stream()); });
   }
   void clear(void* at, std::size_t bytes) override {
     const Current current(index_);

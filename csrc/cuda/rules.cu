@@ -1,5 +1,6 @@
 #include "cuda/launcher.cuh"
 #include "cuda/tables.hpp"
+#include "device/copying.hpp"
 #include "device/judging.hpp"
 
 namespace xc {
@@ -26,6 +27,19 @@ void judge(const Judgement& at, Stream stream) {
   check(cudaGetLastError(), "starting a kernel");
 }
 
+__global__ void __launch_bounds__(kCopyThreads) copy_pieces(const __grid_constant__ CopyBatch batch) {
+  for (std::int64_t piece = blockIdx.x; piece < pieces_of(batch); piece += gridDim.x)
+    copy_piece(batch, piece, static_cast<int>(threadIdx.x));
+}
+
+void copy(const CopyBatch& batch, Stream stream) {
+  constexpr std::int64_t kMostBlocks = 2048;
+  const auto blocks = static_cast<unsigned>(std::min(pieces_of(batch), kMostBlocks));
+  if (blocks == 0) return;
+  copy_pieces<<<blocks, kCopyThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch);
+  check(cudaGetLastError(), "starting a kernel");
+}
+
 }  // namespace
 
 void add_cuda_rules(RuleTable& rules) { Tables<CudaLauncher>::add_rules(rules); }
@@ -36,6 +50,7 @@ DeviceKernels cuda_element_kernels() {
           &CudaLauncher::launch<TakeBody>,
           &CudaLauncher::launch<ClipBody>,
           &CudaLauncher::sum<MeanSquaresBody>,
+          &copy,
           &judge,
           {}};
 }

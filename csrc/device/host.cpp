@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/copying.hpp"
 #include "device/judging.hpp"
 #include "device/tables.hpp"
 
@@ -30,6 +31,11 @@ struct HostLauncher {
       }
   }
 
+  static void copy(const CopyBatch& batch, Stream) {
+    for (std::int64_t piece = 0; piece < pieces_of(batch); ++piece)
+      for (int thread = 0; thread < kCopyThreads; ++thread) copy_piece(batch, piece, thread);
+  }
+
   static void judge(const Judgement& at, Stream) {
     double lanes[kNormLanes];
     for (int lane = 0; lane < kNormLanes; ++lane) lanes[lane] = lane_of(at.squares, lane);
@@ -51,6 +57,7 @@ DeviceKernels host_kernels() {
                         &HostLauncher::launch<TakeBody>,
                         &HostLauncher::launch<ClipBody>,
                         &HostLauncher::sum<MeanSquaresBody>,
+                        &HostLauncher::copy,
                         &HostLauncher::judge,
                         {}};
   Own::add_steps<float>(kernels.rules);
@@ -68,6 +75,11 @@ class DeviceOfHostStorage final : public Storage {
   std::shared_ptr<std::byte> allocate(std::size_t bytes) override { return device_.staging(bytes); }
   void copy(void* to, const void* from, std::size_t bytes) override {
     device_.queue([=, this] { memory_.copy(to, from, bytes); });
+  }
+  void copy_all(std::span<const Copy> copies) override {
+    in_batches(copies, [&](const CopyBatch& batch) {
+      device_.queue([=, this] { device_.kernels().copy(batch, nullptr); });
+    });
   }
   void clear(void* at, std::size_t bytes) override {
     device_.queue([=, this] { memory_.clear(at, bytes); });

@@ -16,6 +16,8 @@ namespace xc {
 // which reads them twice.
 
 using KernelFn = void (*)(const Launch& launch, Stream stream);
+struct CopyBatch;
+using CopyFn = void (*)(const CopyBatch& batch, Stream stream);
 using JudgeFn = void (*)(const Judgement& at, Stream stream);
 
 inline constexpr int kUnrolled[] = {1, 2, 4, 8, 0};
@@ -46,9 +48,10 @@ struct RuleKernels {
 
 struct DeviceKernels {
   ElementKernels element[3];
-  KernelFn take;                                // mean = scale x received
-  KernelFn clip;                                // mean *= clip
-  KernelFn mean_squares;                        // sum 0: of the mean
+  KernelFn take;          // mean = scale x received
+  KernelFn clip;          // mean *= clip
+  KernelFn mean_squares;  // sum 0: of the mean
+  CopyFn copy;
   JudgeFn judge;                                // from the squares to the verdict, and the runs' clip
   std::vector<std::vector<RuleKernels>> rules;  // by family and member; empty ones where a device has none
 };

@@ -184,6 +184,7 @@ class EngineOf final : public Engine {
 template <class T>
 void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) {
   std::byte* const mine = gradients(v).get();
+  std::vector<Copy> copies;
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
     const Layer& layer = plan_.layers[i];
     const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
@@ -191,9 +192,10 @@ void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::
     present[i] = from != nullptr;
     if (from) touch(v, i);
     if (!from || from == to) continue;
-    storage_->copy(to, from, static_cast<std::size_t>(layer.count * size_of(layer.spec.dtype)));
+    copies.push_back({from, to, layer.count * size_of(layer.spec.dtype)});
     changed(v, i);
   }
+  storage_->copy_all(copies);
 }
 
 template <class T>

@@ -4,6 +4,10 @@
 
 namespace xc {
 
+void Storage::copy_all(std::span<const Copy> copies) {
+  for (const Copy& each : copies) copy(each.to, each.from, static_cast<std::size_t>(each.bytes));
+}
+
 Shared HostStorage::share(Team& team, std::size_t bytes) { return team.share(bytes); }
 
 std::shared_ptr<std::byte> HostStorage::allocate(std::size_t bytes) {

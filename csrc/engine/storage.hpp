@@ -1,12 +1,20 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "comm/team.hpp"
 
 namespace xc {
+
+struct Copy {
+  const std::byte* from;
+  std::byte* to;
+  std::int64_t bytes;
+};
 
 // Where weights, gradients and state lie: the host's shared memory, or a device's. What is queued here runs
 // in the order in which it was queued; on the host it has run when the call returns.
@@ -27,6 +35,8 @@ class Storage {
   // From and to the host's memory as well. The host's may be used again on return, but what is read into it
   // is there only after finish().
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
+  // Many at once, within the storage's own kind of memory. They do not overlap.
+  virtual void copy_all(std::span<const Copy> copies);
   virtual void clear(void* at, std::size_t bytes) = 0;
   // Returns when all that was queued has run.
   virtual void finish() = 0;
