@@ -43,7 +43,7 @@ class Team:
         wire: Wire | None,
         world: int,
         first_channel: int,
-        rails: tuple[int, int, bool, str, float, float, float],
+        rails: tuple[int, int, bool, str, float, float, float, str],
         all_gather: Callable[[bytes], list[bytes]],
         warn: Callable[[str], None],
         step_timeout: float,

@@ -168,7 +168,7 @@ class Engine(Gained):
 
     @property
     def way(self) -> str:
-        """How sums travel between teams: "direct" or "halving" (see `WireOptions`); "none" with one team."""
+        """How sums travel between teams: "direct", "halving" or "nccl" (see `WireOptions`); "none" with one team."""
         return self._core.way
 
     @property

@@ -37,6 +37,12 @@ class WireOptions:
         latency: seconds that a short message travels.
         overhead: seconds that a rank needs to begin one.
         bandwidth: bytes per second of one rank. `python -m extrapcomm tune` measures all three.
+        order: of additions over teams. "tree" has the bits of the CPU. "nccl", for parameters on GPUs, leaves sums in
+            float32 to NCCL's reduce-scatter, and new weights to its all-gather: results are as reproducible as NCCL's
+            own, which depend on its version, the ranks, sizes and network. It takes NCCL between the ranks and teams
+            of one size (`Engine` raises UsageError otherwise). Plain collectives keep the tree.
+
+    With one team nothing travels, and these options have no effect.
 
     Raises:
         UsageError: for values that cannot be.
@@ -49,6 +55,7 @@ class WireOptions:
     latency: float = 20e-6
     overhead: float = 1e-6
     bandwidth: float = 1e9
+    order: str = "tree"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
@@ -60,6 +67,8 @@ class WireOptions:
 
         if self.way not in ("auto", "direct", "halving"):
             raise UsageError(f"the wire's way must be 'auto', 'direct' or 'halving', not {self.way!r}")
+        if self.order not in ("tree", "nccl"):
+            raise UsageError(f"the wire's order must be 'tree' or 'nccl', not {self.order!r}")
         for name in ("latency", "overhead", "bandwidth"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -81,10 +90,10 @@ class WireOptions:
                 f"tune -o {path}`"
             ) from error
 
-    def for_core(self) -> tuple[int, int, bool, str, float, float, float]:
+    def for_core(self) -> tuple[int, int, bool, str, float, float, float, str]:
         """As the engine takes it."""
         costs = (float(self.latency), float(self.overhead), float(self.bandwidth))
-        return self.chunk or 0, self.window, self.dtype == "bfloat16", self.way, *costs
+        return self.chunk or 0, self.window, self.dtype == "bfloat16", self.way, *costs, self.order
 
 
 def _is_whole(value: Any) -> bool:

@@ -38,15 +38,16 @@ std::function<void(const std::string&)> warn_through(const py::function& callbac
   };
 }
 
-// (elements of a chunk or 0, chunks under way, narrow, way, latency, overhead, bandwidth)
-using RailTuple = std::tuple<std::int64_t, int, bool, std::string, double, double, double>;
+// (elements of a chunk or 0, chunks under way, narrow, way, latency, overhead, bandwidth, order)
+using RailTuple = std::tuple<std::int64_t, int, bool, std::string, double, double, double, std::string>;
 
 RailOptions rails_from(const RailTuple& tuple) {
-  const auto& [chunk, window, narrow, way, latency, overhead, bandwidth] = tuple;
+  const auto& [chunk, window, narrow, way, latency, overhead, bandwidth, order] = tuple;
   const auto which = way == "direct"    ? RailOptions::Way::direct
                      : way == "halving" ? RailOptions::Way::halving
                                         : RailOptions::Way::automatic;
-  return {chunk, window, narrow, which, latency, overhead, bandwidth};
+  const auto sums = order == "nccl" ? RailOptions::Order::nccl : RailOptions::Order::tree;
+  return {chunk, window, narrow, which, latency, overhead, bandwidth, sums};
 }
 
 std::shared_ptr<Team> make_team(const Topology& topology, std::shared_ptr<Wire> wire, std::int64_t world,

@@ -57,6 +57,21 @@ std::vector<int> Topology::carried(int rank) const {
   return segments;
 }
 
+bool Topology::has_equal_teams() const {
+  const auto as_large = [this](const auto& team) { return team.size() == teams_.front().size(); };
+  return std::all_of(teams_.begin(), teams_.end(), as_large);
+}
+
+std::vector<int> Topology::rail() const {
+  std::vector<int> ranks;
+  for (const auto& team : teams_)
+    if (has_equal_teams())
+      ranks.push_back(team[static_cast<std::size_t>(place())]);
+    else
+      ranks.insert(ranks.end(), team.begin(), team.end());
+  return ranks;
+}
+
 bool Topology::keeps_order() const {
   if (team_count() == 1) return true;
   const std::size_t ranks = teams_[0].size();

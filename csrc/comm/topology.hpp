@@ -42,6 +42,10 @@ class Topology {
   int carrier(int worker, int team) const;                   // its owner in the owner's own team
   // The segments that a rank carries, its own among them, in ascending order.
   std::vector<int> carried(int rank) const;
+  bool has_equal_teams() const;
+  // The ranks among which the segments that this one carries travel, in the order of teams: its rail where
+  // teams are equal, otherwise all.
+  std::vector<int> rail() const;
 
   // Whether the sum over teams of their sums is the same tree as the sum over all workers: if every team but
   // the last holds the same power of two of workers, the last no more, and all in the order of ranks.

@@ -46,6 +46,8 @@ struct RailOptions {
   double latency = 20e-6;
   double overhead = 1e-6;
   double bandwidth = 1e9;
+  // Of additions: that of the engine's tree, or any that NCCL takes.
+  enum class Order { tree, nccl } order = Order::tree;
 };
 
 }  // namespace xc

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda/check.hpp"
+#include "cuda/lane.hpp"
 #include "cuda/memory.hpp"
 #include "cuda/order.hpp"
 #include "cuda/tables.hpp"
@@ -68,12 +69,13 @@ std::string wanted(const char* variable) {
 }
 
 // Collective, of all ranks.
-std::shared_ptr<NcclCommunicator> connect_by_nccl(const Team& team) {
+std::shared_ptr<NcclCommunicator> connect_by_nccl(const Team& team, std::vector<int> members) {
   const auto patience = std::chrono::duration_cast<std::chrono::milliseconds>(team.limits().inside_pass);
   return std::make_shared<NcclCommunicator>(
       NcclOptions{.library = wanted("XC_NCCL"),
                   .rank = team.rank(),
                   .size = team.topology().size(),
+                  .members = std::move(members),
                   .all_gather = [&team](const std::string& text) { return team.all_gather(text); },
                   .patience = patience});
 }
@@ -93,7 +95,7 @@ std::string agreed_choice(const Team& team, const char* variable, std::initializ
 Shared share_by_nccl(Team& team, std::shared_ptr<NcclCommunicator>& communicator, std::size_t bytes) {
   if (team.topology().team_count() > 1)
     throw UsageError("XC_GPU_MEMORY=nccl is for ranks of one team; take ipc between hosts");
-  if (!communicator) communicator = connect_by_nccl(team);
+  if (!communicator) communicator = connect_by_nccl(team, team.topology().members());
   auto found = NcclMemory::share(communicator, bytes);
   if (const auto* refusal = std::get_if<NcclRefusal>(&found))
     throw DeviceError("NCCL gives no memory that peers reach: " + refusal->reason +
@@ -172,20 +174,38 @@ class CudaStorage final : public Storage {
   Event mark_;
 };
 
-// NCCL's transfers, on this GPU.
-class CudaWire final : public DeviceWire {
+// NCCL's transfers, on this GPU, beside the stream in use.
+class CudaWire final : public CollectiveWire {
  public:
-  CudaWire(int index, std::shared_ptr<NcclCommunicator> communicator)
-      : index_(index), wire_(std::move(communicator)) {}
-  void exchange(std::span<const Transfer> sends, std::span<const Transfer> receives, Stream stream) override {
+  CudaWire(const Device& device, int index, std::shared_ptr<NcclCommunicator> communicator)
+      : device_(device), index_(index), wire_(std::move(communicator)) {}
+  void fork() override {
     const Current current(index_);
-    wire_.exchange(sends, receives, stream);
+    lane_.fork_from(static_cast<cudaStream_t>(device_.stream()));
+  }
+  void join() override {
+    const Current current(index_);
+    lane_.join_to(static_cast<cudaStream_t>(device_.stream()));
+  }
+  void exchange(std::span<const Transfer> sends, std::span<const Transfer> receives) override {
+    const Current current(index_);
+    wire_.exchange(sends, receives, lane_.stream());
+  }
+  void reduce_scatter(float* blocks, std::int64_t elements) override {
+    const Current current(index_);
+    wire_.reduce_scatter(blocks, elements, lane_.stream());
+  }
+  void all_gather(float* blocks, std::int64_t elements) override {
+    const Current current(index_);
+    wire_.all_gather(blocks, elements, lane_.stream());
   }
   void check() override { wire_.check(); }
   void abort(const std::string& reason) override { wire_.abort(reason); }
 
  private:
+  const Device& device_;
   int index_;
+  Lane lane_;
   NcclWire wire_;
 };
 
@@ -226,10 +246,10 @@ class CudaDevice final : public Device {
     const Current current(index_);
     return allocate_mapped_memory(bytes);
   }
-  std::unique_ptr<DeviceWire> wire(Team& team) override {
+  std::unique_ptr<CollectiveWire> wire(Team& team) override {
     if (!wants_nccl(team, index_)) return nullptr;
     const Current current(index_);
-    return std::make_unique<CudaWire>(index_, connect_by_nccl(team));
+    return std::make_unique<CudaWire>(*this, index_, connect_by_nccl(team, team.topology().rail()));
   }
   void launch(KernelFn kernel, const Launch& launch) override {
     const Current current(index_);

@@ -31,7 +31,7 @@ class Device {
   // The host's memory that queued copies may read when they run, not when they are queued.
   virtual std::shared_ptr<std::byte> staging(std::size_t bytes) = 0;
   // Collective, with several teams: what goes between them past the hosts' memory; null if nothing does.
-  virtual std::unique_ptr<DeviceWire> wire(Team& team) = 0;
+  virtual std::unique_ptr<CollectiveWire> wire(Team& team) = 0;
   virtual void launch(KernelFn kernel, const Launch& launch) = 0;
   virtual void judge(const Judgement& at) = 0;
 

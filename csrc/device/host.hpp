@@ -12,14 +12,14 @@ namespace xc {
 // complete when it returns. It is for tests: all that an engine does on a device it does on this one, where
 // sanitizers and machines without a GPU can look at it. Between begin_capture() and end_capture() work is
 // recorded.
-class HostDevice final : public Device {
+class HostDevice : public Device {
  public:
   Place place() const override;
   std::string name() const override { return "host"; }
   const DeviceKernels& kernels() const override;
   std::shared_ptr<Storage> storage(Team& team) override;
   std::shared_ptr<std::byte> staging(std::size_t bytes) override;
-  std::unique_ptr<DeviceWire> wire(Team&) override { return nullptr; }
+  std::unique_ptr<CollectiveWire> wire(Team&) override { return nullptr; }
   void launch(KernelFn kernel, const Launch& launch) override;
   void judge(const Judgement& at) override;
   bool captures() const override { return captures_; }

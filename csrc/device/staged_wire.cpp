@@ -16,7 +16,7 @@ StagedWire::~StagedWire() {
   if (!pending_.empty()) new std::vector<std::byte>(std::move(staged_));
 }
 
-void StagedWire::exchange(std::span<const Transfer> sends, std::span<const Transfer> receives, Stream) {
+void StagedWire::exchange(std::span<const Transfer> sends, std::span<const Transfer> receives) {
   std::size_t bytes = 0;
   for (const auto& list : {sends, receives})
     for (const Transfer& transfer : list) bytes += static_cast<std::size_t>(transfer.bytes);

@@ -8,11 +8,12 @@
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
 #include "core/streaming.hpp"
+#include "device/collective_rails.hpp"
 #include "device/device.hpp"
 #include "device/judge.hpp"
-#include "device/rails.hpp"
 #include "device/run_table.hpp"
 #include "device/staged_wire.hpp"
+#include "device/tree_rails.hpp"
 #include "device/walker.hpp"
 #include "engine/arenas.hpp"
 #include "engine/exchange.hpp"
@@ -41,6 +42,10 @@ std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
 }
 
 using Agreed = Exchange::Agreed;
+
+constexpr const char* kNeedsNccl =
+    "WireOptions(order=\"nccl\") takes NCCL between the ranks: each on a GPU of its own, and XC_GPU_WIRE not "
+    "mpi; leave out `order` otherwise";
 
 // The engine for one master type.
 template <class T>
@@ -87,7 +92,7 @@ class EngineOf final : public Engine {
     settle();
     return updates_.empty() ? 0 : *std::max_element(updates_.begin(), updates_.end());
   }
-  const char* way() const override { return !rails_ ? "none" : rails_->halves() ? "halving" : "direct"; }
+  const char* way() const override { return rails_ ? rails_->way() : "none"; }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
@@ -224,10 +229,15 @@ template <>
 std::unique_ptr<Rails<float>> EngineOf<float>::make_rails() {
   if (!device_ || !team().wire()) return rails_for<float>(exchange_, plan_, arenas_.memory());
   const auto wait = [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); };
+  const DeviceRails::Site site{team(), plan_, exchange_.channel(), wait, arenas_.memory(), storage_};
   auto wire = device_->wire(team());
-  if (!wire) wire = std::make_unique<StagedWire>(team(), storage_, exchange_.channel(), wait);
-  return std::make_unique<DeviceRails>(team(), plan_, exchange_.channel(), wait, arenas_.memory(), device_,
-                                       storage_, std::move(wire));
+  if (team().rails().order == RailOptions::Order::nccl) {
+    if (!wire) throw UsageError(kNeedsNccl);
+    return std::make_unique<CollectiveRails>(site, std::move(wire));
+  }
+  if (wire) return std::make_unique<TreeRails>(site, device_, std::move(wire));
+  return std::make_unique<TreeRails>(
+      site, device_, std::make_unique<StagedWire>(team(), storage_, exchange_.channel(), wait));
 }
 
 template <>
@@ -575,6 +585,18 @@ void check_device(const Device& device, const EngineOptions& options, const Plan
   if (narrow) throw UsageError("sums that travel as bfloat16 have no kernels" + on);
 }
 
+// NCCL's sums are of memory on GPUs, in blocks of which every rank of a rail has one.
+void check_order(const Device* device, const Team& team) {
+  if (!team.wire() || team.rails().order == RailOptions::Order::tree) return;
+  if (!device)
+    throw UsageError(
+        "WireOptions(order=\"nccl\") is for parameters on GPUs, and these are not: leave out `order`");
+  if (!team.topology().has_equal_teams())
+    throw UsageError(
+        "WireOptions(order=\"nccl\") takes teams of one size: start equally many ranks on every host, or "
+        "leave out `order`");
+}
+
 // A rule that projects needs the sums of every filter.
 CellCuts cuts_for(const EngineOptions& options) {
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_index(options.rule))];
@@ -604,6 +626,7 @@ std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<con
   team->agree<UsageError>(complaint_of([&] {
     plan = make_plan(layers, team->worker_count(), cuts_for(options));
     if (device) check_device(*device, options, plan, team->wire() && team->rails().narrow);
+    check_order(device.get(), *team);
   }));
   require_same_signature(*team, full_signature(plan, options, *team));
   if (plan.master == DType::f64)

@@ -23,9 +23,7 @@ unsigned reversed(unsigned team, int bits) {
 
 template <class T>
 bool Rails<T>::can_halve(const Topology& topology) {
-  const auto& teams = topology.teams();
-  const auto as_large = [&](const auto& team) { return team.size() == teams.front().size(); };
-  return std::has_single_bit(teams.size()) && std::all_of(teams.begin(), teams.end(), as_large);
+  return std::has_single_bit(topology.teams().size()) && topology.has_equal_teams();
 }
 
 // The carried segments in the order in which halves are cut: half of them stay in every round.

@@ -72,8 +72,8 @@ class Rails {
   void share(const std::function<std::span<double>(int segment)>& numbers);
   // The same, the owner's being the tree sum over the teams' first.
   void add_up(const std::function<std::span<double>(int segment)>& numbers);
-  // Whether sums go by halves rather than from all to all.
-  bool halves() const { return halving_; }
+  // How sums go: by halves, or from all to all.
+  virtual const char* way() const { return halving_ ? "halving" : "direct"; }
   // Whether a transfer may be under way for ever, and with it the use of the arrays that it was given.
   bool broken() const { return broken_; }
   // numbers[i] becomes the largest of all ranks' i-th.

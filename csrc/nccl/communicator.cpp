@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 
 #include "core/error.hpp"
 
@@ -57,9 +58,16 @@ std::string first_complaint_in(const std::vector<std::string>& texts) {
   return {};
 }
 
+NcclOptions with_members(NcclOptions options) {
+  if (!options.members.empty()) return options;
+  options.members.resize(static_cast<std::size_t>(options.size));
+  std::iota(options.members.begin(), options.members.end(), 0);
+  return options;
+}
+
 }  // namespace
 
-NcclCommunicator::NcclCommunicator(NcclOptions options) : options_(std::move(options)), api_(load()) {
+NcclCommunicator::NcclCommunicator(NcclOptions options) : options_(with_members(std::move(options))), api_(load()) {
   connect(agree_on_id());
   watchdog_ = std::thread([this] { watch(); });
 }
@@ -100,20 +108,27 @@ NcclApi NcclCommunicator::load() const {
   return api;
 }
 
+int NcclCommunicator::place_of(int rank) const {
+  return static_cast<int>(std::find(members().begin(), members().end(), rank) - members().begin());
+}
+
 NcclUniqueId NcclCommunicator::agree_on_id() const {
   NcclUniqueId id{};
   std::string complaint;
-  if (rank() == 0)
+  const int first = members().front();
+  if (rank() == first)
     if (const NcclResult result = api_.get_unique_id(&id); result != NcclResult::success)
       complaint = api_.words(api_.get_unique_id.name, result);
-  const std::string of_rank_0 = values(complaint, {id.bytes, sizeof id.bytes}).front();
-  std::memcpy(id.bytes, of_rank_0.data(), sizeof id.bytes);
+  const std::string of_first =
+      values(complaint, {id.bytes, sizeof id.bytes})[static_cast<std::size_t>(first)];
+  std::memcpy(id.bytes, of_first.data(), sizeof id.bytes);
   return id;
 }
 
 void NcclCommunicator::connect(const NcclUniqueId& id) {
   NcclConfig config;
-  NcclOutcome outcome{api_.comm_init.name, api_.comm_init(&made_, size(), id, rank(), &config)};
+  NcclOutcome outcome{api_.comm_init.name, api_.comm_init(&made_, static_cast<int>(members().size()), id,
+                                                             place_of(rank()), &config)};
   comm_ = made_;
   outcome.result = wait(outcome.result, Clock::now() + options_.patience);
   const std::string complaint = first_complaint(complaint_about(outcome));

@@ -29,7 +29,10 @@ namespace xc {
 struct NcclOptions {
   std::string library;  // path; empty: the one of this process, or what the loader finds
   int rank = 0;
-  int size = 1;
+  int size = 1;  // of all that agree, whatever fails on one of them
+  // Those that are connected with this one, itself among them: a part of all ranks, every one of which is in
+  // one such part. None: all are one.
+  std::vector<int> members = {};
   // Gives every rank's bytes to every rank, in the order of ranks.
   std::function<std::vector<std::string>(const std::string&)> all_gather;
   std::chrono::milliseconds patience{60'000};
@@ -54,7 +57,9 @@ class NcclCommunicator {
 
   const NcclApi& api() const { return api_; }
   int rank() const { return options_.rank; }
-  int size() const { return options_.size; }
+  // The ranks that are connected, in the order in which NCCL counts them, and the place of one among them.
+  const std::vector<int>& members() const { return options_.members; }
+  int place_of(int rank) const;
 
   // NcclOutcome work(NcclHandle): calls of NCCL by this thread alone.
   template <class Work>

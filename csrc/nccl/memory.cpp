@@ -75,16 +75,18 @@ std::string NcclMemory::register_window() {
 
 void NcclMemory::find_peers() {
   const NcclApi& api = communicator_->api();
-  pointers_.assign(static_cast<std::size_t>(communicator_->size()), nullptr);
-  for (int rank = 0; rank < communicator_->size(); ++rank) {
-    void*& at = pointers_[static_cast<std::size_t>(rank)];
+  const std::vector<int>& members = communicator_->members();
+  pointers_.assign(members.size(), nullptr);
+  for (const int rank : members) {
+    const int place = communicator_->place_of(rank);
+    void*& at = pointers_[static_cast<std::size_t>(place)];
     const NcclOutcome asked = communicator_->begin([&](NcclHandle) -> NcclOutcome {
-      return {api.peer_pointer.name, api.peer_pointer(window_, 0, rank, &at)};
+      return {api.peer_pointer.name, api.peer_pointer(window_, 0, place, &at)};
     });
     if (asked.result != NcclResult::success) throw CommError(api.words(asked.doing, asked.result));
     if (!at) throw CommError("its GPU does not reach the memory of rank " + std::to_string(rank));
   }
-  pointers_[static_cast<std::size_t>(communicator_->rank())] = mine_;
+  pointers_[static_cast<std::size_t>(communicator_->place_of(communicator_->rank()))] = mine_;
 }
 
 }  // namespace xc

@@ -33,7 +33,7 @@ class NcclMemory {
   NcclMemory& operator=(const NcclMemory&) = delete;
 
   std::size_t bytes() const { return bytes_; }
-  // Where the blocks of all ranks lie.
+  // Where the blocks of the communicator's members lie.
   const std::vector<void*>& pointers() const { return pointers_; }
 
  private:

@@ -27,7 +27,7 @@ struct Config {
 enum Result { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kInProgress = 7 };
 enum Type { kUint8 = 1, kFloat32 = 7 };
 
-namespace fake {
+namespace stand_in {
 
 struct Window {
   std::vector<Block> blocks;
@@ -113,11 +113,13 @@ void transfer(Communicator& from, Communicator& to) {
 
 using Operations = std::vector<Operation*>;
 
+// What goes round a ring to rank r begins with the rank after it.
 void reduce_scatter(const Operations& all) {
   for (std::size_t r = 0; r < all.size(); ++r)
     for (std::size_t i = 0; i < all[r]->count; ++i) {
       float sum = 0;
-      for (const Operation* one : all) sum += static_cast<const float*>(one->from)[r * one->count + i];
+      for (std::size_t hop = 1; hop <= all.size(); ++hop)
+        sum += static_cast<const float*>(all[(r + hop) % all.size()]->from)[r * all[r]->count + i];
       static_cast<float*>(all[r]->to)[i] = sum;
     }
 }
@@ -268,94 +270,94 @@ void drop(Window* window) {
 
 void* address_in(const Window* window, int rank) { return window->blocks[std::size_t(rank)].at; }
 
-}  // namespace fake
+}  // namespace stand_in
 
-using fake::Communicator;
-using fake::Kind;
+using stand_in::Communicator;
+using stand_in::Kind;
 
-FAKE_NCCL_EXPORT const FakeNccl* fake_nccl() { return &fake::controls; }
+FAKE_NCCL_EXPORT const FakeNccl* fake_nccl() { return &stand_in::controls; }
 
 FAKE_NCCL_EXPORT int ncclGetVersion(int* version) {
-  *version = fake::faults().version;
-  return fake::failure_of("ncclGetVersion");
+  *version = stand_in::faults().version;
+  return stand_in::failure_of("ncclGetVersion");
 }
 
 FAKE_NCCL_EXPORT int ncclGetUniqueId(Id* id) {
   std::memset(id->bytes, 0, sizeof id->bytes);
-  std::strcpy(id->bytes, ("clique " + std::to_string(++fake::ids)).c_str());
-  return fake::failure_of("ncclGetUniqueId");
+  std::strcpy(id->bytes, ("clique " + std::to_string(++stand_in::ids)).c_str());
+  return stand_in::failure_of("ncclGetUniqueId");
 }
 
 FAKE_NCCL_EXPORT int ncclCommInitRankConfig(Communicator** comm, int size, Id id, int rank,
                                             const Config* config) {
   if (config->size != 24 || config->magic != 0xcafebeef || config->version != 21403 || config->blocking != 0)
     return kInvalidArgument;
-  if (const int result = fake::failure_of("ncclCommInitRankConfig")) return result;
-  *comm = new Communicator{nullptr,  rank, !std::exchange(fake::faults().never_connect, false), kSuccess, {},
+  if (const int result = stand_in::failure_of("ncclCommInitRankConfig")) return result;
+  *comm = new Communicator{nullptr,  rank, !std::exchange(stand_in::faults().never_connect, false), kSuccess, {},
                            kSuccess, {}};
-  fake::count(1);
-  (*comm)->clique = fake::join(id, size, *comm);
+  stand_in::count(1);
+  (*comm)->clique = stand_in::join(id, size, *comm);
   return kInProgress;
 }
 
 FAKE_NCCL_EXPORT int ncclCommGetAsyncError(Communicator* comm, int* state) {
-  const std::lock_guard lock(fake::everything);
-  fake::progress(*comm->clique);
-  if (comm->later && fake::Clock::now() > comm->then) comm->error = comm->later;
-  const bool done = fake::connected(*comm->clique) && comm->pending.empty();
+  const std::lock_guard lock(stand_in::everything);
+  stand_in::progress(*comm->clique);
+  if (comm->later && stand_in::Clock::now() > comm->then) comm->error = comm->later;
+  const bool done = stand_in::connected(*comm->clique) && comm->pending.empty();
   *state = comm->error ? comm->error : done ? kSuccess : kInProgress;
   return kSuccess;
 }
 
 FAKE_NCCL_EXPORT int ncclCommAbort(Communicator* comm) {
-  fake::leave(comm, 1);
+  stand_in::leave(comm, 1);
   return kSuccess;
 }
 
-FAKE_NCCL_EXPORT int ncclCommFinalize(Communicator*) { return fake::failure_of("ncclCommFinalize"); }
+FAKE_NCCL_EXPORT int ncclCommFinalize(Communicator*) { return stand_in::failure_of("ncclCommFinalize"); }
 
 FAKE_NCCL_EXPORT int ncclCommDestroy(Communicator* comm) {
-  fake::leave(comm, 0);
+  stand_in::leave(comm, 0);
   return kSuccess;
 }
 
-FAKE_NCCL_EXPORT const char* ncclGetLastError(Communicator*) { return fake::last_words; }
+FAKE_NCCL_EXPORT const char* ncclGetLastError(Communicator*) { return stand_in::last_words; }
 
 FAKE_NCCL_EXPORT const char* ncclGetErrorString(int result) {
   return result == 6 ? "another rank is gone" : "something is wrong";
 }
 
 FAKE_NCCL_EXPORT int ncclGroupStart() {
-  ++fake::group.depth;
+  ++stand_in::group.depth;
   return kSuccess;
 }
 
 FAKE_NCCL_EXPORT int ncclGroupEnd() {
-  if (fake::group.depth == 0) return kInvalidUsage;
-  if (--fake::group.depth) return kSuccess;
-  return fake::end_group();
+  if (stand_in::group.depth == 0) return kInvalidUsage;
+  if (--stand_in::group.depth) return kSuccess;
+  return stand_in::end_group();
 }
 
 FAKE_NCCL_EXPORT int ncclSend(const void* from, std::size_t count, int type, int peer, Communicator* comm,
                               void*) {
   if (type != kUint8) return kInvalidArgument;
-  if (const int result = fake::failure_of("ncclSend")) return fake::group.error = result;
-  return fake::enqueue(comm, {Kind::send, from, nullptr, count, peer, nullptr});
+  if (const int result = stand_in::failure_of("ncclSend")) return stand_in::group.error = result;
+  return stand_in::enqueue(comm, {Kind::send, from, nullptr, count, peer, nullptr});
 }
 
 FAKE_NCCL_EXPORT int ncclRecv(void* to, std::size_t count, int type, int peer, Communicator* comm, void*) {
   if (type != kUint8) return kInvalidArgument;
-  return fake::enqueue(comm, {Kind::receive, nullptr, to, count, peer, nullptr});
+  return stand_in::enqueue(comm, {Kind::receive, nullptr, to, count, peer, nullptr});
 }
 
 FAKE_NCCL_EXPORT int ncclReduceScatter(const void* from, void* to, std::size_t count, int type, int reduction,
                                        Communicator* comm, void*) {
   if (type != kFloat32 || reduction != 0) return kInvalidArgument;
-  return fake::enqueue(comm, {Kind::reduce_scatter, from, to, count, 0, nullptr});
+  return stand_in::enqueue(comm, {Kind::reduce_scatter, from, to, count, 0, nullptr});
 }
 
 FAKE_NCCL_EXPORT int ncclAllGather(const void* from, void* to, std::size_t count, int type,
                                    Communicator* comm, void*) {
   if (type != kFloat32) return kInvalidArgument;
-  return fake::enqueue(comm, {Kind::all_gather, from, to, count, 0, nullptr});
+  return stand_in::enqueue(comm, {Kind::all_gather, from, to, count, 0, nullptr});
 }

@@ -5,31 +5,31 @@
 // What newer versions of NCCL have: memory that peers reach.
 
 FAKE_NCCL_EXPORT int ncclMemAlloc(void** at, std::size_t bytes) {
-  if (const int result = fake::failure_of("ncclMemAlloc")) return result;
+  if (const int result = stand_in::failure_of("ncclMemAlloc")) return result;
   *at = std::malloc(bytes);
-  fake::count(1);
+  stand_in::count(1);
   return 0;
 }
 
 FAKE_NCCL_EXPORT int ncclMemFree(void* at) {
   std::free(at);
-  fake::count(-1);
+  stand_in::count(-1);
   return 0;
 }
 
-FAKE_NCCL_EXPORT int ncclCommWindowRegister(fake::Communicator* comm, void* at, std::size_t bytes,
-                                            fake::Window** window, int flags) {
+FAKE_NCCL_EXPORT int ncclCommWindowRegister(stand_in::Communicator* comm, void* at, std::size_t bytes,
+                                            stand_in::Window** window, int flags) {
   if (flags != 1) return 4;
-  if (const int result = fake::failure_of("ncclCommWindowRegister")) return result;
-  return fake::enqueue_window(comm, {at, bytes}, window);
+  if (const int result = stand_in::failure_of("ncclCommWindowRegister")) return result;
+  return stand_in::enqueue_window(comm, {at, bytes}, window);
 }
 
-FAKE_NCCL_EXPORT int ncclCommWindowDeregister(fake::Communicator*, fake::Window* window) {
-  fake::drop(window);
+FAKE_NCCL_EXPORT int ncclCommWindowDeregister(stand_in::Communicator*, stand_in::Window* window) {
+  stand_in::drop(window);
   return 0;
 }
 
-FAKE_NCCL_EXPORT int ncclGetPeerDevicePointer(fake::Window* window, std::size_t offset, int peer, void** at) {
-  *at = peer == fake::faults().hidden ? nullptr : static_cast<char*>(fake::address_in(window, peer)) + offset;
-  return fake::failure_of("ncclGetPeerDevicePointer");
+FAKE_NCCL_EXPORT int ncclGetPeerDevicePointer(stand_in::Window* window, std::size_t offset, int peer, void** at) {
+  *at = peer == stand_in::faults().hidden ? nullptr : static_cast<char*>(stand_in::address_in(window, peer)) + offset;
+  return stand_in::failure_of("ncclGetPeerDevicePointer");
 }

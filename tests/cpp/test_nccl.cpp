@@ -1,6 +1,3 @@
-#include <dlfcn.h>
-
-#include <barrier>
 #include <chrono>
 #include <cstring>
 #include <numeric>
@@ -8,9 +5,9 @@
 
 #include "check.hpp"
 #include "core/error.hpp"
-#include "fake_nccl.hpp"
 #include "nccl/memory.hpp"
 #include "nccl/wire.hpp"
+#include "party.hpp"
 
 // NCCL's part without a GPU: ranks are threads, and the library is one that moves bytes between them and
 // fails when it is told to. The paths of its variants come from CMake.
@@ -20,60 +17,11 @@ using namespace std::chrono_literals;
 
 namespace {
 
-const FakeNccl& fake() {
-  static const FakeNccl* controls = [] {
-    void* library = dlopen(FAKE_NCCL, RTLD_NOW);
-    CHECK(library);
-    return reinterpret_cast<const FakeNccl* (*)()>(dlsym(library, "fake_nccl"))();
-  }();
-  return *controls;
-}
-
 bool has(const std::string& text, const std::string& part) {
   if (text.find(part) != std::string::npos) return true;
   std::fprintf(stderr, "\"%s\" lacks \"%s\"\n", text.c_str(), part.c_str());
   return false;
 }
-
-class Party {
- public:
-  explicit Party(int size) : size_(size), barrier_(size), texts_(static_cast<std::size_t>(size)) {}
-
-  NcclOptions options(int rank) {
-    return {.library = FAKE_NCCL,
-            .rank = rank,
-            .size = size_,
-            .all_gather = [this, rank](const std::string& mine) { return all_gather(rank, mine); },
-            .patience = 20s,
-            .round = 5ms};
-  }
-
-  std::shared_ptr<NcclCommunicator> communicator(int rank) {
-    return std::make_shared<NcclCommunicator>(options(rank));
-  }
-
-  void meet() { barrier_.arrive_and_wait(); }
-
-  template <class Body>
-  void run(Body body) {
-    std::vector<std::thread> threads;
-    for (int rank = 0; rank < size_; ++rank) threads.emplace_back([&body, rank] { body(rank); });
-    for (std::thread& thread : threads) thread.join();
-  }
-
- private:
-  std::vector<std::string> all_gather(int rank, const std::string& mine) {
-    texts_[static_cast<std::size_t>(rank)] = mine;
-    meet();
-    std::vector<std::string> all = texts_;
-    meet();
-    return all;
-  }
-
-  int size_;
-  std::barrier<> barrier_;
-  std::vector<std::string> texts_;
-};
 
 // --- the library ---
 
@@ -210,13 +158,46 @@ void sums_are_scattered_and_gathered() {
       NcclWire wire(party.communicator(rank));
       std::vector<float> all(static_cast<std::size_t>(5 * size));
       std::iota(all.begin(), all.end(), static_cast<float>(rank));
-      float* mine = all.data() + 5 * rank;
-      wire.reduce_scatter(all.data(), mine, 5, nullptr);  // in place
-      wire.all_gather(mine, all.data(), 5, nullptr);
+      wire.reduce_scatter(all.data(), 5, nullptr);
+      wire.all_gather(all.data(), 5, nullptr);
       for (std::size_t i = 0; i < all.size(); ++i)
         CHECK(all[i] == static_cast<float>(static_cast<int>(i) * size + size * (size - 1) / 2));
     });
   }
+}
+
+// Two parts of two ranks each, whose places are in the order that they are named in.
+void parts_of_all_ranks_are_connected_on_their_own() {
+  Party party(4);
+  party.run([&](int rank) {
+    const std::vector<int> members = rank % 3 ? std::vector{2, 1} : std::vector{0, 3};
+    NcclWire wire(party.communicator(rank, members));
+    const int other = members[0] == rank ? members[1] : members[0];
+    Letters out;
+    Letters in;
+    out.add(other, 10, std::byte(rank));
+    in.add(other, 10, std::byte{0xff});
+    wire.exchange(out.transfers, in.transfers, nullptr);
+    CHECK(in.blocks[0][9] == std::byte(other));
+    std::vector<float> blocks = {static_cast<float>(rank), static_cast<float>(10 * rank)};
+    wire.reduce_scatter(blocks.data(), 1, nullptr);
+    wire.all_gather(blocks.data(), 1, nullptr);
+    CHECK(blocks[0] == 3 && blocks[1] == 30);
+  });
+  CHECK(fake().alive() == 0);
+}
+
+void a_failure_in_one_part_is_an_error_in_all() {
+  Party party(4);
+  party.run([&](int rank) {
+    if (rank == 3) fake().fail_next("ncclCommInitRankConfig", 2);
+    NcclOptions options = party.options(rank);
+    options.patience = 150ms;
+    options.members = rank % 2 ? std::vector{1, 3} : std::vector{0, 2};
+    const std::string text = thrown<CommError>([&] { NcclCommunicator communicator(options); });
+    CHECK(has(text, "rank 1: ncclCommInitRankConfig did not end"));
+  });
+  CHECK(fake().alive() == 0);
 }
 
 // --- failures ---
@@ -428,6 +409,8 @@ int main() {
   every_rank_gets_what_the_others_sent();
   two_messages_to_one_rank_keep_their_order();
   sums_are_scattered_and_gathered();
+  parts_of_all_ranks_are_connected_on_their_own();
+  a_failure_in_one_part_is_an_error_in_all();
   a_failure_is_told_on_its_rank_and_an_abort_ends_the_others_waits();
   two_sides_that_differ_in_size_fail();
   the_watchdog_finds_a_failure_that_comes_after_the_call();
