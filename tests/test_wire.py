@@ -20,6 +20,7 @@ from extrapcomm.tune import save, tune
         ({"window": 0}, "window must be 1 to 1024 chunks, not 0"),
         ({"window": True}, "window must be 1 to 1024 chunks, not True"),
         ({"way": "ring"}, "way must be 'auto', 'direct' or 'halving', not 'ring'"),
+        ({"order": "ring"}, "order must be 'tree' or 'nccl', not 'ring'"),
         ({"latency": 0}, "latency must be a positive number, not 0"),
         ({"bandwidth": float("inf")}, "bandwidth must be a positive number, not inf"),
         ({"overhead": "1"}, "overhead must be a positive number, not '1'"),
@@ -56,9 +57,11 @@ def test_options_of_another_kind_are_refused_by_all():
 def test_ranks_with_other_options_are_told_so():
     if COMM.size == 1:
         pytest.skip("needs two ranks to differ")
-    options = xc.WireOptions(window=3 if COMM.rank == COMM.size - 1 else 4)
+    is_last = COMM.rank == COMM.size - 1
     with pytest.raises(xc.MismatchError, match="window=4.*window=3"):
-        xc.World(COMM, wire=options, **LIMITS)
+        xc.World(COMM, wire=xc.WireOptions(window=3 if is_last else 4), **LIMITS)
+    with pytest.raises(xc.MismatchError, match="order='tree'.*order='nccl'"):
+        xc.World(COMM, wire=xc.WireOptions(order="nccl" if is_last else "tree"), **LIMITS)
 
 
 def teams_of_one(**options):
@@ -84,6 +87,42 @@ def test_every_way_takes_the_mean(way, dtype):
     with teams_of_one(way=way, dtype=dtype) as world:
         power_of_two = world.size & (world.size - 1) == 0
         assert train(world) == (way if power_of_two else "direct")
+
+
+@pytest.mark.parametrize(
+    "device, words", [("", "is for parameters on GPUs"), ("host", "takes NCCL between the ranks")]
+)
+def test_sums_by_nccl_are_refused_where_it_cannot_take_them(monkeypatch, device, words):
+    monkeypatch.setenv("XC_DEVICE", device)
+    with teams_of_one(order="nccl") as world:
+        for _ in range(2):
+            with pytest.raises(xc.UsageError, match=words):
+                xc.Engine(world, np.zeros(5000, np.float32), lr=1.0)
+
+
+def test_sums_by_nccl_take_teams_of_one_size(monkeypatch):
+    if COMM.size != 3:
+        pytest.skip("needs three ranks")
+    monkeypatch.setenv("XC_DEVICE", "host")
+    with (
+        xc.World(COMM, workers_per_team=2, wire=xc.WireOptions(order="nccl"), **LIMITS) as world,
+        pytest.raises(xc.UsageError, match="takes teams of one size"),
+    ):
+        xc.Engine(world, np.zeros(5000, np.float32), lr=1.0)
+
+
+def test_plain_collectives_add_as_a_tree_whatever_the_order():
+    with teams_of_one(order="nccl") as world:
+        array = xc.arena_array(1000, world=world)
+        array.view[:] = world.rank
+        xc.all_reduce(array)
+        np.testing.assert_array_equal(array.view, world.size * (world.size - 1) / 2)
+        array.close()
+
+
+def test_one_team_takes_no_heed_of_the_order():
+    with xc.World(COMM, wire=xc.WireOptions(order="nccl"), **LIMITS) as world:
+        assert len(world.teams) > 1 or train(world) == "none"
 
 
 def test_way_is_chosen_by_what_messages_cost():

@@ -4,9 +4,9 @@
 
 namespace xc {
 
-// A stream of high priority beside the streams of others, on the GPU that is current when it is made, in which
-// each of its functions is called. What is queued on it is to begin as soon as it can, whatever else the GPU
-// has to do.
+// A stream of high priority beside the streams of others, on the GPU that is current when it is made, in
+// which each of its functions is called. What is queued on it is to begin as soon as it can, whatever else
+// the GPU has to do.
 class Lane {
  public:
   Lane();

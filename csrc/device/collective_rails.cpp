@@ -23,7 +23,7 @@ std::int64_t CollectiveRails::block(std::int64_t chunk, std::size_t arrays) cons
 }
 
 std::int64_t CollectiveRails::offset(const Slice& slice, std::int64_t chunk, std::size_t arrays,
-                                    std::size_t array) const {
+                                     std::size_t array) const {
   const int owner = topology().owner(slice.segment);
   const std::int64_t number =
       static_cast<std::int64_t>(array) * topology().workers() + slice.segment % topology().workers();

@@ -6,8 +6,14 @@
 namespace xc {
 namespace {
 
-// Elements of a chunk: long enough for the wire's bandwidth, short enough for the second cache of a GPU.
+// Elements of a chunk: long enough for the wire's bandwidth, short enough for the second cache of a GPU. Of a
+// chunk of all segments that a rank carries, a buffer holds no more than so many.
 constexpr std::int64_t kDeviceChunk = std::int64_t{1} << 19;
+constexpr std::int64_t kDeviceBuffer = std::int64_t{1} << 23;
+
+std::int64_t suitable_chunk(const Topology& topology) {
+  return std::min(kDeviceChunk, kDeviceBuffer / (topology.team_count() * topology.workers()));
+}
 
 }  // namespace
 
@@ -18,7 +24,7 @@ DeviceRails::DeviceRails(const Site& site, std::unique_ptr<DeviceWire> wire)
   never_halve();
   std::int64_t longest = 0;
   for (const Segment& segment : plan().segments) longest = std::max(longest, segment.count());
-  cut(site.team.rails().chunk > 0 ? site.team.rails().chunk : kDeviceChunk, longest);
+  cut(site.team.rails().chunk > 0 ? site.team.rails().chunk : suitable_chunk(topology()), longest);
 }
 
 std::shared_ptr<float> DeviceRails::allocate(std::size_t count) const {
@@ -27,11 +33,13 @@ std::shared_ptr<float> DeviceRails::allocate(std::size_t count) const {
 }
 
 float* DeviceRails::at(const Array& array, const Slice& slice) const {
-  return array(slice.segment) + (slice.begin - plan().segments[static_cast<std::size_t>(slice.segment)].begin);
+  return array(slice.segment) +
+         (slice.begin - plan().segments[static_cast<std::size_t>(slice.segment)].begin);
 }
 
 // A round for every chunk, and two more. What a round joins was given to the wire in the round before, so the
-// sums of its own chunk, queued first, run beside that; the rest runs beside what it gives to the wire itself.
+// sums of its own chunk, queued first, run beside that; the rest runs beside what it gives to the wire
+// itself.
 void DeviceRails::run(const Work& work, const std::vector<Array>& arrays, int from_team) {
   for (std::int64_t round = 0; round < chunks() + 2; ++round) {
     const bool reduces = work.partial && round < chunks();

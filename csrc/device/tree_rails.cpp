@@ -22,9 +22,7 @@ Run<float> all_of(const Plan& plan) {
 
 TreeRails::TreeRails(const Site& site, const std::shared_ptr<Device>& device,
                      std::unique_ptr<DeviceWire> wire)
-    : DeviceRails(site, std::move(wire)),
-      adder_(device, site.storage, site.plan),
-      whole_(all_of(site.plan)) {
+    : DeviceRails(site, std::move(wire)), adder_(device, site.storage, site.plan), whole_(all_of(site.plan)) {
   const auto own = static_cast<std::size_t>(
       std::count_if(carried().begin(), carried().end(), [this](int k) { return is_own(k); }));
   const auto elements = static_cast<std::size_t>(chunk());
@@ -58,7 +56,9 @@ void TreeRails::take_sums(std::int64_t chunk, const Work& work) {
   }
 }
 
-void TreeRails::send_sums(std::int64_t chunk) { wire().exchange(flight(chunk).sends, flight(chunk).receives); }
+void TreeRails::send_sums(std::int64_t chunk) {
+  wire().exchange(flight(chunk).sends, flight(chunk).receives);
+}
 
 void TreeRails::settle_sums(std::int64_t chunk, const Work& work) {
   const float* in = flight(chunk).incoming.get();

@@ -9,8 +9,8 @@ namespace xc {
 
 // What goes between teams, on device memory. Nobody waits on the host: what a wire is given queues up on a
 // stream of the wire's own, so that it runs beside what the caller has on the stream in use. Where one needs
-// the other, the wire's stream is forked from the caller's, or joined to it. So a failure cannot be told where
-// it happens; check() tells of it later.
+// the other, the wire's stream is forked from the caller's, or joined to it. So a failure cannot be told
+// where it happens; check() tells of it later.
 struct Transfer {
   int rank;  // the other side
   std::byte* at;

@@ -67,7 +67,8 @@ NcclOptions with_members(NcclOptions options) {
 
 }  // namespace
 
-NcclCommunicator::NcclCommunicator(NcclOptions options) : options_(with_members(std::move(options))), api_(load()) {
+NcclCommunicator::NcclCommunicator(NcclOptions options)
+    : options_(with_members(std::move(options))), api_(load()) {
   connect(agree_on_id());
   watchdog_ = std::thread([this] { watch(); });
 }
@@ -128,7 +129,7 @@ NcclUniqueId NcclCommunicator::agree_on_id() const {
 void NcclCommunicator::connect(const NcclUniqueId& id) {
   NcclConfig config;
   NcclOutcome outcome{api_.comm_init.name, api_.comm_init(&made_, static_cast<int>(members().size()), id,
-                                                             place_of(rank()), &config)};
+                                                          place_of(rank()), &config)};
   comm_ = made_;
   outcome.result = wait(outcome.result, Clock::now() + options_.patience);
   const std::string complaint = first_complaint(complaint_about(outcome));

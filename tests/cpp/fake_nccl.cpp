@@ -293,8 +293,8 @@ FAKE_NCCL_EXPORT int ncclCommInitRankConfig(Communicator** comm, int size, Id id
   if (config->size != 24 || config->magic != 0xcafebeef || config->version != 21403 || config->blocking != 0)
     return kInvalidArgument;
   if (const int result = stand_in::failure_of("ncclCommInitRankConfig")) return result;
-  *comm = new Communicator{nullptr,  rank, !std::exchange(stand_in::faults().never_connect, false), kSuccess, {},
-                           kSuccess, {}};
+  *comm = new Communicator{
+      nullptr, rank, !std::exchange(stand_in::faults().never_connect, false), kSuccess, {}, kSuccess, {}};
   stand_in::count(1);
   (*comm)->clique = stand_in::join(id, size, *comm);
   return kInProgress;

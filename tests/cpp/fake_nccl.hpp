@@ -4,8 +4,9 @@
 
 // NCCL between threads of one process, on host memory: each thread is a rank. Transfers happen while somebody
 // asks for a communicator's state, so they are in progress after a call like those of a real NCCL that does
-// not block, and have happened when they no longer are. Sums are taken as on a ring: in the order of ranks, the
-// last of which is the one that gets them. What it is told to do wrong it does to the calling thread's rank.
+// not block, and have happened when they no longer are. Sums are taken as on a ring: in the order of ranks,
+// the last of which is the one that gets them. What it is told to do wrong it does to the calling thread's
+// rank.
 struct FakeNccl {
   void (*report_version)(int version);
   // The next call of a function returns `result`.

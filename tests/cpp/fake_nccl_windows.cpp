@@ -29,7 +29,9 @@ FAKE_NCCL_EXPORT int ncclCommWindowDeregister(stand_in::Communicator*, stand_in:
   return 0;
 }
 
-FAKE_NCCL_EXPORT int ncclGetPeerDevicePointer(stand_in::Window* window, std::size_t offset, int peer, void** at) {
-  *at = peer == stand_in::faults().hidden ? nullptr : static_cast<char*>(stand_in::address_in(window, peer)) + offset;
+FAKE_NCCL_EXPORT int ncclGetPeerDevicePointer(stand_in::Window* window, std::size_t offset, int peer,
+                                              void** at) {
+  *at = peer == stand_in::faults().hidden ? nullptr
+                                          : static_cast<char*>(stand_in::address_in(window, peer)) + offset;
   return stand_in::failure_of("ncclGetPeerDevicePointer");
 }

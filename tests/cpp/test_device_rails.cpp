@@ -44,6 +44,8 @@ class Streams {
   void fork() { catch_up(Late::caller); }
   void join() { catch_up(Late::wire); }
   void finish() { catch_up(Late::caller); }
+  // Whether the wire still has something to do.
+  bool wire_is_late() const { return late_ == Late::wire && !queued_.empty(); }
 
  private:
   void take(Late stream, std::function<void()> work) {
@@ -71,6 +73,7 @@ class QueuedStorage final : public Storage {
     return {memory, memory->data()};
   }
   void copy(void* to, const void* from, std::size_t bytes) override {
+    if (bytes == 0) return;
     if (is_mine(from)) return streams_.on_caller([=] { std::memcpy(to, from, bytes); });
     const auto* const begin = static_cast<const std::byte*>(from);
     streams_.on_caller([to, content = std::vector<std::byte>(begin, begin + bytes)] {
@@ -138,8 +141,9 @@ struct Board {
   Teams teams;
   Order order;
   int workers;
-  int size = static_cast<int>(std::accumulate(teams.begin(), teams.end(), std::size_t{0},
-                                              [](std::size_t n, const auto& team) { return n + team.size(); }));
+  int size =
+      static_cast<int>(std::accumulate(teams.begin(), teams.end(), std::size_t{0},
+                                       [](std::size_t n, const auto& team) { return n + team.size(); }));
   Mail mail{size};
   Party party{size};
 };
@@ -231,6 +235,8 @@ class Rank {
 
   // Whether NCCL's order showed.
   bool differed() const { return differed_; }
+  // Whether sums were taken, and were settled, while the wire still had something to do.
+  bool overlapped() const { return summed_beside_ && settled_beside_; }
 
  private:
   std::unique_ptr<DeviceRails> make_rails(Board& board, int rank) {
@@ -265,6 +271,7 @@ class Rank {
   }
   std::function<void(const Slice&, float*)> partials() {
     return [this](const Slice& slice, float* to) {
+      summed_beside_ |= streams_.wire_is_late();
       queue(slice, [=, team = topology().team(), call = call_](std::int64_t i, std::int64_t place) {
         to[place] = partial(team, i, call);
       });
@@ -273,6 +280,7 @@ class Rank {
   std::function<void(const Slice&, const float*)> settling() {
     return [this](const Slice& slice, const float* total) {
       CHECK(is_own(slice.segment));
+      settled_beside_ |= streams_.wire_is_late();
       queue(slice, [=, this](std::int64_t i, std::int64_t place) {
         means()[i] = total[place];
         weights()[i] = 0.5f * total[place];
@@ -305,7 +313,7 @@ class Rank {
   std::shared_ptr<std::byte> weights_, means_;
   Numbers published_;  // weights, then means
   int call_ = 0;
-  bool differed_ = false;
+  bool differed_ = false, summed_beside_ = false, settled_beside_ = false;
 };
 
 const Teams kSingles = {{0}, {1}, {2}}, kPairs = {{0, 1}, {2, 3}}, kInTurns = {{0, 3}, {1, 2}},
@@ -320,6 +328,7 @@ void check_rails(const Teams& teams, Order order, int workers, Late late) {
     rank.gather_from(1);
     rank.step(4);
     CHECK(rank.differed() == (order == Order::nccl && teams.size() > 2));  // two terms have one sum
+    CHECK(rank.overlapped() == (late == Late::wire));
   });
   CHECK(fake().alive() == 0);
 }
@@ -360,13 +369,12 @@ struct Case {
 std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Case& each,
                                     std::shared_ptr<Device> device) {
   const LayerSpec layer{"w", DType::f32, {kLength}, {1}, 0};
-  return Engine::create(team, std::span(&layer, 1),
-                        {.rule = each.rule,
-                         .extrapolation = {each.extrapolation},
-                         .groups = {GroupSpec{0, each.hyper}},
-                         .streaming = false,
-                         .version = "rails"},
-                        std::move(device));
+  EngineOptions options;
+  options.rule = each.rule;
+  options.extrapolation.name = each.extrapolation;
+  options.groups = {GroupSpec{0, each.hyper}};
+  options.version = "rails";
+  return Engine::create(team, std::span(&layer, 1), options, std::move(device));
 }
 
 double gradient(int worker, std::int64_t element, int step) { return partial(worker, element, step) * 0.01f; }
@@ -451,7 +459,9 @@ void expect_refusal(const Teams& teams, const std::string& words,
 }
 
 void what_nccl_cannot_sum_is_refused() {
-  const auto connected = [](Board& board, int rank) { return std::make_shared<ConnectedDevice>(board, rank); };
+  const auto connected = [](Board& board, int rank) {
+    return std::make_shared<ConnectedDevice>(board, rank);
+  };
   expect_refusal(kUnequal, "takes teams of one size", connected);
   expect_refusal(kPairs, "is for parameters on GPUs", [](Board&, int) { return nullptr; });
   expect_refusal(kPairs, "takes NCCL between the ranks",

@@ -40,12 +40,15 @@ void equal_teams_carry_along_rails() {
   CHECK(topology.workers_of(1) == Numbers({4, 5, 6, 7}));
   CHECK(topology.carried(1) == Numbers({2, 3, 6, 7}) && topology.carried(2) == Numbers({0, 1, 4, 5}));
   CHECK(topology.carrier(7, 0) == 1 && topology.carrier(0, 1) == 2);
+  CHECK(topology.has_equal_teams() && topology.rail() == Numbers({1, 3}));
+  CHECK(Topology(2, 1, {{0, 3}, {1, 2}}).rail() == Numbers({3, 2}));
 }
 
 void a_small_team_carries_more_for_each_rank() {
   const Topology topology(3, 1, {{0, 1, 2}, {3}});
   CHECK(topology.carried(3) == Numbers({0, 1, 2, 3}));
   CHECK(topology.carried(0) == Numbers({0, 3}) && topology.carried(2) == Numbers({2}));
+  CHECK(!topology.has_equal_teams() && topology.rail() == Numbers({0, 1, 2, 3}));
 }
 
 void one_team_carries_its_own_alone() {
