@@ -7,14 +7,13 @@
 #include <cstdlib>
 #include <functional>
 #include <initializer_list>
-#include <memory>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "cuda/check.hpp"
+#include "cuda/event.hpp"
 #include "cuda/lane.hpp"
 #include "cuda/memory.hpp"
 #include "cuda/order.hpp"
@@ -41,18 +40,6 @@ class Current {
  private:
   int before_ = 0;
 };
-
-// Of a GPU's work, for the host to wait for.
-struct DestroyEvent {
-  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
-};
-using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent>;
-
-Event make_event() {
-  cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-  return Event(event);
-}
 
 DeviceKernels cuda_kernels() {
   DeviceKernels kernels = cuda_element_kernels();

@@ -16,19 +16,13 @@ void order(cudaEvent_t event, cudaStream_t first, cudaStream_t second) {
 Lane::Lane() {
   int least = 0, greatest = 0;
   check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "asking for the priorities of streams");
-  check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), "making a stream");
-  check(cudaEventCreateWithFlags(&forked_, cudaEventDisableTiming), "making an event");
-  check(cudaEventCreateWithFlags(&joined_, cudaEventDisableTiming), "making an event");
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "creating a stream");
+  stream_.reset(stream);
 }
 
-Lane::~Lane() {
-  cudaEventDestroy(joined_);
-  cudaEventDestroy(forked_);
-  cudaStreamDestroy(stream_);
-}
+void Lane::fork_from(cudaStream_t other) { order(forked_.get(), other, stream()); }
 
-void Lane::fork_from(cudaStream_t other) { order(forked_, other, stream_); }
-
-void Lane::join_to(cudaStream_t other) { order(joined_, stream_, other); }
+void Lane::join_to(cudaStream_t other) { order(joined_.get(), stream(), other); }
 
 }  // namespace xc

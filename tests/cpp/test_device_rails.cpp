@@ -84,6 +84,8 @@ class QueuedStorage final : public Storage {
     streams_.on_caller([=] { std::memset(at, 0, bytes); });
   }
   void finish() override { streams_.finish(); }
+  void mark() override {}
+  void await_mark() override { finish(); }
   void announce() override {}
   void follow() override {}
 
