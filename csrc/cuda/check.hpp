@@ -8,10 +8,12 @@
 
 namespace xc {
 
-// DeviceError, with CUDA's own words, unless the call succeeded.
+// DeviceError, with CUDA's own words, unless the call succeeded. CUDA forgets the failure: who asks it later
+// for its last error means another.
 inline void check(cudaError_t code, const std::string& doing) {
-  if (code != cudaSuccess)
-    throw DeviceError(doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")");
+  if (code == cudaSuccess) return;
+  cudaGetLastError();
+  throw DeviceError(doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ")");
 }
 
 // How many blocks of a kernel this device runs at a time.

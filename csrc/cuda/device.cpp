@@ -7,12 +7,15 @@
 #include <cstdlib>
 #include <functional>
 #include <initializer_list>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "cuda/check.hpp"
+#include "cuda/current.hpp"
 #include "cuda/event.hpp"
 #include "cuda/lane.hpp"
 #include "cuda/memory.hpp"
@@ -26,20 +29,6 @@
 namespace xc {
 namespace {
 
-// What follows concerns this GPU, and the caller's goes back to what it was.
-class Current {
- public:
-  explicit Current(int index) {
-    check(cudaGetDevice(&before_), "asking for the current GPU");
-    check(cudaSetDevice(index), "choosing GPU " + std::to_string(index));
-  }
-  ~Current() { cudaSetDevice(before_); }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 DeviceKernels cuda_kernels() {
   DeviceKernels kernels = cuda_element_kernels();
@@ -53,6 +42,14 @@ DeviceKernels cuda_kernels() {
 std::string wanted(const char* variable) {
   const char* const value = std::getenv(variable);
   return value ? value : "";
+}
+
+// Collective: does what all ranks do together, each on its GPU; DeviceError on all if one cannot turn to it.
+template <class Work>
+auto together(const Team& team, int index, Work work) {
+  std::optional<Current> current;
+  team.agree<DeviceError>(complaint_of([&] { current.emplace(index); }));
+  return work();
 }
 
 // Collective, of all ranks.
@@ -88,7 +85,10 @@ Shared share_by_nccl(Team& team, std::shared_ptr<NcclCommunicator>& communicator
     throw DeviceError("NCCL gives no memory that peers reach: " + refusal->reason +
                       "; take XC_GPU_MEMORY=ipc");
   const std::shared_ptr<NcclMemory> memory = std::get<std::unique_ptr<NcclMemory>>(std::move(found));
-  check(cudaMemset(memory->pointers()[std::size_t(team.place())], 0, bytes), "clearing memory of the GPU");
+  team.agree<DeviceError>(complaint_of([&] {  // before a peer writes there
+    check(cudaMemset(memory->pointers()[std::size_t(team.place())], 0, bytes), "clearing memory of the GPU");
+    check(cudaStreamSynchronize(nullptr), "clearing memory of the GPU");
+  }));
   Shared all;
   for (void* const at : memory->pointers())
     all.push_back(std::make_shared<Mapping>(static_cast<std::byte*>(at), bytes, [memory] {}));
@@ -98,16 +98,17 @@ Shared share_by_nccl(Team& team, std::shared_ptr<NcclCommunicator>& communicator
 class CudaStorage final : public Storage {
  public:
   CudaStorage(const Device& device, int index, Team& team) : device_(device), index_(index) {
-    const Current current(index_);
     // Ranks that share a GPU cannot run at the same time, so by default none waits there for another.
-    const std::string sync = agreed_choice(team, "XC_GPU_SYNC", {"", "event", "spin"});
+    const std::string sync = agreed_choice(team, "XC_GPU_SYNC", {"", "event", "spin", "memop"});
     by_nccl_ = agreed_choice(team, "XC_GPU_MEMORY", {"", "ipc", "nccl"}) == "nccl";
-    order_ = make_order(team, sync_from(sync.empty() ? "event" : sync));
+    order_ =
+        together(team, index_, [&] { return make_order(team, sync_from(sync.empty() ? "event" : sync)); });
   }
 
   Shared share(Team& team, std::size_t bytes) override {
-    const Current current(index_);
-    return by_nccl_ ? share_by_nccl(team, communicator_, bytes) : share_device_memory(team, bytes);
+    return together(team, index_, [&] {
+      return by_nccl_ ? share_by_nccl(team, communicator_, bytes) : share_device_memory(team, bytes);
+    });
   }
   std::shared_ptr<std::byte> allocate(std::size_t bytes) override {
     const Current current(index_);
@@ -235,8 +236,13 @@ class CudaDevice final : public Device {
   }
   std::unique_ptr<CollectiveWire> wire(Team& team) override {
     if (!wants_nccl(team, index_)) return nullptr;
-    const Current current(index_);
-    return std::make_unique<CudaWire>(*this, index_, connect_by_nccl(team, team.topology().rail()));
+    return together(team, index_, [&] {
+      auto communicator = connect_by_nccl(team, team.topology().rail());
+      std::unique_ptr<CollectiveWire> wire;
+      team.agree<DeviceError>(complaint_of(
+          [&] { wire = std::make_unique<CudaWire>(*this, index_, std::move(communicator)); }));
+      return wire;
+    });
   }
   void launch(KernelFn kernel, const Launch& launch) override {
     const Current current(index_);
@@ -247,6 +253,7 @@ class CudaDevice final : public Device {
     kernels().judge(at, stream());
   }
   bool captures() const override {
+    const Current current(index_);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream()), &status), "asking the stream");
     return status == cudaStreamCaptureStatusActive;

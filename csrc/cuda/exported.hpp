@@ -2,22 +2,33 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
+#include <vector>
 
-#include "comm/memory.hpp"
+#include "comm/team.hpp"
 
 namespace xc {
 
-// Memory of a GPU that other processes have opened must not be freed before they have closed it, and an
-// engine ends at each rank when that rank likes. So a word in the ranks' shared memory counts who has closed;
-// what nobody needs here any more waits until the count is full, and is looked at whenever something else is
-// let go of. What still waits when the process ends goes with the process.
+// Memory and events of a GPU that other processes have opened must not go before they have closed them, and
+// an engine ends at each rank when that rank likes. So a word in the ranks' shared memory counts who has
+// closed; what nobody needs here any more waits until the count is full, and is looked at whenever something
+// else is exported or let go of. What still waits when the process ends goes with the process.
+//
+// An EXPORT is one such word for each rank. A rank counts once in every other's word, when it lets go of what
+// stands for it, whether it ever opened anything or failed before.
+class Export {
+ public:
+  explicit Export(Team& team);  // collective
 
-// An other rank has closed what this word counts for.
-void count_closed(const Mapping& word);
+  // Holds what this rank made; it goes when the returned owner has gone and the others have closed it.
+  std::shared_ptr<void> keep(std::shared_ptr<void> made) const;
+  // To be held as long as what another member made is open here.
+  const std::shared_ptr<void>& opened(std::size_t place) const { return opened_[place]; }
 
-// Frees now, or when `others` have closed.
-void free_when_closed(std::shared_ptr<Mapping> word, std::uint32_t others, std::function<void()> free);
+ private:
+  std::shared_ptr<Mapping> word_;
+  std::uint32_t others_;
+  std::vector<std::shared_ptr<void>> opened_;
+};
 
 }  // namespace xc

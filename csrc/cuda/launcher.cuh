@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/check.hpp"
+#include "cuda/launch.cuh"
 #include "device/tables.hpp"
 
 namespace xc {
@@ -57,14 +58,12 @@ struct CudaLauncher {
   template <class Body>
   static void launch(const Launch& at, Stream stream) {
     static const int blocks = blocks_that_fit(&over_cells<Body>, kThreads<Body>);
-    over_cells<Body><<<grid(at, blocks), kThreads<Body>, 0, static_cast<cudaStream_t>(stream)>>>(at);
-    check(cudaGetLastError(), "starting a kernel");
+    start(&over_cells<Body>, grid(at, blocks), kThreads<Body>, static_cast<cudaStream_t>(stream), at);
   }
   template <class Body>
   static void sum(const Launch& at, Stream stream) {
     static const int blocks = blocks_that_fit(&sum_over_cells<Body>, kThreads<Body>);
-    sum_over_cells<Body><<<grid(at, blocks), kThreads<Body>, 0, static_cast<cudaStream_t>(stream)>>>(at);
-    check(cudaGetLastError(), "starting a kernel");
+    start(&sum_over_cells<Body>, grid(at, blocks), kThreads<Body>, static_cast<cudaStream_t>(stream), at);
   }
 
  private:

@@ -15,9 +15,7 @@ constexpr std::size_t kShared = std::size_t{2} << 20;  // what is exported is ex
 // While a stream captures, memory may only be made or freed by threads that say that they know what they do.
 class WhileCapturing {
  public:
-  WhileCapturing() {
-    check(cudaThreadExchangeStreamCaptureMode(&mode_), "asking for memory while capturing");
-  }
+  WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   ~WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
   WhileCapturing(const WhileCapturing&) = delete;
   WhileCapturing& operator=(const WhileCapturing&) = delete;
@@ -36,16 +34,16 @@ void free_pinned(std::byte* at) {
   cudaFreeHost(at);
 }
 
-std::byte* allocate(std::size_t bytes) {
+// It is zeroed on return: streams that the null stream does not wait for, and peers, may use it at once.
+std::shared_ptr<std::byte> allocate(std::size_t bytes) {
   const WhileCapturing allowed;
   void* at = nullptr;
   const std::size_t wanted = bytes > kLeast ? bytes : kLeast;
   check(cudaMalloc(&at, wanted), "allocating " + std::to_string(wanted) + " bytes on the GPU");
-  if (const cudaError_t code = cudaMemset(at, 0, wanted); code != cudaSuccess) {
-    cudaFree(at);
-    check(code, "clearing memory on the GPU");
-  }
-  return static_cast<std::byte*>(at);
+  const std::shared_ptr<std::byte> memory(static_cast<std::byte*>(at), &free_memory);
+  check(cudaMemset(at, 0, wanted), "clearing memory of the GPU");
+  check(cudaStreamSynchronize(nullptr), "clearing memory of the GPU");
+  return memory;
 }
 
 using MemoryTicket = Ticket<cudaIpcMemHandle_t>;
@@ -56,26 +54,34 @@ MemoryTicket ticket_of(std::byte* at) {
   return ticket;
 }
 
+// What one GPU opened is closed there.
+void close(void* at, int device) {
+  int before = 0;
+  cudaGetDevice(&before);
+  if (before != device) cudaSetDevice(device);
+  cudaIpcCloseMemHandle(at);
+  if (before != device) cudaSetDevice(before);
+}
+
 // A look at another rank's memory; threads of one process have its address.
-std::shared_ptr<Mapping> open(const MemoryTicket& ticket, std::size_t bytes, std::shared_ptr<Mapping> word) {
-  const bool is_here = ticket.process == getpid();
+std::shared_ptr<Mapping> open(const MemoryTicket& ticket, std::size_t bytes, std::shared_ptr<void> opened) {
   void* at = reinterpret_cast<void*>(ticket.address);
-  if (!is_here)
-    check(
-        cudaIpcOpenMemHandle(&at, ticket.handle, cudaIpcMemLazyEnablePeerAccess),
+  if (ticket.process == getpid())
+    return std::make_shared<Mapping>(static_cast<std::byte*>(at), bytes, [opened] {});
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the device");
+  check(cudaIpcOpenMemHandle(&at, ticket.handle, cudaIpcMemLazyEnablePeerAccess),
         "opening the memory of another rank's GPU (do the GPUs reach each other, and do the ranks share the "
         "host's process and IPC namespaces?)");
   return std::make_shared<Mapping>(static_cast<std::byte*>(at), bytes, [=] {
-    if (!is_here) cudaIpcCloseMemHandle(at);
-    count_closed(*word);
+    close(at, device);
+    (void)opened;
   });
 }
 
 }  // namespace
 
-std::shared_ptr<std::byte> allocate_device_memory(std::size_t bytes) {
-  return {allocate(bytes), &free_memory};
-}
+std::shared_ptr<std::byte> allocate_device_memory(std::size_t bytes) { return allocate(bytes); }
 
 std::shared_ptr<std::byte> allocate_mapped_memory(std::size_t bytes) {
   const WhileCapturing allowed;
@@ -87,24 +93,21 @@ std::shared_ptr<std::byte> allocate_mapped_memory(std::size_t bytes) {
 }
 
 Shared share_device_memory(Team& team, std::size_t bytes) {
-  const Shared words = team.share(sizeof(std::uint32_t));
-  const auto others = static_cast<std::uint32_t>(team.size() - 1);
+  const Export exported(team);
   const auto place = static_cast<std::size_t>(team.place());
   std::shared_ptr<Mapping> own;
   MemoryTicket mine{};
   team.agree<DeviceError>(complaint_of([&] {
-    std::byte* const at = allocate((bytes + kShared - 1) / kShared * kShared);
-    own = std::make_shared<Mapping>(at, bytes, [at, others, word = words[place]] {
-      free_when_closed(word, others, [at] { free_memory(at); });
-    });
-    if (others > 0) mine = ticket_of(at);
+    const auto memory = allocate((bytes + kShared - 1) / kShared * kShared);
+    own = std::make_shared<Mapping>(memory.get(), bytes, [kept = exported.keep(memory)] {});
+    if (team.size() > 1) mine = ticket_of(memory.get());
   }));
-  if (others == 0) return {own};
+  if (team.size() == 1) return {own};
   const auto tickets = exchange_tickets(team, mine);
   Shared all;
   team.agree<DeviceError>(complaint_of([&] {
     for (std::size_t p = 0; p < tickets.size(); ++p)
-      all.push_back(p == place ? own : open(tickets[p], bytes, words[p]));
+      all.push_back(p == place ? own : open(tickets[p], bytes, exported.opened(p)));
   }));
   return all;
 }

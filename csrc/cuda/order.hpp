@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string_view>
 
@@ -8,11 +9,12 @@
 
 namespace xc {
 
-// How the queued work of a team's ranks is ordered: see Storage. EVENTS are recorded by its rank and waited
-// for by the others' streams; the hosts meet in between. FLAGS are words in the ranks' memory that a kernel
-// of the announcing rank writes and a kernel of the following one looks at, up to a deadline. (A stream could
-// wait for such a word itself, but without a deadline: a rank that dies would hang it for ever.)
-enum class Sync { event, spin };
+// How the queued work of a team's ranks is ordered: see Storage. EVENTS are recorded by their rank and waited
+// for by the others' streams; the hosts meet in between. The other two count announcements in words. To SPIN
+// is to let a kernel of the announcing rank write them into the others' memory, and a kernel of the following
+// one look at them, up to a deadline. MEMOPS, which streams do by themselves, write them and await them
+// without a kernel; the deadline is kept by a thread of the host.
+enum class Sync { event, spin, memop };
 
 class Order {
  public:
@@ -26,7 +28,15 @@ class Order {
 // Collective. Ranks that are alone need none.
 std::unique_ptr<Order> make_order(Team& team, Sync sync);
 
-// "event" or "spin".
+// Of each kind, collective; DeviceError on all ranks if one cannot have it.
+std::unique_ptr<Order> make_event_order(Team& team);
+std::unique_ptr<Order> make_spin_order(Team& team);
+std::unique_ptr<Order> make_memop_order(Team& team);
+
+// "event", "spin" or "memop".
 Sync sync_from(std::string_view name);
+
+// PeerError: the rank at a place did not bring what it announced to an end.
+[[noreturn]] void raise_late(const Team& team, int place, std::uint32_t announcement);
 
 }  // namespace xc

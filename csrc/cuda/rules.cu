@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "cuda/launcher.cuh"
 #include "cuda/tables.hpp"
 #include "device/copying.hpp"
@@ -23,8 +24,7 @@ __global__ void __launch_bounds__(kNormLanes) judge_squares(const Judgement at) 
 }
 
 void judge(const Judgement& at, Stream stream) {
-  judge_squares<<<1, kNormLanes, 0, static_cast<cudaStream_t>(stream)>>>(at);
-  check(cudaGetLastError(), "starting a kernel");
+  start(&judge_squares, 1, kNormLanes, static_cast<cudaStream_t>(stream), at);
 }
 
 __global__ void __launch_bounds__(kCopyThreads) copy_pieces(const __grid_constant__ CopyBatch batch) {
@@ -36,8 +36,7 @@ void copy(const CopyBatch& batch, Stream stream) {
   constexpr std::int64_t kMostBlocks = 2048;
   const auto blocks = static_cast<unsigned>(std::min(pieces_of(batch), kMostBlocks));
   if (blocks == 0) return;
-  copy_pieces<<<blocks, kCopyThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch);
-  check(cudaGetLastError(), "starting a kernel");
+  start(&copy_pieces, blocks, kCopyThreads, static_cast<cudaStream_t>(stream), batch);
 }
 
 }  // namespace

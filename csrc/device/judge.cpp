@@ -4,16 +4,21 @@
 #include <utility>
 #include <vector>
 
+#include "core/error.hpp"
+
 namespace xc {
+
 DeviceJudge::DeviceJudge(Team& team, std::shared_ptr<Device> device, std::shared_ptr<Storage> storage,
                          std::shared_ptr<RunTable> runs, const Plan& plan)
     : device_(std::move(device)),
       storage_(std::move(storage)),
       runs_(std::move(runs)),
       plan_(plan),
-      place_(static_cast<std::size_t>(team.place())),
-      verdict_(storage_->allocate(sizeof(DeviceVerdict))),
-      seen_(device_->staging(sizeof(DeviceVerdict))) {
+      place_(static_cast<std::size_t>(team.place())) {
+  team.agree<DeviceError>(complaint_of([&] {
+    verdict_ = storage_->allocate(sizeof(DeviceVerdict));
+    seen_ = device_->staging(sizeof(DeviceVerdict));
+  }));
   const auto workers = static_cast<std::size_t>(team.workers_per_rank());
   for (std::size_t p = 0; p < static_cast<std::size_t>(team.size()); ++p)
     firsts_.push_back(static_cast<std::int64_t>(cell_at(plan_.segments[p * workers].begin)));
@@ -23,9 +28,11 @@ DeviceJudge::DeviceJudge(Team& team, std::shared_ptr<Device> device, std::shared
   squares_ = storage_->share(team, static_cast<std::size_t>(most) * sizeof(double));
   std::vector<std::byte*> pointers;
   for (const auto& mapping : squares_) pointers.push_back(mapping->data());
-  pointers_ = stored(*storage_, pointers);
-  firsts_there_ = stored(*storage_, firsts_);
-  storage_->finish();
+  team.agree<DeviceError>(complaint_of([&] {
+    pointers_ = stored(*storage_, pointers);
+    firsts_there_ = stored(*storage_, firsts_);
+    storage_->finish();
+  }));
 }
 
 // Cells begin where segments do.

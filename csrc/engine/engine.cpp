@@ -310,6 +310,7 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
     stepper_.spread_from_owners();
     stepper_.publish(runs_.plain());
   });
+  storage_->finish();  // a checkpoint may lie in pinned memory
   stepper_.forget();
   local_.reset();
   for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;

@@ -32,8 +32,8 @@ class Storage {
   // Of this rank alone.
   virtual std::shared_ptr<std::byte> allocate(std::size_t bytes) = 0;
 
-  // From and to the host's memory as well. The host's may be used again on return, but what is read into it
-  // is there only after finish().
+  // From and to the host's memory as well. The host's may be used again on return, or after finish() if it is
+  // pinned; and what is read into it is there only after finish().
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
   // Many at once, within the storage's own kind of memory. They do not overlap.
   virtual void copy_all(std::span<const Copy> copies);

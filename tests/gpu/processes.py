@@ -1,8 +1,8 @@
-"""Rows: two processes on one GPU, ordered by events or by words that kernels await; and one that is late.
+"""Rows: two processes on one GPU, ordered by events or by words that kernels or streams await; and one that is late.
 
-    processes.py event|spin              the bits of one process with two workers
+    processes.py event|spin|memop        the bits of one process with two workers
     processes.py absent                  a rank whose host does not come to the step
-    processes.py late                    a rank whose GPU does not come to an end with its work
+    processes.py late|late-memop         a rank whose GPU does not come to an end with its work
 
 The ranks meet in a folder, so that no MPI is needed.
 """
@@ -26,14 +26,16 @@ STEPS = 5
 LIMIT = 100.0  # seconds for the ranks
 PATIENCE = 3.0  # seconds that a rank waits for one that is late
 CYCLES = 60_000_000_000  # on the GPU: half a minute or so
+SYNC = {"spin": "spin", "memop": "memop", "late": "spin", "late-memop": "memop"}  # other manners: event
+LATE = ("absent", "late", "late-memop")
 OPTIONS = {"rule": "sgd", "lr": 0.1, "momentum": 0.9, "extrapolation": "local", "inner_lr": 0.05}
 
 
 def main(manner: str) -> int:
     require_gpu()
-    if place() == "cpu" and manner in ("spin", "late"):
+    sync = SYNC.get(manner, "event")
+    if place() == "cpu" and sync != "event":
         skip("the host's device has no queue")
-    sync = "spin" if manner == "late" else manner if manner in ("event", "spin") else "event"
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"XC_GPU_SYNC": sync, "CUDA_MODULE_LOADING": "EAGER"}
         command = [sys.executable, __file__, manner, folder]
@@ -59,17 +61,17 @@ def wait_for(ranks: list[subprocess.Popen]) -> list[int | None]:
 
 
 def told(manner: str) -> str:
-    if manner in ("absent", "late"):
+    if manner in LATE:
         return f"PeerError within {PATIENCE:.0f} s and a little"
     return f"{STEPS} steps of {RANKS} processes, the bits of one with {RANKS} workers"
 
 
 def be_rank(manner: str, folder: str, rank: int) -> int:
-    limits = {"step_timeout": PATIENCE, "pass_timeout": PATIENCE} if manner in ("absent", "late") else {}
+    limits = {"step_timeout": PATIENCE, "pass_timeout": PATIENCE} if manner in LATE else {}
     with StoreWorld(Store(Path(folder), rank, RANKS), **limits) as world:
         require(world.local_rank == rank, "the ranks of one host are counted wrongly")
         engine = xc.Engine(world, [w.to(place()) for w in values(0)], **OPTIONS)
-        {"absent": be_absent, "late": be_late}.get(manner, train)(engine, rank)
+        {"absent": be_absent, "late": be_late, "late-memop": be_late}.get(manner, train)(engine, rank)
     return 0
 
 
