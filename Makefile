@@ -85,9 +85,10 @@ sanitize: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests under sanitizers: a
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error --timeout 300
 	$(BIN)/cmake -S . -B build/tsan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_SANITIZE=thread
-	$(BIN)/cmake --build build/tsan --target test_threads test_nccl test_device_rails
+	$(BIN)/cmake --build build/tsan --target test_threads test_nccl test_device_rails test_cuda
 	TSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error -R '^(threads|nccl|device_rails)$$'
+	  $(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error \
+	  -R '^(threads|nccl|device_rails|cuda_threads)$$'
 
 lint: $(BUILT) $(VENV)/.linters ## check format, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
