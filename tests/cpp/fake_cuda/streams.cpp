@@ -158,6 +158,18 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 }
 
 // Its thread stays, and waits for ever.
+// Here all streams run side by side, so priorities mean nothing.
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  return call(__func__, [&] {
+    *least = *greatest = 0;
+    return cudaSuccess;
+  });
+}
+
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return call(__func__, [&] {
     stream_of(stream).wait_for(stream->last());
