@@ -29,7 +29,6 @@
 namespace xc {
 namespace {
 
-
 DeviceKernels cuda_kernels() {
   DeviceKernels kernels = cuda_element_kernels();
   add_cuda_steps_f32(kernels.rules);
@@ -239,8 +238,8 @@ class CudaDevice final : public Device {
     return together(team, index_, [&] {
       auto communicator = connect_by_nccl(team, team.topology().rail());
       std::unique_ptr<CollectiveWire> wire;
-      team.agree<DeviceError>(complaint_of(
-          [&] { wire = std::make_unique<CudaWire>(*this, index_, std::move(communicator)); }));
+      team.agree<DeviceError>(
+          complaint_of([&] { wire = std::make_unique<CudaWire>(*this, index_, std::move(communicator)); }));
       return wire;
     });
   }

@@ -342,6 +342,30 @@ void memory_is_clear_before_anybody_uses_it() {
   }
 }
 
+void gradients_that_lie_elsewhere_are_collected() {
+  order_by("event");
+  in_processes(1, [](int, const TeamOf& team) {
+    const auto engine = make_engine(team(1), kSgd, gpu(own_stream()));
+    const auto bytes = static_cast<std::size_t>(engine->plan().bytes);
+    void* elsewhere = nullptr;
+    CHECK(cudaMalloc(&elsewhere, bytes) == cudaSuccess);
+    fill(*engine, static_cast<std::byte*>(elsewhere), 5);
+    std::vector<std::uintptr_t> addresses;
+    for (const Layer& layer : engine->plan().layers)
+      addresses.push_back(reinterpret_cast<std::uintptr_t>(elsewhere) + std::size_t(layer.byte_begin));
+    std::vector<std::uint8_t> present(addresses.size());
+    engine->gather(0, addresses, present);
+    std::vector<std::byte> seen(bytes);
+    copy(*engine, seen.data(), engine->gradients(0).get(), bytes);
+    const std::vector<std::byte> wanted = values(engine->plan(), 5);
+    for (const Layer& layer : engine->plan().layers)
+      CHECK(std::memcmp(seen.data() + layer.byte_begin, wanted.data() + layer.byte_begin,
+                        std::size_t(layer.count * size_of(layer.spec.dtype))) == 0);
+    engine->close();
+    cudaFree(elsewhere);
+  });
+}
+
 // Copies from pinned memory read it when they run.
 void what_is_loaded_may_be_overwritten_on_return() {
   order_by("event");
@@ -636,6 +660,7 @@ void with_processes() {
   teams_have_the_bits_of_the_cpu();
   ranks_work_on_gpus_of_their_own();
   memory_is_clear_before_anybody_uses_it();
+  gradients_that_lie_elsewhere_are_collected();
   what_is_loaded_may_be_overwritten_on_return();
   an_engine_may_end_at_each_rank_when_it_likes(false);
   the_next_engine_finds_the_memory_of_the_last();
