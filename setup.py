@@ -8,6 +8,7 @@ another MPI has put it into the folder of the package, XC_WIRE_ONLY=1 builds the
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+OLDEST_CUDA = (12, 8)  # that compiles for all capabilities which are asked for
 
 
 class CMakeExtension(Extension):
@@ -74,8 +76,16 @@ def mpi_family() -> str:
 
 
 def has_cuda() -> bool:
-    """Whether the part for GPUs is built: where there is an nvcc, unless XC_CUDA=0."""
-    return os.environ.get("XC_CUDA", "1") != "0" and shutil.which("nvcc") is not None
+    """Whether the part for GPUs is built: where there is an nvcc of CUDA 12.8 or newer, unless XC_CUDA=0."""
+    nvcc = shutil.which("nvcc")
+    if os.environ.get("XC_CUDA", "1") == "0" or nvcc is None:
+        return False
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    if found is None or (int(found[1]), int(found[2])) < OLDEST_CUDA:
+        print("the part for GPUs takes CUDA 12.8 or newer, so it is left out")
+        return False
+    return True
 
 
 def extensions() -> list[CMakeExtension]:

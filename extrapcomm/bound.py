@@ -16,6 +16,7 @@ from .gain import Gain
 from .hyper import Rule
 from .micro_batches import MicroBatches
 from .observed import Numbers
+from .replay import Captured
 from .world import World
 
 __all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
@@ -47,6 +48,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
+    _captured: Captured | None
+    _outcome: tuple[float | None, bool] | None  # of the last step, if that was another core's
     _owns_world: bool
     _built: bool
     _closed: bool
@@ -66,6 +69,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core = core
         self._built = True
         self._table = None
+        self._captured = None
         self._settled = [
             (flags, self._rule.has_buffer(group))
             for (flags, _), group in zip(groups, self.param_groups, strict=True)

@@ -315,6 +315,7 @@ class Checkpoints(BoundOptimizer):
 
     def _replace_core(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         saved = snapshot(self._core, len(self._binding.params))
+        self._outcome = self._core.outcome
         self._switch(0)
         self._binding.forget_gradients()
         self._binding.remove_hooks()

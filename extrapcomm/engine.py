@@ -207,6 +207,8 @@ class Engine(Gained):
         Raises:
             UsageError: if no step was captured, or the next one cannot be a replay of it.
         """
+        if self._closed:
+            raise UsageError("this engine is closed")
         if self._captured_divisor is None or self._core.captures:
             raise UsageError(
                 "prepare_replay() comes before each replay of a step that was captured, outside of the capture"

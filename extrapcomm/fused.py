@@ -82,7 +82,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self._loss_scale = 1.0
         self._gain = None
         self._device = None
-        self._captured: Captured | None = None
+        self._outcome = None
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         error: Exception | None = None
@@ -153,11 +153,12 @@ class FusedOptimizer(Checkpoints, Gained):
             raise
         self._warn_of_mistakes()
         _, skipped, *_ = take()
+        self._outcome = None
         if capturing:
             self._captured = self._as_captured()
         self._binding.forget_finished()
         self._micro_batches.reset()
-        if not skipped:
+        if not skipped:  # as far as the host knows: what a GPU decides it does not wait for
             self._binding.mark_written()
         return loss
 
@@ -167,12 +168,12 @@ class FusedOptimizer(Checkpoints, Gained):
 
         None unless `max_grad_norm` or `skip_nonfinite` asks for it.
         """
-        return self._core.outcome[0]
+        return (self._outcome or self._core.outcome)[0]
 
     @property
     def skipped(self) -> bool:
         """Whether the last step was skipped, on all ranks alike; on a GPU, waits for it."""
-        return self._core.outcome[1]
+        return (self._outcome or self._core.outcome)[1]
 
     def prepare_replay(self) -> None:
         """Before each replay of a captured step: give it the groups' present learning rates and other numbers.
@@ -184,9 +185,10 @@ class FusedOptimizer(Checkpoints, Gained):
 
         One rank alone with one worker can capture, and only steps that the device takes without the host: none with a
         gain, `inner_lr="noise"` or a rule with trust ratios. `max_grad_norm` and `skip_nonfinite` may be captured, and
-        the norm may change between replays; `grad_norm` and `skipped` are the last replay's. Take a step with gradients
-        of the same parameters before the capture. A step with gradients of others, or `add_param_group`, asks for a new
-        capture.
+        the norm may change between replays, but not whether there is any of the two; `grad_norm` and `skipped` are the
+        last replay's, and like checkpoints may be asked for before this call or after the replay, not in between. A
+        `GradScaler`'s steps cannot be captured. Take a step with gradients of the same parameters before the capture.
+        A step with gradients of others, or `add_param_group`, asks for a new capture.
 
         Raises:
             UsageError: if no step was captured, or the next one cannot be a replay of it.
@@ -219,6 +221,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self._captured.require_like(self._micro_batches.count(), self._binding.names, self._binding.params)
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._captured.present, self._captured.divisor, norm, skips)
+        self._outcome = None
         self._micro_batches.reset()
         self._binding.mark_written()
 
@@ -237,6 +240,11 @@ class FusedOptimizer(Checkpoints, Gained):
 
     def scaled_step(self, scale: float, *args: Any, **kwargs: Any) -> Any:
         """Collective: `step` on gradients of a loss that was multiplied by `scale`; skipped if they overflowed."""
+        if self._core.captures:
+            raise UsageError(
+                "a step with a GradScaler cannot be captured, as its scale changes: take skip_nonfinite=True, and "
+                "bfloat16 or a scale of your own that stays"
+            )
         before = self.skip_nonfinite
         self._loss_scale, self.skip_nonfinite = scale, True
         try:

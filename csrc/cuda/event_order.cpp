@@ -11,14 +11,14 @@
 namespace xc {
 namespace {
 
-using Event = std::shared_ptr<std::remove_pointer_t<cudaEvent_t>>;
+using SharedEvent = std::shared_ptr<std::remove_pointer_t<cudaEvent_t>>;
 using EventTicket = Ticket<cudaIpcEventHandle_t>;
 
 cudaStream_t cuda(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
 void destroy(cudaEvent_t event) { cudaEventDestroy(event); }
 
-Event make_event() {
+SharedEvent make_shared_event() {
   cudaEvent_t event = nullptr;
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventInterprocess),
         "creating an event");
@@ -32,7 +32,7 @@ EventTicket ticket_of(cudaEvent_t event) {
 }
 
 // Of threads in one process the event itself serves.
-Event open(const EventTicket& ticket, const std::shared_ptr<void>& opened) {
+SharedEvent open(const EventTicket& ticket, const std::shared_ptr<void>& opened) {
   auto event = reinterpret_cast<cudaEvent_t>(ticket.address);
   if (ticket.process == getpid()) return {event, [opened](cudaEvent_t) {}};
   check(cudaIpcOpenEventHandle(&event, ticket.handle), "opening a peer's event");
@@ -47,7 +47,7 @@ class EventOrder final : public Order {
     for (Turn& turn : turns_) {
       EventTicket mine{};
       team.agree<DeviceError>(complaint_of([&] {
-        const Event own = make_event();
+        const SharedEvent own = make_shared_event();
         turn.own = std::static_pointer_cast<std::remove_pointer_t<cudaEvent_t>>(exported_.keep(own));
         mine = ticket_of(own.get());
       }));
@@ -64,14 +64,14 @@ class EventOrder final : public Order {
     xc::check(cudaEventRecord(turns_[now_].own.get(), cuda(stream)), "recording an event");
   }
   void follow(Stream stream) override {
-    for (const Event& event : turns_[now_].others)
+    for (const SharedEvent& event : turns_[now_].others)
       xc::check(cudaStreamWaitEvent(cuda(stream), event.get(), 0), "waiting for an event");
   }
 
  private:
   struct Turn {
-    Event own;
-    std::vector<Event> others;
+    SharedEvent own;
+    std::vector<SharedEvent> others;
   };
 
   Export exported_;

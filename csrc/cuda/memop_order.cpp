@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -112,13 +113,11 @@ class MemopOrder final : public Order {
   void follow(Stream stream) override {
     check();
     begin_to_queue();
-    operations_->write(stream, seen_by_device(&own().began), announced_);
-    for (std::size_t p = 0; p < pages_.size(); ++p)
-      if (p != place_) operations_->await(stream, pages_[place_].get() + p, announced_);
-    operations_->write(stream, seen_by_device(&own().ended), announced_);
+    const std::string complaint = complaint_of([&] { queue_wait(stream); });
     const std::lock_guard lock(mutex_);
-    followed_ = announced_;
     queues_ = false;
+    if (!complaint.empty()) throw DeviceError(complaint);
+    followed_ = announced_;
   }
 
  private:
@@ -132,6 +131,13 @@ class MemopOrder final : public Order {
   OwnWords& own() const { return *reinterpret_cast<OwnWords*>(words() + words_of_page()); }
   std::uint32_t* seen_by_device(std::uint32_t* word) const { return pages_[place_].get() + (word - words()); }
   static std::uint32_t read(std::uint32_t& word) { return std::atomic_ref(word).load(); }
+
+  void queue_wait(Stream stream) {
+    operations_->write(stream, seen_by_device(&own().began), announced_);
+    for (std::size_t p = 0; p < pages_.size(); ++p)
+      if (p != place_) operations_->await(stream, pages_[place_].get() + p, announced_);
+    operations_->write(stream, seen_by_device(&own().ended), announced_);
+  }
 
   // Some GPUs have the functions and do not carry them out.
   void try_out() const {

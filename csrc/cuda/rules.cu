@@ -9,7 +9,7 @@ namespace {
 
 // One block: a thread for each lane of the norm, then for each run. Halves of the lanes are added as
 // sum_of_lanes does.
-__global__ void __launch_bounds__(kNormLanes) judge_squares(const Judgement at) {
+__global__ void __launch_bounds__(kNormLanes, kFewestBlocks) judge_squares(const Judgement at) {
   __shared__ double lanes[kNormLanes];
   const int thread = static_cast<int>(threadIdx.x);
   lanes[thread] = lane_of(at.squares, thread);

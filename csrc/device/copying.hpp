@@ -24,6 +24,7 @@ struct CopyBatch {
   std::int64_t first_piece[kCopiesInBatch + 1];  // of each, and the number of all
   int count;
 };
+static_assert(sizeof(CopyBatch) <= 4096);
 
 constexpr std::int64_t pieces_of(std::int64_t bytes) { return (bytes + kCopyPiece - 1) / kCopyPiece; }
 
@@ -62,23 +63,31 @@ XC_HOST_DEVICE void copy_as(const Copy& copy, std::int64_t begin, std::int64_t e
     store(copy.to + at, load<V>(copy.from + at));
 }
 
-XC_HOST_DEVICE bool is_even(const void* at, std::size_t size) {
-  return reinterpret_cast<std::uintptr_t>(at) % size == 0;
+// The widest loads that both ends of the copy allow, and single bytes for the rest. `low` has the bits of
+// both addresses.
+XC_HOST_DEVICE void copy_range(const Copy& copy, std::int64_t begin, std::int64_t end, int thread) {
+  using Sixteen = Pack<float, kMasterPack>;
+  const auto low = reinterpret_cast<std::uintptr_t>(copy.from) | reinterpret_cast<std::uintptr_t>(copy.to);
+  const std::int64_t odd = end - end % static_cast<std::int64_t>(sizeof(Sixteen));
+  if (low % sizeof(Sixteen) == 0)
+    copy_as<Sixteen>(copy, begin, odd, thread);
+  else if (low % sizeof(std::uint64_t) == 0)
+    copy_as<std::uint64_t>(copy, begin, odd, thread);
+  else if (low % sizeof(std::uint32_t) == 0)
+    copy_as<std::uint32_t>(copy, begin, odd, thread);
+  else if (low % sizeof(std::uint16_t) == 0)
+    copy_as<std::uint16_t>(copy, begin, odd, thread);
+  else
+    copy_as<std::byte>(copy, begin, odd, thread);
+  copy_as<std::byte>(copy, odd, end, thread);
 }
 
 // One thread's part of a piece.
 XC_HOST_DEVICE void copy_piece(const CopyBatch& batch, std::int64_t piece, int thread) {
-  using Sixteen = Pack<float, kMasterPack>;
   const int number = copy_of(batch, piece);
   const Copy& copy = batch.at[number];
   const std::int64_t begin = (piece - batch.first_piece[number]) * kCopyPiece;
-  const std::int64_t end = begin + kCopyPiece < copy.bytes ? begin + kCopyPiece : copy.bytes;
-  std::int64_t odd = begin;  // from here on byte by byte
-  if (is_even(copy.from, sizeof(Sixteen)) && is_even(copy.to, sizeof(Sixteen))) {
-    copy_as<Sixteen>(copy, begin, end, thread);
-    odd = end - (end - begin) % static_cast<std::int64_t>(sizeof(Sixteen));
-  }
-  copy_as<std::byte>(copy, odd, end, thread);
+  copy_range(copy, begin, begin + kCopyPiece < copy.bytes ? begin + kCopyPiece : copy.bytes, thread);
 }
 
 }  // namespace xc

@@ -48,6 +48,7 @@ double* DeviceJudge::squares_from(std::int64_t begin) const {
 
 // Layers without a gradient leave no squares.
 void DeviceJudge::begin(const Bounds& bounds, std::span<const Run<float>> runs) {
+  if (!device_->captures()) runs_->begin_step();
   runs_->upload(runs, bounds);
   storage_->clear(squares_[place_]->data(),
                   static_cast<std::size_t>(firsts_[place_ + 1] - firsts_[place_]) * sizeof(double));
@@ -64,13 +65,19 @@ void DeviceJudge::judge() {
   if (!device_->captures()) storage_->mark();
 }
 
-// Nothing marks where a replay ends, so all that is queued is awaited.
+// Nothing marks where a replay ends, so all that is queued is awaited, and the verdict tells of which step it
+// is.
 Verdict DeviceJudge::verdict() {
   if (runs_->replays())
-    storage_->finish();
+    runs_->finish_replay();
   else
     storage_->await_mark();
   const auto& seen = *reinterpret_cast<const DeviceVerdict*>(seen_.get());
+  if (seen.serial != runs_->serial())
+    throw UsageError(
+        "prepare_replay() was called, and the captured step not replayed since on the same stream: that step "
+        "is "
+        "not counted; replay it before you go on");
   return {seen.norm, seen.skipped != 0};
 }
 

@@ -10,6 +10,12 @@
 
 namespace xc {
 
+#ifdef __CUDA_ARCH__
+#define XC_UNROLL_SOME _Pragma("unroll 4")
+#else
+#define XC_UNROLL_SOME
+#endif
+
 // What the norm of the mean gradient leads to, decided on the device: pieces of a kernel of one block, as
 // functions that a loop on the host calls as well.
 
@@ -19,14 +25,16 @@ XC_HOST_DEVICE double lane_of(const DeviceSquares& squares, int lane) {
   for (int p = 0; p < squares.ranks; ++p) {
     const std::int64_t first = squares.firsts[p], end = squares.firsts[p + 1];
     const std::int64_t after = first % kNormLanes, skipped = (lane - after + kNormLanes) % kNormLanes;
-    for (std::int64_t c = first + skipped; c < end; c += kNormLanes) total += squares.of_ranks[p][c - first];
+    const double* const numbers = squares.of_ranks[p] - first;
+    XC_UNROLL_SOME  // the loads need not wait for the additions
+        for (std::int64_t c = first + skipped; c < end; c += kNormLanes) total += numbers[c];
   }
   return total;
 }
 
 XC_HOST_DEVICE DeviceVerdict verdict_on(const DeviceBounds& bounds, double squares) {
   const double norm = std::sqrt(squares);
-  return {norm, bounds.skips && !std::isfinite(norm)};
+  return {norm, bounds.serial, bounds.skips != 0 && !std::isfinite(norm)};
 }
 
 // What follows for one run.

@@ -26,9 +26,10 @@ DeviceRun device_run(const Run<float>& run) {
   return seen;
 }
 
-std::vector<std::byte> content_of(std::span<const Run<float>> runs, const Bounds& bounds) {
+std::vector<std::byte> content_of(std::span<const Run<float>> runs, const Bounds& bounds,
+                                  std::int64_t serial) {
   std::vector<std::byte> content(sizeof(DeviceBounds) + runs.size() * sizeof(DeviceRun));
-  const DeviceBounds seen{bounds.max_norm, bounds.skips, static_cast<std::int32_t>(runs.size())};
+  const DeviceBounds seen{bounds.max_norm, serial, bounds.skips, static_cast<std::int64_t>(runs.size())};
   std::memcpy(content.data(), &seen, sizeof seen);
   std::byte* at = content.data() + sizeof seen;
   for (const Run<float>& run : runs) {
@@ -42,10 +43,10 @@ std::vector<std::byte> content_of(std::span<const Run<float>> runs, const Bounds
 }  // namespace
 
 void RunTable::upload(std::span<const Run<float>> runs, const Bounds& bounds) {
-  std::vector<std::byte> content = content_of(runs, bounds);
+  std::vector<std::byte> content = content_of(runs, bounds, serial_);
   size_ = content.size();
-  replays_ = false;
   if (device_->captures()) return capture(content);
+  replays_ = false;
   if (content.size() > capacity_) {
     memory_ = storage_->allocate(content.size());
     capacity_ = content.size();
@@ -57,27 +58,43 @@ void RunTable::upload(std::span<const Run<float>> runs, const Bounds& bounds) {
   storage_->copy(present_, content_.data(), content_.size());
 }
 
+// What was captured may still be read when the next capture begins, so that gets memory of its own.
 void RunTable::prepare_capture() {
-  if (device_->captures() || size_ == staged_size_) return;
-  staged_size_ = size_;
-  staged_ = device_->staging(staged_size_);
-  captured_ = storage_->allocate(staged_size_);
+  if (size_ != staged_size_) {
+    staged_size_ = size_;
+    staged_ = device_->staging(size_);
+    captured_ = storage_->allocate(size_);
+    is_captured_ = false;
+    next_staged_ = nullptr;
+  } else if (is_captured_ && !next_staged_) {
+    next_staged_ = device_->staging(size_);
+  }
 }
 
 void RunTable::capture(std::span<const std::byte> content) {
-  if (staged_size_ != content.size())
+  if (staged_size_ != content.size() || (is_captured_ && !next_staged_))
     throw UsageError("take a step of the same parameters before one is captured");
+  if (is_captured_) staged_ = std::move(next_staged_);
+  is_captured_ = true;
   std::memcpy(staged_.get(), content.data(), content.size());
   storage_->copy(captured_.get(), staged_.get(), content.size());
   present_ = captured_.get();
 }
 
 void RunTable::stage(std::span<const Run<float>> runs, const Bounds& bounds) {
-  if (!staged_) throw UsageError("no step was captured");
-  const std::vector<std::byte> content = content_of(runs, bounds);
+  if (!is_captured_) throw UsageError("no step was captured");
+  const std::vector<std::byte> content = content_of(runs, bounds, ++serial_);
   replays_ = true;
+  replayed_on_ = device_->stream();
   storage_->finish();  // the last replay may still read it
   std::memcpy(staged_.get(), content.data(), content.size());
+}
+
+void RunTable::finish_replay() const {
+  const Stream now = device_->stream();
+  device_->use(replayed_on_);
+  storage_->finish();
+  device_->use(now);
 }
 
 }  // namespace xc

@@ -24,12 +24,18 @@ class RunTable {
   DeviceBounds* bounds() const { return reinterpret_cast<DeviceBounds*>(present_); }
   const DeviceRun* runs() const { return reinterpret_cast<const DeviceRun*>(bounds() + 1); }
   void changed() { content_.clear(); }
+  // What comes next is of another step.
+  void begin_step() { ++serial_; }
 
   // Makes what captures of as many runs take; while work is captured no memory can be made.
   void prepare_capture();
   // For the next replay; from then on until an upload, replays are the steps that are taken.
   bool replays() const { return replays_; }
   void stage(std::span<const Run<float>> runs, const Bounds& bounds);
+  // Waits for the stream on which that was said.
+  void finish_replay() const;
+  // Of the step whose runs came last; no two have the same.
+  std::int64_t serial() const { return serial_; }
   // What a recording refers to, whatever takes its place here.
   std::vector<std::shared_ptr<std::byte>> captured() const { return {staged_, captured_}; }
 
@@ -46,7 +52,11 @@ class RunTable {
   std::shared_ptr<std::byte> staged_;
   std::shared_ptr<std::byte> captured_;
   std::size_t staged_size_ = 0;
+  std::shared_ptr<std::byte> next_staged_;  // for the next capture, if staged_ has been captured
+  bool is_captured_ = false;
   bool replays_ = false;
+  Stream replayed_on_ = nullptr;
+  std::int64_t serial_ = 0;
 };
 
 }  // namespace xc

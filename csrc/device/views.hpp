@@ -63,13 +63,15 @@ struct DeviceShard {
 // What the norm of a step is held to, in front of the runs that this concerns.
 struct alignas(alignof(DeviceRun)) DeviceBounds {
   double max_norm;
-  std::int32_t skips;
-  std::int32_t run_count;
+  std::int64_t serial;  // of the step
+  std::int64_t skips;
+  std::int64_t run_count;
 };
 
 // What the norm led to.
 struct DeviceVerdict {
   double norm;
+  std::int64_t serial;
   std::int32_t skipped;
 };
 

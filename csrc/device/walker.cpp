@@ -246,7 +246,8 @@ void DeviceWalker::measure(const Pass& pass, const Batch& batch, Launch& launch,
 std::vector<std::vector<double>> DeviceWalker::sums(KernelFn kernel, int count, Launch& launch) {
   if (device_->captures())
     throw UsageError(
-        "a step that looks at norms of the gradient cannot be captured: the host decides by them");
+        "a step whose sums the host adds up cannot be captured: rules with trust ratios, gains and noise "
+        "need them");
   const auto cells = static_cast<std::size_t>(launch.cell_count), sums = static_cast<std::size_t>(count);
   launch.sums = scratch<double>(sums_, sums_size_, sums * cells);
   launch.sum_stride = launch.cell_count;

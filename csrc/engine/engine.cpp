@@ -175,9 +175,10 @@ class EngineOf final : public Engine {
   Hands hands_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;    // per layer
-  Outcome outcome_;                      // of the last step,
-  std::vector<std::uint8_t> undecided_;  // unless it updated these layers or was skipped, and nobody asked
+  std::vector<std::int64_t> updates_;  // per layer
+  Outcome outcome_;                    // of the last step,
+  std::optional<std::vector<std::uint8_t>>
+      undecided_;  // unless it updated these layers or was skipped, and nobody asked
   Recording recording_;
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
@@ -375,7 +376,7 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
 template <class T>
 void EngineOf<T>::conclude(const Step& step, std::span<const std::uint8_t> present) {
   if (stepper_.judges(step))
-    undecided_.assign(present.begin(), present.end());
+    undecided_.emplace(present.begin(), present.end());
   else if (!outcome_.skipped)
     count(present);
   ++steps_;
@@ -388,11 +389,11 @@ void EngineOf<T>::count(std::span<const std::uint8_t> present) {
 
 template <class T>
 void EngineOf<T>::settle() {
-  if (undecided_.empty()) return;
+  if (!undecided_) return;
+  const auto layers = std::exchange(undecided_, std::nullopt);
   const auto [norm, skipped] = hands_.judge->verdict();
   outcome_ = {norm, skipped};
-  if (!skipped) count(undecided_);
-  undecided_.clear();
+  if (!skipped) count(*layers);
 }
 
 template <class T>

@@ -186,7 +186,7 @@ class Engine {
   virtual std::int64_t updates(std::size_t layer) = 0;
   virtual std::int64_t most_updates() = 0;  // of any layer
 
-  // How sums travel between teams: "direct" or "halving"; "none" with one team.
+  // How sums travel between teams: "direct", "halving" or "nccl"; "none" with one team.
   virtual const char* way() const = 0;
   virtual std::int64_t steps() const = 0;
   virtual double last_step_seconds() const = 0;

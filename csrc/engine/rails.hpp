@@ -72,7 +72,7 @@ class Rails {
   void share(const std::function<std::span<double>(int segment)>& numbers);
   // The same, the owner's being the tree sum over the teams' first.
   void add_up(const std::function<std::span<double>(int segment)>& numbers);
-  // How sums go: by halves, or from all to all.
+  // How sums go: by halves, or from all to all; on devices perhaps as NCCL takes them.
   virtual const char* way() const { return halving_ ? "halving" : "direct"; }
   // Whether a transfer may be under way for ever, and with it the use of the arrays that it was given.
   bool broken() const { return broken_; }

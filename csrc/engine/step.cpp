@@ -142,7 +142,7 @@ template <class T>
 Gradient Stepper<T>::gradient(const Engine::Step& step) const {
   return {.needed = true,
           .spread = any([](const Run<T>& run) { return run.kernel->extra == Extra::spread; }),
-          .clip = step.max_norm > 0,
+          .clip = step.max_norm > 0 || judges(step),  // whether a judge clips it says later
           .judged = judges(step)};
 }
 

@@ -11,7 +11,7 @@ namespace xc {
 // Within a cell, element first + i belongs to lane (first + i) % kLanes.
 inline constexpr int kLanes = 16;
 // In the norm of the whole gradient, cell c of all belongs to lane c % kNormLanes.
-inline constexpr int kNormLanes = 256;
+inline constexpr int kNormLanes = 1024;
 
 // Uses them up.
 template <int kCount = kLanes>
