@@ -47,7 +47,7 @@ endif
 endif
 endif
 
-.PHONY: help venv build demo test test-python test-cpp test-gpu sanitize lint format bench info env clean
+.PHONY: help venv build demo test test-python test-cpp test-gpu sanitize sanitize-cuda lint format bench info env clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,20 +77,32 @@ test-cpp: $(BUILT) ## run the C++ tests alone
 test-gpu: ## run what needs a GPU, with PYTHON's own torch, numpy and pybind11: no virtual environment, no MPI
 	$(PYTHON) tests/gpu/run.py $(ARGS)
 
-# Sanitizers look at memory, not at instructions: loops for one instruction set are enough. The stand-in for CUDA
-# watches over its memory itself; `cmake --build build/asan --target test_cuda` makes what address sanitizers can run.
+# Sanitizers look at memory, not at instructions: loops for one instruction set are enough.
+comma := ,
+define sanitized # folder under build/, sanitizers
+$(BIN)/cmake -S . -B build/$(1) -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON \
+  -DXC_SANITIZE=$(2)
+endef
+ASAN := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+  $(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error --timeout 300
+TSAN := TSAN_OPTIONS=halt_on_error=1 $(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error
+
 sanitize: $(VENV)/.mpi-$(or $(MPI),any) ## run the C++ tests under sanitizers: addresses and undefined behaviour, threads
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON \
-	  -DXC_SANITIZE=address,undefined
+	$(call sanitized,asan,address$(comma)undefined)
 	$(BIN)/cmake --build build/asan
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error --timeout 300 -E '^cuda_'
-	$(BIN)/cmake -S . -B build/tsan -G Ninja -DXC_BUILD_TESTS=ON -DXC_BUILD_PYTHON=OFF -DXC_BASELINE_ONLY=ON \
-	  -DXC_SANITIZE=thread
-	$(BIN)/cmake --build build/tsan --target test_threads test_nccl test_device_rails test_cuda
-	TSAN_OPTIONS=halt_on_error=1 \
-	  $(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error \
-	  -R '^(threads|nccl|device_rails|cuda_threads)$$'
+	$(ASAN) -E '^cuda_'
+	$(call sanitized,tsan,thread)
+	$(BIN)/cmake --build build/tsan --target test_threads test_nccl test_device_rails
+	$(TSAN) -R '^(threads|nccl|device_rails)$$'
+
+# It takes some minutes, and the stand-in watches over its memory without sanitizers, too.
+sanitize-cuda: $(VENV)/.mpi-$(or $(MPI),any) ## the same with the tests of csrc/cuda on the stand-in for CUDA
+	$(call sanitized,asan,address$(comma)undefined)
+	$(BIN)/cmake --build build/asan --target test_cuda
+	$(ASAN) -R '^cuda_'
+	$(call sanitized,tsan,thread)
+	$(BIN)/cmake --build build/tsan --target test_cuda
+	$(TSAN) -R '^cuda_threads$$'
 
 lint: $(BUILT) $(VENV)/.linters ## check format, style and types
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)

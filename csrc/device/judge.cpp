@@ -75,9 +75,8 @@ Verdict DeviceJudge::verdict() {
   const auto& seen = *reinterpret_cast<const DeviceVerdict*>(seen_.get());
   if (seen.serial != runs_->serial())
     throw UsageError(
-        "prepare_replay() was called, and the captured step not replayed since on the same stream: that step "
-        "is "
-        "not counted; replay it before you go on");
+        "prepare_replay() was called, and the captured step not replayed since on the same stream: it is not "
+        "counted; replay it before you go on");
   return {seen.norm, seen.skipped != 0};
 }
 
