@@ -18,6 +18,7 @@
 namespace {
 
 constexpr std::size_t kStack = std::size_t{256} << 10;
+constexpr std::size_t kKept = 256;  // sanitizers can tell some thousands apart, of all streams together
 
 class Block {
  public:
@@ -27,6 +28,7 @@ class Block {
     next_ = 0;
     while (next_ < threads_) resume(idle());
     while (!waiting_.empty()) release();
+    if (all_.size() > kKept) end();
   }
 
   void barrier() {
@@ -43,6 +45,13 @@ class Block {
     std::unique_ptr<char[]> stack{new char[kStack]};
     switches::Fibre known;
   };
+
+  // All are idle.
+  void end() {
+    for (const auto& fibre : all_) switches::end(fibre->known);
+    idle_.clear();
+    all_.clear();
+  }
 
   Fibre& idle() {
     if (idle_.empty()) idle_.push_back(make());

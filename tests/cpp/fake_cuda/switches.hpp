@@ -24,6 +24,7 @@ struct Fibre {
 };
 inline Fibre present() { return {__tsan_get_current_fiber()}; }
 inline Fibre make(void*, std::size_t) { return {__tsan_create_fiber(0)}; }
+inline void end(Fibre& fibre) { __tsan_destroy_fiber(fibre.fibre); }
 inline Leaving to(Fibre&, Fibre& next) {
   __tsan_switch_to_fiber(next.fibre, 0);
   return {};
@@ -47,6 +48,7 @@ inline Fibre present() {
   return {bottom, bytes};
 }
 inline Fibre make(void* bottom, std::size_t bytes) { return {bottom, bytes}; }
+inline void end(Fibre&) {}
 inline Leaving to(Fibre&, Fibre& next) {
   Leaving leaving;
   __sanitizer_start_switch_fiber(&leaving.stack, next.bottom, next.bytes);
@@ -62,6 +64,7 @@ inline void began() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr)
 struct Fibre {};
 inline Fibre present() { return {}; }
 inline Fibre make(void*, std::size_t) { return {}; }
+inline void end(Fibre&) {}
 inline Leaving to(Fibre&, Fibre&) { return {}; }
 inline void arrived(Fibre&, Leaving) {}
 inline void began() {}
