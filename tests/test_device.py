@@ -277,15 +277,22 @@ def fill(params, seed):
         param.grad = values if param.grad is None else param.grad.copy_(values)
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
-def test_replays_with_changing_rates_are_as_many_steps(virtual, name):
-    optimizers = two_optimizers(virtual(1), CAPTURABLE[name])
-    (device, mine), (cpu, its) = optimizers
+def a_captured_one_and_its_twin(virtual, make, **options):
+    """Two optimizers after a step, of which the one on the device has captured the next."""
+    optimizers = two_optimizers(virtual(1), make, **options)
     for opt, params in optimizers:
         fill(params, 0)
         opt.step()
+    device = optimizers[0][0]
     with captured(device):
         device.step()
+    return optimizers
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_replays_with_changing_rates_are_as_many_steps(virtual, name):
+    optimizers = a_captured_one_and_its_twin(virtual, CAPTURABLE[name])
+    (device, mine), (cpu, its) = optimizers
     for n in range(1, 6):
         with device.master_weights():
             pass  # looking at the weights leaves the recording as it is
@@ -342,13 +349,8 @@ def test_engine_replays_with_new_numbers(virtual):
 
 @pytest.mark.parametrize("name", ["clipped", "guarded"])
 def test_replays_that_are_skipped_count_as_skipped_steps(virtual, name):
-    optimizers = two_optimizers(virtual(1), CAPTURABLE[name], skip_nonfinite=True)
+    optimizers = a_captured_one_and_its_twin(virtual, CAPTURABLE[name], skip_nonfinite=True)
     (device, mine), (cpu, its) = optimizers
-    for opt, params in optimizers:
-        fill(params, 0)
-        opt.step()
-    with captured(device):
-        device.step()
     for n in range(1, 6):
         for _, params in optimizers:
             fill(params, n)
@@ -367,13 +369,8 @@ def test_replays_that_are_skipped_count_as_skipped_steps(virtual, name):
 
 
 def test_norm_may_change_between_replays(virtual):
-    optimizers = two_optimizers(virtual(1), CAPTURABLE["clipped"])
+    optimizers = a_captured_one_and_its_twin(virtual, CAPTURABLE["clipped"])
     (device, _), (cpu, _) = optimizers
-    for opt, params in optimizers:
-        fill(params, 0)
-        opt.step()
-    with captured(device):
-        device.step()
     for norm in (0.5, float("inf"), 2.0):
         for opt, params in optimizers:
             fill(params, 1)
@@ -390,13 +387,8 @@ def test_norm_that_comes_after_a_capture_with_skipping_clips(virtual):
     def make(params, **more):
         return make_extrap(params, skip_nonfinite=True, extrapolation="gaussian", **more)
 
-    optimizers = two_optimizers(virtual(1), make)
+    optimizers = a_captured_one_and_its_twin(virtual, make)
     (device, _), (cpu, _) = optimizers
-    for opt, params in optimizers:
-        fill(params, 0)
-        opt.step()
-    with captured(device):
-        device.step()
     for opt, params in optimizers:
         fill(params, 1)
         opt.max_grad_norm = 0.5
