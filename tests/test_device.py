@@ -361,7 +361,7 @@ def test_replays_that_are_skipped_count_as_skipped_steps(virtual, name):
         cpu.step()
         if n in (2, 5):  # read or not
             assert device.skipped == cpu.skipped == (n == 2)
-            assert device.grad_norm == cpu.grad_norm or n == 2
+            np.testing.assert_equal(device.grad_norm, cpu.grad_norm)  # NaN is NaN
     assert [device._core.updates(i) for i in range(3)] == [4, 4, 4]
     require_same_parameters(optimizers)
     device.close()

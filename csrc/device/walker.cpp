@@ -11,11 +11,10 @@ namespace xc {
 namespace {
 
 // A sum that is not yet a mean is of gradients as they are.
-std::vector<Run<float>> scaled_for(const Pass& pass, std::span<const Run<float>> runs) {
-  std::vector<Run<float>> scaled(runs.begin(), runs.end());
-  if (pass.source == Pass::Source::partial)
-    for (Run<float>& run : scaled) run.scale = 1.0f;
-  return scaled;
+std::vector<Run<float>> unscaled(std::span<const Run<float>> runs) {
+  std::vector<Run<float>> unscaled(runs.begin(), runs.end());
+  for (Run<float>& run : unscaled) run.scale = 1.0f;
+  return unscaled;
 }
 
 // Random displacements are a kernel of their own, as is whatever leaves something behind.
@@ -168,7 +167,10 @@ void DeviceWalker::walk(const Pass& pass, const Workers& workers, std::span<cons
   if (shard.begin == shard.end || runs.empty()) return;
   const Cut& cut = cut_of(runs, shard);
   Launch launch{};
-  if (!pass.judged) runs_->upload(scaled_for(pass, runs));
+  if (pass.source == Pass::Source::partial)
+    runs_->upload(unscaled(runs));
+  else if (!pass.judged)
+    runs_->upload(runs);
   launch.runs = runs_->runs();
   if (pass.judged && pass.apply) launch.obeyed = judge_->verdict_memory();
   if (device_->captures())
