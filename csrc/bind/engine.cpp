@@ -216,6 +216,9 @@ void register_engine_class(py::module_& module) {
       .value("nothing", Observe::nothing)
       .value("before", Observe::before)
       .value("along", Observe::along);
+  py::enum_<Declared>(module, "Declared")
+      .value("assigned_state", Declared::assigned_state)
+      .value("attached_names", Declared::attached_names);
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none(),
@@ -253,6 +256,8 @@ void register_engine_class(py::module_& module) {
                              "The last step's norm, if it was to know it, and whether it was skipped.")
       .def("prepare_replay", &prepare_replay, py::arg("hyper"), py::arg("present"), py::arg("divisor"),
            py::arg("max_norm"), py::arg("skip_nonfinite"))
+      .def("declare", &Engine::declare, py::arg("what"), py::arg("digest"),
+           "The ranks compare this digest with every step from now on.")
       .def("complain", &Engine::complain, Free())
       .def("begin_local", &Engine::begin_local, Free())
       .def("local_step", &local_step<&Engine::local_step>, py::arg("hyper"), py::arg("present"),

@@ -111,6 +111,9 @@ class EngineOf final : public Engine {
     return outcome_;
   }
   void prepare_replay(const Step& step) override;
+  void declare(Declared what, std::uint64_t digest) override {
+    declared_[static_cast<std::size_t>(what)] = digest;
+  }
   void complain(const std::string& complaint) override;
   void begin_local() override;
   void local_step(const Step& step) override;
@@ -176,7 +179,8 @@ class EngineOf final : public Engine {
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
   std::vector<std::int64_t> updates_;  // per layer
-  Outcome outcome_;                    // of the last step,
+  Declarations declared_{};
+  Outcome outcome_;  // of the last step,
   std::optional<std::vector<std::uint8_t>>
       undecided_;  // unless it updated these layers or was skipped, and nobody asked
   Recording recording_;
@@ -354,18 +358,19 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
   auto here = present_here(step.present);
   if (overlap_) here.insert(here.end(), overlap_->stale().begin(), overlap_->stale().end());
   std::vector<std::uint8_t> present, stale;
-  collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here}, [&](const Agreed& agreed) {
-    const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
-    present.assign(agreed.present.begin(), layers);
-    stale.assign(layers, agreed.present.end());
-    Step settled = step_of(agreed.doubles);
-    settled.fused = step.fused;
-    settled.revise = step.revise;
-    settled.revise_rule = step.revise_rule;
-    settle();
-    outcome_ = run(settled, {present, updates_, stale});
-    if (device_) recording_.took(look_of(stepper_.runs(), step));
-  });
+  collective({Operation::step, steps_ + 1, step.fused, numbers_of(step), here, declared_},
+             [&](const Agreed& agreed) {
+               const auto layers = agreed.present.begin() + std::ptrdiff_t(plan_.layers.size());
+               present.assign(agreed.present.begin(), layers);
+               stale.assign(layers, agreed.present.end());
+               Step settled = step_of(agreed.doubles);
+               settled.fused = step.fused;
+               settled.revise = step.revise;
+               settled.revise_rule = step.revise_rule;
+               settle();
+               outcome_ = run(settled, {present, updates_, stale});
+               if (device_) recording_.took(look_of(stepper_.runs(), step));
+             });
   stepper_.read_sums(step, {present, updates_}, outcome_);
   conclude(step, present);
   last_step_ = std::chrono::steady_clock::now() - start;
@@ -483,11 +488,12 @@ void EngineOf<T>::averaging_step(const Step& step) {
   counted.local_steps = local().steps() + 1;
   auto touched = present_here(step.present);
   for (std::size_t i = 0; i < touched.size(); ++i) touched[i] |= local_->touched()[i];
-  collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched}, [&](const Agreed& agreed) {
-    local_->step(step);
-    exchange_.meet_between_passes(steps_ + 1, false);
-    finish_round(agreed.present);
-  });
+  collective({Operation::local_step, steps_ + 1, 0, numbers_of(counted), touched, declared_},
+             [&](const Agreed& agreed) {
+               local_->step(step);
+               exchange_.meet_between_passes(steps_ + 1, false);
+               finish_round(agreed.present);
+             });
   ++steps_;
   last_step_ = std::chrono::steady_clock::now() - start;
 }

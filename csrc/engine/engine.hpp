@@ -11,6 +11,7 @@
 
 #include "comm/team.hpp"
 #include "engine/plan.hpp"
+#include "engine/post.hpp"
 
 namespace xc {
 
@@ -151,6 +152,8 @@ class Engine {
   // replayed. Before each replay this gives it the numbers of the next step, whose gradients are of the same
   // layers, and counts that step.
   virtual void prepare_replay(const Step& step) = 0;
+  // With every step from now on the ranks compare this digest; if it differs all throw MismatchError.
+  virtual void declare(Declared what, std::uint64_t digest) = 0;
   // Collective: this rank's part of a step whose arguments are wrong; all ranks throw `complaint`.
   virtual void complain(const std::string& complaint) = 0;
 

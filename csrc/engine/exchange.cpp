@@ -80,6 +80,7 @@ void Exchange::meet_at_a(const Call& call) {
   header.operation = static_cast<std::uint32_t>(call.operation);
   header.sequence = sequence_;
   header.hash = call.hash;
+  header.declared = call.declared;
   step_ = call.step;
   meeting_.set_call(sequence_);
   meet("meeting A", call.step, meeting_.limits().between_steps, unsettled_);
@@ -179,10 +180,11 @@ void Exchange::largest_of_all(std::vector<double>& numbers, std::int64_t step) {
 }
 
 Exchange::Agreed Exchange::agree_over_wire(const Call& call, const Post& mine, bool complains) {
-  const std::uint64_t what[] = {std::uint64_t(call.operation), mine.header().sequence, call.hash,
-                                std::uint64_t(meeting_.channel())};
+  std::vector<std::uint64_t> what = {std::uint64_t(call.operation), mine.header().sequence, call.hash,
+                                     std::uint64_t(meeting_.channel())};
+  what.insert(what.end(), call.declared.begin(), call.declared.end());
   std::vector<double> numbers = {complains ? 1.0 : 0.0};
-  add_range(numbers, hash_of_bytes(what, sizeof what));
+  add_range(numbers, hash_of_bytes(what.data(), what.size() * sizeof what[0]));
   add_range(numbers, hash_of_bytes(call.doubles.data(), call.doubles.size_bytes()));
   add_range(numbers, hash_of_bytes(call.present.data(), call.present.size_bytes()));
   largest_of_all(numbers, call.step);

@@ -28,6 +28,7 @@ class Exchange {
     std::uint64_t hash = 0;
     std::span<const double> doubles = {};
     std::span<const std::uint8_t> present = {};
+    Declarations declared = {};
   };
 
   // What all ranks agreed on: rank 0's doubles, and which layers any rank has a gradient for.

@@ -28,6 +28,15 @@ void require_same_call(const Post& first, const Post& other, const std::string& 
                         "; every rank must make the same collective calls in the same order");
   if (a.hash != b.hash)
     throw MismatchError("rank 0 and " + rank + " call " + call(first) + " with different options");
+  if (a.declared[0] != b.declared[0])
+    throw MismatchError("rank 0 and " + rank +
+                        " have changed the optimizer's state by hand, but not alike: make the same "
+                        "assignments to opt.state on every rank");
+  if (a.declared[1] != b.declared[1])
+    throw MismatchError(
+        "rank 0 and " + rank +
+        " have attached models that name the optimizer's parameters in different orders, so "
+        "layers would be exchanged: hand the parameters over in the same order on every rank");
 }
 
 void require_same_doubles(const Post& first, const Post& other, const std::string& rank,

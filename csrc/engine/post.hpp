@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -32,9 +33,15 @@ const char* name_of(Operation operation);
 
 inline constexpr std::size_t kComplaintBytes = 480;
 
+// Digests that every rank declares with a step, and that must be equal on all ranks: of rule state that was
+// assigned by hand, and of the names that attached models give to the parameters. 0: nothing is declared.
+enum class Declared : std::uint32_t { assigned_state, attached_names, count };
+using Declarations = std::array<std::uint64_t, static_cast<std::size_t>(Declared::count)>;
+
 struct PostHeader {
   std::uint64_t sequence;
   std::uint64_t hash;
+  Declarations declared;
   std::uint32_t operation;
   std::uint32_t complaint_size;
   char complaint[kComplaintBytes];
