@@ -142,10 +142,9 @@ class FusedOptimizer(Checkpoints, Gained):
                 loss = closure()
         self._require_open()
         capturing = self._core.captures
-        if self._to_adopt:
-            if capturing:
-                raise UsageError("weights were loaded: take a step before you capture one")
-            self.adopt()
+        if capturing and self._has_pending_state:
+            raise UsageError("weights or state were loaded: take a step before you capture one")
+        self._take_pending_state()
         try:
             take = self._prepared_step()
         except Exception as error:
@@ -154,6 +153,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self._warn_of_mistakes()
         _, skipped, *_ = take()
         self._outcome = None
+        self._forget_loaded_extra()
         if capturing:
             self._captured = self._as_captured()
         self._binding.forget_finished()
@@ -215,8 +215,7 @@ class FusedOptimizer(Checkpoints, Gained):
             raise UsageError(
                 "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
             )
-        if self._to_adopt:
-            self.adopt()
+        self._take_pending_state()
         table = self._checked_table()
         self._captured.require_like(self._micro_batches.count(), self._binding.names, self._binding.params)
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)

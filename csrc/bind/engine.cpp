@@ -196,7 +196,7 @@ void load(Engine& engine, const std::vector<SavedTuple>& tuples, std::uint64_t h
     const std::size_t layer = layers.size();
     Engine::Saved saved{checked(engine, weights, layer), {}, updates};
     for (const auto& slot : slots) saved.slots.push_back(checked(engine, slot, layer));
-    if (static_cast<int>(saved.slots.size()) != engine.slots())
+    if (static_cast<int>(saved.slots.size()) != (updates < 0 ? 0 : engine.slots()))
       throw UsageError("a checkpoint has other slots");
     layers.push_back(std::move(saved));
   }

@@ -305,7 +305,7 @@ void EngineOf<T>::adopt(int root_worker) {
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  collective({Operation::load, steps_, hash}, [&](const Agreed&) {
+  collective({Operation::load, steps_, hash, {}, {}, declared_}, [&](const Agreed&) {
     settle();
     for (std::size_t i = 0; i < layers.size(); ++i) {
       if (layers[i].weights) state_.write(i, 0, layers[i].weights);
@@ -318,7 +318,8 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   storage_->finish();  // a checkpoint may lie in pinned memory
   stepper_.forget();
   local_.reset();
-  for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (layers[i].updates >= 0) updates_[i] = layers[i].updates;
 }
 
 // What a worker has no gradient for counts as zeros if another has one. Zeros stay zeros, so they are written

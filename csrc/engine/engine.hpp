@@ -95,7 +95,8 @@ class Engine {
   virtual void adopt(int root_worker) = 0;
 
   // One layer of a checkpoint: arrays of the master type in the order of memory, of w and of the rule's
-  // slots. A null array stands for zeros, null weights for those that are there.
+  // slots. A null array stands for zeros, null weights for those that are there. Negative updates leave slots
+  // and updates as they are.
   struct Saved {
     const void* weights;
     std::vector<const void*> slots;

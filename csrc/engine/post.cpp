@@ -23,15 +23,15 @@ std::string call(const Post& post) {
 
 void require_same_call(const Post& first, const Post& other, const std::string& rank) {
   const PostHeader &a = first.header(), &b = other.header();
+  if (a.declared[0] != b.declared[0])
+    throw MismatchError("rank 0 and " + rank +
+                        " have changed the optimizer's state by hand, but not alike: assign to opt.state, or "
+                        "call load_extra_state_dict(), with the same values on every rank");
   if (a.operation != b.operation || a.sequence != b.sequence)
     throw MismatchError("rank 0 is in " + call(first) + " but " + rank + " is in " + call(other) +
                         "; every rank must make the same collective calls in the same order");
   if (a.hash != b.hash)
     throw MismatchError("rank 0 and " + rank + " call " + call(first) + " with different options");
-  if (a.declared[0] != b.declared[0])
-    throw MismatchError("rank 0 and " + rank +
-                        " have changed the optimizer's state by hand, but not alike: make the same "
-                        "assignments to opt.state on every rank");
   if (a.declared[1] != b.declared[1])
     throw MismatchError(
         "rank 0 and " + rank +
