@@ -23,10 +23,12 @@ using Revise = std::function<std::vector<double>(std::span<const double>, std::s
 // When statistics of the gradients are taken.
 enum class Observe { nothing, before, along };
 
-// One group of layers: its flags are fixed, its hyper-parameters may change every step.
+// One group of layers: its flags are fixed, its hyper-parameters may change every step. A group that
+// maximizes takes the negative of every worker's gradient wherever it reads one.
 struct GroupSpec {
   unsigned flags = 0;
   std::vector<double> hyper;
+  bool maximize = false;
 };
 
 // What displaces the weights, beside each group's inner rate.
