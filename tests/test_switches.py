@@ -318,6 +318,14 @@ def test_amsgrad_of_a_saved_state_is_refused_by_rules_without_it(world):
     opt.close()
 
 
+def test_saved_state_that_is_differentiable_is_refused(world):
+    opt = xc.SGD(parameters(), lr=0.1, world=world)
+    saved = torch.optim.SGD(parameters(), lr=0.25, differentiable=True).state_dict()
+    with pytest.raises(xc.UsageError, match="does not have differentiable: leave it out"):
+        opt.load_state_dict(saved)
+    opt.close()
+
+
 @pytest.mark.parametrize("switch", [{"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
 def test_torchs_state_with_switches_of_its_own_loads(world, switch):
     params = parameters()
