@@ -101,7 +101,11 @@ class Rule:
 
     def flag_bits(self, group: Mapping[str, Any]) -> int:
         """Everything about a group that is settled when the engine is built: its flags, then `maximize`."""
-        return sum(1 << i for i, flag in enumerate(self.fixed) if group[flag])
+        bits = 0
+        for i, flag in enumerate(self.fixed):
+            if group[flag]:
+                bits |= 1 << i
+        return bits
 
     def for_core(self, group: Mapping[str, Any], workers: int) -> tuple[int, list[float], bool]:
         """A group as the engine takes it: its flags, its numbers, and whether it maximizes.

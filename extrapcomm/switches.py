@@ -27,12 +27,11 @@ def refuse_switches(group: Mapping[str, Any], rule: str, flags: Sequence[str]) -
         flags: the flags that the rule has.
 
     Raises:
-        UsageError: naming the switches and what to do instead.
+        UsageError: naming the switch and what to do instead.
     """
-    asked = [name for name in REFUSED if group.get(name) and name not in flags]
-    if asked:
-        remedies = "; ".join(REFUSED[name] for name in asked)
-        raise UsageError(f"extrapcomm's rule {rule!r} does not have {', '.join(asked)}: {remedies}")
+    for name, remedy in REFUSED.items():
+        if group.get(name) and name not in flags:
+            raise UsageError(f"extrapcomm's rule {rule!r} does not have {name}: {remedy}")
 
 
 def without_inert(saved: Mapping[str, Any]) -> dict[str, Any]:
