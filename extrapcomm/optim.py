@@ -220,7 +220,7 @@ class LARS(FusedOptimizer):
         eps: added to the denominator of the ratio.
         adapt: False takes the ratio 1.
         always_adapt: also where there is no decay; False: such groups take the ratio 1, as in timm.
-        trust_clip: let no ratio be above 1, also in the displacement's factor.
+        trust_clip: let no ratio be above 1, also in the displacement's factor. (timm and apex divide it by lr first.)
         trust: where the ratio stands: "paper" (with lr in the buffer), "inside" (in the buffer without lr, as timm and
             apex), or "outside" (applied to the buffer).
         options: see `SGD`.
