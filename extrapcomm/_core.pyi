@@ -82,7 +82,7 @@ class Engine:
         self,
         team: Team,
         layers: Sequence[tuple[str, str, Sequence[int], Sequence[int], int]],
-        groups: Sequence[tuple[int, Sequence[float]]],
+        groups: Sequence[tuple[int, Sequence[float], bool]],
         rule: str,
         extrapolation: tuple[str, bool, bool, int],
         tile: int,

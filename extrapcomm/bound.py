@@ -19,16 +19,13 @@ from .observed import Numbers
 from .replay import Captured
 from .world import World
 
-__all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
+__all__ = ["BoundOptimizer"]
 
 Core = _core.Engine
 Device = _core.Device
 
 # Arguments that stand for flags and are the same for all groups.
 CHOICES = ("trust", "layer_mean")
-
-# Switches of torch's rules that change the arithmetic and have no counterpart here.
-FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
 
 
 class BoundOptimizer(torch.optim.Optimizer):
@@ -71,8 +68,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._table = None
         self._captured = None
         self._settled = [
-            (flags, self._rule.has_buffer(group))
-            for (flags, _), group in zip(groups, self.param_groups, strict=True)
+            (self._rule.flag_bits(group), self._rule.has_buffer(group)) for group in self.param_groups
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
@@ -89,8 +85,6 @@ class BoundOptimizer(torch.optim.Optimizer):
         """The engine's layers and groups."""
         layers, groups, seen = [], [], set()
         for g, group in enumerate(self.param_groups):
-            if switches := [s for s in FOREIGN_SWITCHES if group.get(s)]:
-                raise UsageError(f"extrapcomm's optimizers do not have {', '.join(switches)}")
             if chosen := [name for name in CHOICES if name in group]:
                 raise UsageError(
                     f"{' and '.join(chosen)} is for the whole optimizer, not for a group of parameters"
@@ -103,8 +97,7 @@ class BoundOptimizer(torch.optim.Optimizer):
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
-            numbers = self._rule.numbers(group, self.world.K)[:-1]
-            groups.append((self._rule.flag_bits(group), numbers))
+            groups.append(self._rule.for_core(group, self.world.K))
         return layers, groups
 
     # -- Workers -------------------------------------------------------------------------------------------------

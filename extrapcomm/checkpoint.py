@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .binding import strided
-from .bound import FOREIGN_SWITCHES, BoundOptimizer
+from .bound import BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
 from .live_state import LiveState
@@ -26,6 +26,7 @@ from .state_entries import (
     is_nothing,
     step_count,
 )
+from .switches import without_inert
 from .world import log
 
 __all__ = ["Checkpoints"]
@@ -50,9 +51,7 @@ def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]
             f"the state_dict has groups of {sizes} parameters, the optimizer of "
             f"{[len(group['params']) for group in current]}"
         )
-    if switches := [s for s in FOREIGN_SWITCHES if any(group.get(s) for group in saved)]:
-        raise UsageError(f"the state_dict uses {', '.join(switches)}, which extrapcomm does not have")
-    return [{**now, **then} for now, then in zip(current, saved, strict=True)]
+    return [{**now, **without_inert(then)} for now, then in zip(current, saved, strict=True)]
 
 
 def extra_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:

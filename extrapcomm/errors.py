@@ -16,6 +16,10 @@ class UsageError(Error, ValueError):
     """The call cannot be done as asked; raised before anything changes, on all ranks if one of them found it."""
 
 
+class ArgumentError(UsageError, TypeError):
+    """A constructor was called with an argument that it does not have, or without one that it needs."""
+
+
 class MismatchError(Error):
     """The ranks did not ask for the same thing; raised on every rank before a weight is touched."""
 

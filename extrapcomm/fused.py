@@ -11,6 +11,7 @@ import torch
 from .adascale import AdaScale
 from .binding import MANNERS
 from .checkpoint import Checkpoints
+from .construction import Agreed, refuse_unknown
 from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
@@ -18,6 +19,7 @@ from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, c
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
 from .replay import Captured
+from .switches import refuse_switches
 from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
@@ -25,7 +27,7 @@ __all__ = ["FusedOptimizer", "Params"]
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class FusedOptimizer(Checkpoints, Gained):
+class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
     """A torch optimizer on an engine.
 
     At construction the parameters get rank 0's values and move into shared memory, one piece of it for each worker;
@@ -66,12 +68,18 @@ class FusedOptimizer(Checkpoints, Gained):
         overlap: bool = False,
         bucket: int = 1 << 18,
         gain: AdaScale | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
+        **unknown: Any,
     ) -> None:
-        if not (world is None or isinstance(world, World)):
-            raise UsageError(f"world must be a World, not {world!r}")
-        self._owns_world = world is None
-        self.world = World() if world is None else world
+        self._entered = True
+        mine = world if isinstance(world, World) else World()
+        self._owns_world = mine is not world
+        self.world = mine
         self._built = self._closed = self._showing = self._to_adopt = False
         self._warned: set[str] = set()
         self._tile = tile
@@ -87,10 +95,15 @@ class FusedOptimizer(Checkpoints, Gained):
         self.skip_nonfinite = skip_nonfinite
         error: Exception | None = None
         try:
+            refuse_unknown(type(self), unknown)
+            if not (world is None or isinstance(world, World)):
+                raise UsageError(f"world must be a World, not {world!r}")
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
             self._rule = Rule(self.RULE, kind, self.world.K)
             self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
-            super().__init__(params, defaults | {"inner_lr": inner_lr})
+            switches = {"capturable": capturable, "differentiable": differentiable}
+            refuse_switches(switches, self.RULE, self._rule.flags)
+            super().__init__(params, defaults | {"inner_lr": inner_lr, "maximize": bool(maximize)})
             layers, groups = self._describe()
             self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
             check_tile(tile)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import UsageError
 from .local_noise import LocalNoise
+from .switches import refuse_switches
 
 __all__ = [
     "Extrapolation",
@@ -81,6 +82,7 @@ class Rule:
         self.extrapolation = extrapolation
         self.parameters: dict[str, float] = rules[name]["parameters"]
         self.flags: list[str] = rules[name]["flags"]
+        self.fixed = [*self.flags, "maximize"]
         self.slots: list[str] = rules[name]["slots"]
         self.measures: int = rules[name]["measures"]
         self.revises: bool = rules[name]["revises"]
@@ -95,11 +97,26 @@ class Rule:
         """The rule's own values, under the names that users know."""
         values: dict[str, Any] = {n: v for n, v in self.parameters.items() if not n.startswith("beta")}
         betas = tuple(v for n, v in self.parameters.items() if n.startswith("beta"))
-        return values | ({"betas": betas} if betas else {}) | dict.fromkeys(self.flags, False)
+        return values | ({"betas": betas} if betas else {}) | dict.fromkeys(self.fixed, False)
 
     def flag_bits(self, group: Mapping[str, Any]) -> int:
-        """The group's flags as the engine takes them."""
-        return sum(1 << i for i, flag in enumerate(self.flags) if group[flag])
+        """Everything about a group that is settled when the engine is built: its flags, then `maximize`."""
+        bits = 0
+        for i, flag in enumerate(self.fixed):
+            if group[flag]:
+                bits |= 1 << i
+        return bits
+
+    def for_core(self, group: Mapping[str, Any], workers: int) -> tuple[int, list[float], bool]:
+        """A group as the engine takes it: its flags, its numbers, and whether it maximizes.
+
+        Raises:
+            UsageError: for values that are not numbers, not finite or out of range, and for switches of torch's rules
+                that this one does not have.
+        """
+        refuse_switches(group, self.name, self.flags)
+        flags = self.flag_bits(group) & ((1 << len(self.flags)) - 1)
+        return flags, self.numbers(group, workers)[:-1], bool(group["maximize"])
 
     def numbers(self, group: Mapping[str, Any], workers: int) -> list[float]:
         """A group's hyper-parameters in the engine's order, then the inner learning rate.
@@ -197,8 +214,13 @@ class Rule:
 
     def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
         """Complain if something changed that is settled when the engine is built."""
-        if self.flag_bits(group) != flags:
-            raise UsageError(f"{' and '.join(self.flags)} cannot change once the engine is built")
+        refuse_switches(group, self.name, self.flags)
+        if changed := self.flag_bits(group) ^ flags:
+            name = self.fixed[(changed & -changed).bit_length() - 1]
+            raise UsageError(
+                f"{name} cannot change once the engine is built: it is {bool(group[name])} in this group of parameters "
+                f"and was {not group[name]} at construction"
+            )
         if not slots and group.get("momentum"):
             raise UsageError(
                 "the engine was built without momentum and has no buffer for it; build a new one"

@@ -32,6 +32,7 @@ RULES = {
     },
     "Adam": {"rule": "adam", "lr": 1e-2, "weight_decay": 1e-2},
     "AdamW": {"rule": "adam", "lr": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    "AMSGrad, maximized": {"rule": "adam", "lr": 1e-2, "amsgrad": True, "maximize": True},
     "LARS": {"rule": "lars", "lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3},
     "LARS, trust outside": {"rule": "lars", "lr": 0.5, "momentum": 0.9, "trust_outside": True},
     "CLARS": {"rule": "clars", "lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3},

@@ -291,7 +291,7 @@ def test_unfitting_state_dicts_are_refused_on_all_ranks(world):
         "no state": lambda s: s.pop("state"),
         "shape": lambda s: s["extrapcomm"]["master"].update({0: torch.zeros(3)}),
         "nesterov.*cannot change": lambda s: s["param_groups"][0].update(nesterov=True),
-        "uses maximize": lambda s: s["param_groups"][0].update(maximize=True),
+        "maximize cannot change": lambda s: s["param_groups"][0].update(maximize=True),
     }
     for text, change in cases.items():
         with pytest.raises(xc.UsageError, match=text):

@@ -34,10 +34,12 @@ std::vector<LayerSpec> layers_from(const std::vector<LayerTuple>& tuples) {
   return layers;
 }
 
-// (flags as bits, hyper-parameters)
-std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::vector<double>>>& pairs) {
+// (flags as bits, hyper-parameters, whether gradients are negated)
+using GroupTuple = std::tuple<unsigned, std::vector<double>, bool>;
+
+std::vector<GroupSpec> groups_from(const std::vector<GroupTuple>& tuples) {
   std::vector<GroupSpec> groups;
-  for (const auto& [flags, hyper] : pairs) groups.push_back({flags, hyper});
+  for (const auto& [flags, hyper, maximize] : tuples) groups.push_back({flags, hyper, maximize});
   return groups;
 }
 
@@ -45,11 +47,10 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
 using ExtrapolationTuple = std::tuple<std::string, bool, bool, std::uint64_t>;
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
-                                    const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
-                                    const std::string& rule, const ExtrapolationTuple& extrapolation,
-                                    std::int64_t tile, const std::string& version,
-                                    std::optional<bool> streaming, std::int64_t bucket,
-                                    std::shared_ptr<Device> device) {
+                                    const std::vector<GroupTuple>& groups, const std::string& rule,
+                                    const ExtrapolationTuple& extrapolation, std::int64_t tile,
+                                    const std::string& version, std::optional<bool> streaming,
+                                    std::int64_t bucket, std::shared_ptr<Device> device) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
   const EngineOptions options{.rule = rule,

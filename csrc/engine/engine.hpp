@@ -23,10 +23,12 @@ using Revise = std::function<std::vector<double>(std::span<const double>, std::s
 // When statistics of the gradients are taken.
 enum class Observe { nothing, before, along };
 
-// One group of layers: its flags are fixed, its hyper-parameters may change every step.
+// One group of layers: its flags are fixed, its hyper-parameters may change every step. A group that
+// maximizes takes the negative of every worker's gradient wherever it reads one.
 struct GroupSpec {
   unsigned flags = 0;
   std::vector<double> hyper;
+  bool maximize = false;
 };
 
 // What displaces the weights, beside each group's inner rate.
@@ -181,7 +183,7 @@ class Engine {
   virtual void collect_state(std::optional<int> only_rank) = 0;
   virtual void forget_collected() = 0;
   // Copies a layer's elements from, ..., to - 1 into `out`, an array of the master type: of w (slot 0) or of
-  // the rule's slots (1, 2).
+  // the rule's slots (1, 2, 3).
   virtual void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const = 0;
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.
