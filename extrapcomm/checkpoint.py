@@ -176,6 +176,7 @@ class Checkpoints(BoundOptimizer):
         Args:
             rank0_only: the other ranks take part but get a dict without `state`: less memory and traffic.
         """
+        self._require_saveable()
         packed = self._packed_groups()
         with self.collected_state(0 if rank0_only else None):
             if rank0_only and self.world.rank > 0:
@@ -215,6 +216,7 @@ class Checkpoints(BoundOptimizer):
         collective. Each entry of `state` has a `range` of its parameter's elements in the order of memory, and flat
         tensors of `master` and of the rule's state.
         """
+        self._members.require_same(self.param_groups)
         packed = self._packed_groups()
         state = {i: local_state_of(self._core, self._rule, i) for i in range(len(self._binding.params))}
         whole = {"state": state, "param_groups": packed["param_groups"], "place": self._place()}
@@ -251,8 +253,8 @@ class Checkpoints(BoundOptimizer):
     def _load(self, state_dict: dict[str, Any], local: bool) -> None:
         self._require_open()
         try:
-            if self._showing:
-                raise UsageError("loading inside master_weights(): leave the context first")
+            self._require_outside("loading")
+            self._members.require_same(self.param_groups)
             if (place := state_dict.get("place") if local else self._place()) != self._place():
                 raise UsageError(f"this state belongs to {place}, not to {self._place()}")
             groups = groups_of(state_dict, self.param_groups)
@@ -274,6 +276,8 @@ class Checkpoints(BoundOptimizer):
         if self._gain is not None:
             self._gain.load(state_dict)
         self._rule.local_noise.load(state_dict.get("local_noise", {}))
+        if not lacking:
+            self._binding.ownership.show_again()
         self._binding.mark_written()
         self._to_adopt = self._to_adopt and bool(lacking)
 
@@ -299,8 +303,9 @@ class Checkpoints(BoundOptimizer):
         layers: list[Any] = []
         groups: list[Any] = []
         try:
-            if self._showing:
-                raise UsageError("add_param_group() inside master_weights(): leave the context first")
+            self._require_outside("add_param_group()")
+            self._members.require_same(self.param_groups)
+            self._binding.require_own_weights(everywhere=True)
             super().add_param_group(param_group)
             layers, groups = self._describe()
         except Exception as caught:
