@@ -1,6 +1,8 @@
 """Recipes of docs/embedding.md: code that has other weights in the model for a while, or changes them by itself."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 from reference import assert_same_bits
@@ -9,6 +11,7 @@ import extrapcomm as xc
 
 torch = pytest.importorskip("torch")
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "embedding.md"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DISPLACED = {"none": {"inner_lr": 0.0}, "zero": {"inner_lr": 0.0}, "local": {"inner_lr": 0.5}}
 
@@ -233,9 +236,9 @@ def test_what_makes_no_sense_inside_kept_weights_is_refused(team):
     with (
         opt.master_weights(),
         pytest.raises(xc.UsageError, match=r"kept_weights\(\) inside master_weights\(\)"),
+        opt.kept_weights(),
     ):
-        with opt.kept_weights():
-            pass
+        pass
     backward(model, opt, team, 1)
     opt.step()
     opt.close()
@@ -255,6 +258,37 @@ def test_optimizer_closed_inside_kept_weights_leaves_the_master_weights(world, s
 
 
 # --- the recipes themselves -----------------------------------------------------------------------------------------
+
+
+def recipes():
+    """Return the blocks of code under the document's heading "Recipes"."""
+    section = re.search(r"^## Recipes$(.*?)^# ", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL).group(1)
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.mark.parametrize("extrapolation", ["none", "local"])
+@pytest.mark.parametrize("recipe", recipes(), ids=["average", "SAM", "embedding"])
+def test_documented_recipe_runs_and_training_goes_on(world, recipe, extrapolation):
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(10, 4)
+    opt = optimizer(model, world, extrapolation)
+
+    def loss_of(model):
+        return model(torch.tensor([1, 3])).square().sum()
+
+    names = {"torch": torch, "model": model, "opt": opt, "loss_of": loss_of, "evaluate": loss_of}
+    names |= {"rho": 0.05, "max_norm": 1.0}
+    names |= {"get_ema_multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn}
+    for _ in range(3):
+        opt.zero_grad()
+        loss_of(model).backward()
+        exec(recipe, names)
+    before = opt.master(0)
+    opt.zero_grad()
+    loss_of(model).backward()
+    opt.step()
+    assert not torch.equal(opt.master(0), before)
+    opt.close()
 
 
 @pytest.mark.parametrize("extrapolation", ["none", "local"])

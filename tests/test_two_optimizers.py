@@ -73,7 +73,7 @@ def test_graph_of_the_second_survives_the_closing_of_the_first(world):
     second.close()
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_optimizers_are_closed_in_any_order(team, order):
     params = parameters()
     opts = [make(params, team, kind=kind) for kind in (xc.SGD, xc.ExtrapSGD, xc.SGD)]
