@@ -1,48 +1,27 @@
-"""The model's tensors in the workers' shared memory: which worker they show, their gradients, and who wrote them."""
+"""The model's tensors in the workers' shared memory: their gradients, and the worker that they show."""
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.autograd import graph
 
 from . import _core
-from .arrays import copy_into, form_of, look_at
+from .arrays import copy_into
 from .errors import UsageError
 from .micro_batches import MicroBatches
 from .overlap import Watch
+from .ownership import Ownership, Views, bump_versions, strided
 
 __all__ = ["MANNERS", "Binding", "bump_versions", "strided"]
 
 # How gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
 # each one; or accumulated there by autograd, into zeros that zero_grad() left.
 MANNERS = ("copy", "hook", "view")
-
-
-def bump_versions(tensors: list[torch.Tensor]) -> None:
-    """Tell autograd that these tensors were written."""
-    graph.increment_version(tensors)
-
-
-try:
-    bump_versions([torch.zeros(0)])
-except Exception:  # torch 2.4 takes one tensor at a time
-
-    def bump_versions(tensors: list[torch.Tensor]) -> None:
-        """Tell autograd that these tensors were written."""
-        for tensor in tensors:
-            graph.increment_version(tensor)
-
-
-def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
-    """An array in the order of memory as a tensor of the parameter's shape and strides."""
-    return torch.from_numpy(flat).as_strided(like.shape, like.stride())
 
 
 class Binding:
@@ -70,13 +49,15 @@ class Binding:
         self.params = list(params)
         self.names = list(names)
         self.index = {id(param): i for i, param in enumerate(self.params)}
-        self.bound = 0
+        self.ownership = Ownership(core, self.params, self.names, workers)
         self._pid = os.getpid()
         self.present = np.zeros((workers, len(self.params)), dtype=np.uint8)
-        each = range(len(self.params))
-        self._weights = [[look_at(core.weights(v, i), "torch") for i in each] for v in range(workers)]
-        self._grads = [[look_at(core.gradients(v, i), "torch") for i in each] for v in range(workers)]
-        self._contiguous = all(weights.is_contiguous() for weights in self._weights[0])
+        self._gradient_views = [
+            Views(lambda i, v=v: core.gradients(v, i), len(self.params))  # type: ignore[misc]
+            for v in range(workers)
+        ]
+        self._grads = [views.tensors for views in self._gradient_views]
+        self._contiguous = all(weights.is_contiguous() for weights in self.ownership.weights)
         self._finished: tuple[torch.Tensor, int] | None = None
         self._rescaled = False
         self._watched = next((i for i, param in enumerate(self.params) if param.requires_grad), -1)
@@ -97,16 +78,19 @@ class Binding:
 
     # -- Which worker the model shows ----------------------------------------------------------------------------
 
+    @property
+    def bound(self) -> int:
+        """The worker whose weights and gradients the model has."""
+        return self.ownership.bound
+
     def show(self, v: int) -> None:
         """Let the model have worker v's weights."""
-        self.bound = v
-        for param, weights in zip(self.params, self._weights[v], strict=True):
-            param.data = weights
-        self.record()
+        self.ownership.show(v)
 
     def switch(self, v: int) -> None:
         """Leave the bound worker's gradients in its memory, and give the model worker v's weights and gradients."""
         self.collect()
+        self._gradient_views[self.bound].renew()
         self.was_rescaled()
         self.show(v)
         self.point_gradients()
@@ -141,10 +125,6 @@ class Binding:
         self.core.touch(self.bound, i)
         mine.copy_(grad)
         return mine
-
-    def copy_shown_to(self, v: int) -> None:
-        """Give worker v's weights the values that the first worker's have."""
-        torch._foreach_copy_(self._weights[v], self._weights[0])
 
     def forget_gradients(self) -> None:
         """All workers of this rank have none."""
@@ -222,60 +202,27 @@ class Binding:
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
-    def record(self) -> None:
-        """Remember how the parameters look now, to notice what others write into them."""
-        self._versions = [param._version for param in self.params]
-        self._addresses = [param.data_ptr() for param in self.params]
-
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
-        bump_versions(self.params)
-        self._versions = [param._version for param in self.params]
+        self.ownership.mark_written()
 
-    def require_own_weights(self) -> None:
-        """Complain if somebody else wrote or replaced a parameter."""
-        if self.is_own():
-            return
-        looks = zip(self.params, self._versions, self._addresses, strict=True)
-        changed = next(i for i, (p, v, a) in enumerate(looks) if p._version != v or p.data_ptr() != a)
-        raise UsageError(
-            f"parameter {self.names[changed]!r} was written or replaced outside the optimizer, and the next step "
-            "would lose that: call opt.adopt() after changing weights, or change them in master_weights(write=True)"
-        )
+    def require_own_weights(self, everywhere: bool = False) -> None:
+        """Complain if somebody else wrote or replaced a parameter, of the bound worker or of all."""
+        self.ownership.require_own(everywhere)
 
-    @contextmanager
-    def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:
+    def kept(self, which: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Afterwards these parameters, or all, have the values from before, also after an exception."""
-        kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
-        values = [param.detach().clone() for param in kept]
-        try:
-            yield
-        finally:
-            for param, value in zip(kept, values, strict=True):
-                param.data.copy_(value)
-
-    def is_own(self) -> bool:
-        """Whether nobody else wrote or replaced a parameter."""
-        versions = [param._version for param in self.params]
-        addresses = [param.data_ptr() for param in self.params]
-        return versions == self._versions and addresses == self._addresses
+        return self.ownership.kept(which)
 
     def take_over(self) -> None:
-        """Copy parameters that were replaced by others into the first worker's weights.
+        """Copy parameters that were replaced or moved by others into the engine's memory, before an adoption.
 
         Raises:
             UsageError: if one has another shape or type.
         """
-        for i, (param, mine) in enumerate(zip(self.params, self._weights[0], strict=True)):
-            if param.data_ptr() == mine.data_ptr():
-                continue
-            if (
-                param.shape != mine.shape
-                or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
-            ):
-                raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
-            mine.copy_(param.detach())
-            param.data = mine
+        self.ownership.take_over()
+        for views in self._gradient_views:
+            views.renew()
 
 
 def _finisher(binding: "weakref.ref[Binding]", i: int, copy: bool) -> Callable[[torch.Tensor], None]:

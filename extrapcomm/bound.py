@@ -9,11 +9,12 @@ import torch
 from . import _core, hooks
 from ._version import __version__
 from .arrays import form_of
-from .binding import Binding, bump_versions, strided
+from .binding import Binding, strided
 from .device import core_on
 from .errors import UsageError, describe
 from .gain import Gain
 from .hyper import Rule
+from .members import Members
 from .micro_batches import MicroBatches
 from .observed import Numbers
 from .replay import Captured
@@ -41,6 +42,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _core: Core
     _device: Device | None
     _binding: Binding
+    _members: Members
     _micro_batches: MicroBatches
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
@@ -49,8 +51,9 @@ class BoundOptimizer(torch.optim.Optimizer):
     _outcome: tuple[float | None, bool] | None  # of the last step, if that was another core's
     _owns_world: bool
     _built: bool
+    _collected: bool  # the state of all hosts can be read
     _closed: bool
-    _showing: bool
+    _showing: str  # the open context that has other weights in the model; empty if none
     _to_adopt: bool
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
@@ -72,6 +75,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
+        self._members = Members(self.param_groups, names)
         overlapped = self._micro_batches if self._overlap else None
         self._binding = Binding(core, params, names, self.world.workers, self._manner, overlapped)
         self._micro_batches.reset()
@@ -79,6 +83,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._micro_batches.watch([group["params"] for group in self.param_groups])
         self._binding.copy_initial()
         self._core.adopt(0)
+        self._core.watch_writes()
         self._binding.show(0)
 
     def _describe(self) -> tuple[list[Any], list[Any]]:
@@ -115,24 +120,35 @@ class BoundOptimizer(torch.optim.Optimizer):
         if not (isinstance(v, int) and 0 <= v < self.world.workers):
             raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
         before = self._binding.bound
+        self._require_outside("worker()")
+        self._binding.require_own_process()
+        if v != before and not self._to_adopt:
+            self._require_own_weights()
         self._switch(v)
         self._micro_batches.saw(v)
         try:
             yield
         finally:
-            self._switch(before)
+            self._leave_for(before)
+
+    def _leave_for(self, v: int) -> None:
+        """Go back to worker v. What others wrote into the one that is left is an error at the next step."""
+        self._require_outside("the end of worker()")
+        self._binding.require_own_process()
+        if v != self._binding.bound and not self._to_adopt:
+            self._binding.ownership.notice()
+        self._switch(v)
 
     def _switch(self, v: int) -> None:
-        if self._showing:
-            raise UsageError("worker() inside master_weights(): leave the context first")
-        self._binding.require_own_process()
-        if v != self._binding.bound:
-            if not self._to_adopt:
-                self._binding.require_own_weights()
-            self._binding.switch(v)
-            if self._to_adopt:
-                self._binding.copy_shown_to(v)
-                self._binding.record()
+        if v == self._binding.bound:
+            return
+        ownership = self._binding.ownership
+        if self._to_adopt and self._binding.bound == 0:
+            self._binding.take_over()
+        self._binding.switch(v)
+        if self._to_adopt:
+            ownership.copy_shown_to(v)
+            ownership.record()
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
@@ -142,7 +158,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
             )
-        if not self._to_adopt and self._binding.is_own():
+        if not self._to_adopt and self._binding.ownership.is_own():
             self._core.show_master(0)
             self._core.keep_master(0)
             self._binding.mark_written()
@@ -151,13 +167,14 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
 
         Raises:
-            UsageError: on every rank, if one is inside `worker()` or `master_weights()`, or if a parameter was
-                replaced by one of another shape or type.
+            UsageError: on every rank, if one is inside `worker()`, `master_weights()` or `kept_weights()`, or if a
+                parameter was replaced by one of another shape or type.
         """
         self._require_open()
         try:
-            if self._showing or self._binding.bound != 0:
-                raise UsageError("adopt() inside master_weights() or worker(): leave the context first")
+            self._require_outside("adopt()")
+            if self._binding.bound != 0:
+                raise UsageError("adopt() inside worker(): leave the context first")
             self._binding.take_over()
         except Exception as error:
             self._core.complain(describe(error))
@@ -167,8 +184,30 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
-        self._binding.mark_written()
-        self._binding.record()
+        self._binding.ownership.adopted()
+
+    def _require_own_weights(self) -> None:
+        """Complain on all ranks if somebody else wrote or replaced a parameter."""
+        try:
+            self._binding.require_own_weights()
+        except UsageError as error:
+            if not self._closed:
+                self._core.complain(describe(error))
+            raise
+
+    def _require_outside(self, call: str) -> None:
+        """Complain about a call inside a context that has other weights in the model."""
+        if self._showing:
+            raise UsageError(f"{call} inside {self._showing}(): leave the context first")
+
+    def _require_saveable(self) -> None:
+        """Complain about groups that were edited by hand: on all ranks, if all of them must take part in saving."""
+        try:
+            self._members.require_same(self.param_groups)
+        except UsageError as error:
+            if len(self.world.teams) > 1 and not (self._collected or self._closed):
+                self._core.complain(describe(error))
+            raise
 
     def attach(self, model: torch.nn.Module) -> None:
         """Let the model save and load the master weights.
@@ -198,22 +237,21 @@ class BoundOptimizer(torch.optim.Optimizer):
 
         Args:
             write: collective then: on leaving, rank 0's weights become the master weights of all.
+
+        Raises:
+            UsageError: if somebody else wrote or replaced a parameter; on every rank with `write`.
         """
         self._require_open()
-        if self._showing:
-            raise UsageError("master_weights() is already open")
+        self._require_outside("master_weights()")
         if self._to_adopt and write:
             self.adopt()
         if self._to_adopt:  # the model holds what the next step adopts
-            with self._binding.kept():
-                self._showing = True
-                try:
-                    yield
-                finally:
-                    self._showing = False
+            with self._kept_to_adopt("master_weights"):
+                yield
             return
+        self._require_showable(write)
         self._core.show_master(self._binding.bound)
-        self._showing = True
+        self._showing = "master_weights"
         self._binding.mark_written()
         try:
             yield
@@ -223,16 +261,87 @@ class BoundOptimizer(torch.optim.Optimizer):
                 self._core.complain(f"master_weights(write=True) was left by {type(error).__name__}: {error}")
             raise
         if write and not self._closed:
-            self._core.keep_master(self._binding.bound)
-            self._showing = False
-            self._adopt()
+            self._commit()
         else:
             self._hide_master()
+
+    def _require_showable(self, write: bool) -> None:
+        """Complain if the model cannot show the master weights: on all ranks, if they are to be written."""
+        try:
+            if write and self._binding.bound != 0:
+                raise UsageError("master_weights(write=True) inside worker(): leave the context first")
+            self._binding.require_own_weights()
+        except UsageError as error:
+            if write:
+                self._core.complain(describe(error))
+            raise
+
+    def _commit(self) -> None:
+        """Collective: the weights that the model shows become the master weights of all."""
+        try:
+            self._binding.take_over()
+        except Exception as error:
+            self._hide_master()
+            self._core.complain(describe(error))
+            raise
+        self._core.keep_master(0)
+        self._showing = ""
+        self._adopt()
+
+    @contextmanager
+    def _kept_to_adopt(self, context: str) -> Iterator[None]:
+        """Afterwards the model holds again what the next step adopts."""
+        with self._binding.kept():
+            self._showing = context
+            try:
+                yield
+            finally:
+                self._showing = ""
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Within the context you may write other weights into the model for a while, or replace `p.data`.
+
+        Afterwards it holds what it held before, bit for bit, also after an exception: this worker's weights, as the
+        optimizer wrote them. Gradients stay. Not collective. It takes a copy of the weights.
+
+        Raises:
+            UsageError: if somebody else had written or replaced a parameter before.
+
+        Example:
+            >>> import torch, extrapcomm as xc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = xc.SGD(model.parameters(), lr=0.1)
+            >>> with opt.kept_weights(), torch.no_grad():
+            ...     _ = model.weight.zero_()
+            ...     print(model.weight.tolist())
+            [[0.0, 0.0]]
+            >>> bool(model.weight.any())
+            True
+            >>> opt.close()
+        """
+        self._require_open()
+        self._require_outside("kept_weights()")
+        if self._to_adopt:
+            with self._kept_to_adopt("kept_weights"):
+                yield
+            return
+        self._binding.require_own_weights()
+        values = self._binding.ownership.copies()
+        self._showing = "kept_weights"
+        try:
+            yield
+        finally:
+            self._showing = ""
+            if self._closed:  # the engine's memory has the master weights
+                self._binding.ownership.show_again()
+            else:
+                self._binding.ownership.restore(values)
 
     def _hide_master(self) -> None:
         if not self._showing:
             return  # closed meanwhile
-        self._showing = False
+        self._showing = ""
         self._core.hide_master(self._binding.bound)
         self._binding.mark_written()
 
@@ -257,16 +366,18 @@ class BoundOptimizer(torch.optim.Optimizer):
         """
         if self._closed:
             return
-        if self._showing:
+        if self._showing == "master_weights":
             self._hide_master()
+        ownership = self._binding.ownership
+        held = ownership.held()
         if self._binding.bound != 0:
-            self._binding.show(0)
+            ownership.show_first_of(held)
         self._binding.remove_hooks()
         self._micro_batches.unwatch()
         self._closed = True
-        with self._binding.kept() if self._to_adopt else nullcontext():
+        with self._binding.kept(held) if self._to_adopt else nullcontext():
             self._core.close()
-        bump_versions(self._binding.params)
+            ownership.end(held)
         if self._owns_world:
             self.world.close()
 

@@ -302,6 +302,7 @@ class Checkpoints(BoundOptimizer):
                 memory and traffic.
         """
         whole = _wanted_whole()
+        self._require_saveable()
         self._run_saving_hooks()
         packed: dict[str, Any] = {"state": {}, "param_groups": self._packed_groups()}
         packed[KEY] = {"version": VERSION}
@@ -424,6 +425,7 @@ class Checkpoints(BoundOptimizer):
         Raises:
             UsageError: while state that was assigned or loaded waits for the next step.
         """
+        self._members.require_same(self.param_groups)
         if self._live_state.digest or self._found_masters:
             raise UsageError(
                 "local_state_dict() while assigned or loaded state waits for the next step: take it first"
@@ -464,8 +466,8 @@ class Checkpoints(BoundOptimizer):
         self._require_open()
         found: Masters = {}
         try:
-            if self._showing:
-                raise UsageError("loading inside master_weights(): leave the context first")
+            self._require_outside("loading")
+            self._members.require_same(self.param_groups)
             if not isinstance(state_dict, Mapping):
                 raise UsageError(f"this is not an optimizer's state_dict but a {type(state_dict).__name__}")
             if not local:
@@ -495,6 +497,8 @@ class Checkpoints(BoundOptimizer):
         self._live_state.forget()
         self._found_masters = found
         self._loaded_extra = 0
+        if not lacking:
+            self._binding.ownership.show_again()
         self._binding.mark_written()
         self._to_adopt = self._to_adopt and bool(lacking)
         if not local:
@@ -539,8 +543,9 @@ class Checkpoints(BoundOptimizer):
         layers: list[Any] = []
         groups: list[Any] = []
         try:
-            if self._showing:
-                raise UsageError("add_param_group() inside master_weights(): leave the context first")
+            self._require_outside("add_param_group()")
+            self._members.require_same(self.param_groups)
+            self._binding.require_own_weights(everywhere=True)
             super().add_param_group(param_group)
             layers, groups = self._describe()
         except Exception as caught:

@@ -80,7 +80,8 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         mine = world if isinstance(world, World) else World()
         self._owns_world = mine is not world
         self.world = mine
-        self._built = self._closed = self._showing = self._to_adopt = False
+        self._built = self._closed = self._to_adopt = False
+        self._showing = ""
         self._warned: set[str] = set()
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
@@ -271,8 +272,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
             self._micro_batches.squares.unscale(scale)
 
     def _checked_table(self) -> Any:
-        if self._showing:
-            raise UsageError("step() inside master_weights(): leave the context first")
+        self._require_outside("step()")
         if self._micro_batches.open:
             raise UsageError("step() inside no_sync(): the last micro-batch belongs outside")
         if hasattr(self, "found_inf"):
@@ -281,8 +281,9 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
                 "torch's GradScaler sees this rank's gradients only, so the ranks' scales would part: use xc.GradScaler"
             )
         check_max_norm(self.max_grad_norm)
+        self._members.require_same(self.param_groups)
         if not self._to_adopt:
-            self._binding.require_own_weights()
+            self._binding.require_own_weights(everywhere=True)
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
             if self._rule.extrapolation.name == "filter":

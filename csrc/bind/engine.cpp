@@ -271,6 +271,11 @@ void register_engine_class(py::module_& module) {
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
       .def("hide_master", &Engine::hide_master, Free())
       .def("keep_master", &Engine::keep_master)
+      .def("watch_writes", &Engine::watch_writes)
+      .def(
+          "written", [](const Engine& e, int v) { return e.written(checked_worker(e, v)); },
+          py::arg("worker"), "The first layer in which somebody else was seen to write, or None.")
+      .def("displaced", &Engine::displaced, py::arg("layer"))
       .def("updates", &Engine::updates, py::arg("layer"), Free())
       .def_property_readonly("most_updates", py::cpp_function(&Engine::most_updates, Free()))
       .def_property_readonly("slots", &Engine::slots)

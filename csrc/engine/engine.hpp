@@ -178,6 +178,14 @@ class Engine {
   virtual void hide_master(int v) = 0;
   // Forgets what hide_master would restore: what X holds now stays.
   virtual void keep_master(int v) = 0;
+  // From now on copies some elements of X after each publish, so that written() can tell whether somebody
+  // else has changed one since; never on a device.
+  virtual void watch_writes() = 0;
+  // Returns the first layer of worker v's X that was seen to be written by somebody else. Returns none while
+  // X shows the master weights or is to be adopted.
+  virtual std::optional<std::size_t> written(int v) const = 0;
+  // Returns true if X of this layer may differ from w in the parameter's type on some worker of this rank.
+  virtual bool displaced(std::size_t layer) const = 0;
   // Collective, with several teams: brings the other teams' part of the state to all ranks, or to one, for
   // read() to find until it is forgotten. With one team nothing is missing and nothing is done.
   virtual void collect_state(std::optional<int> only_rank) = 0;
