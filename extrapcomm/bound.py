@@ -76,8 +76,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
-        overlapped = self._micro_batches if self._overlap else None
-        self._binding = Binding(core, params, names, self.world.workers, self._manner, overlapped)
+        workers, batches = self.world.workers, self._micro_batches
+        self._binding = Binding(core, params, names, workers, self._manner, batches, self._overlap)
         self._micro_batches.reset()
         if self._gain is not None and self.world.K == 1:
             self._micro_batches.watch([group["params"] for group in self.param_groups])
