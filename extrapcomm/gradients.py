@@ -154,7 +154,7 @@ class Gradients:
         for i, (param, shown, here) in enumerate(
             zip(self._params, self._shown[v], self.present[v], strict=True)
         ):
-            param.grad = wide.get(i, shown) if here else None
+            _assign(param, wide.get(i, shown) if here else None)
 
     def _mend_shown(self, v: int) -> None:
         """Look at the engine's memory anew, where a user has given a tensor that it saw other data."""
@@ -180,7 +180,7 @@ class Gradients:
         kept = [i for i in range(len(self._params)) if self._stays(v, i)]
         grads = [param.grad for param in self._params]
         self.present[v] = [grad is not None for grad in grads]
-        self._wide[v] = {i: grads[i] for i in kept}
+        self._wide[v] = {i: grad for i in kept if (grad := grads[i]) is not None}
         workers = zip(self.present, self._places, strict=True)
         filled = [place for here, places in workers for place in compress(places, here)]
         filled += [_apart_from_graph(grad) for wide in self._wide for grad in wide.values()]
@@ -307,6 +307,18 @@ def _range_of(places: Sequence[Sequence[torch.Tensor]]) -> range:
     if not filled:
         return range(0)
     return range(filled[0].data_ptr(), max(place.data_ptr() + place.nbytes for place in filled))
+
+
+def _assign(param: torch.Tensor, grad: torch.Tensor | None) -> None:
+    """Let this be the parameter's gradient, in the type that the parameter wants its gradients to have."""
+    if param.grad is grad:
+        return
+    try:
+        param.grad = grad
+    except RuntimeError:
+        if grad is None or not hasattr(param, "grad_dtype"):
+            raise
+        param.grad = grad.to(param.grad_dtype)
 
 
 def _apart_from_graph(grad: torch.Tensor) -> torch.Tensor:
