@@ -68,7 +68,11 @@ class Gradients:
         self._places = [[look_at(core.gradients(v, i), "torch") for i in each] for v in range(workers)]
         self._shown = [[place.detach() for place in places] for places in self._places]
         self._own_looks = max(looks_at(shown) for shown in self._shown[0])
-        self._memory = _range_of(self._places)
+        self._memory = _range_of(core.gradients, workers, len(params))
+        # The weights lie there, too.
+        self._arena = range(
+            min(_range_of(core.weights, workers, len(params)).start, self._memory.start), self._memory.stop
+        )
         self._reader = reader_for(core, self._places, self._memory)
         self._odd: list[int] = []  # at the last collect()
         # Of workers that are not bound: gradients of another type than the parameter's, which go on being summed in it.
@@ -183,27 +187,35 @@ class Gradients:
         self._wide[v] = {i: grad for i in kept if (grad := grads[i]) is not None}
         workers = zip(self.present, self._places, strict=True)
         filled = [place for here, places in workers for place in compress(places, here)]
-        filled += [_apart_from_graph(grad) for wide in self._wide for grad in wide.values()]
         if filled:
             torch._foreach_zero_(filled)
+        for wide in self._wide:
+            for grad in wide.values():
+                _apart_from_graph(grad).zero_()
         self.point()
         self._wide[v] = {}
 
     def _stays(self, v: int, i: int) -> bool:
-        """Whether a gradient shall be zeroed where it is: one of another type, or one that somebody else holds."""
+        """Whether a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
         param = self._params[i]
         if param.grad is None or param.grad is self._shown[v][i]:
             return False
-        alone = held_alone(param)
-        grad = param.grad
-        if not is_plain_class(grad) or grad.layout != torch.strided or self._is_inside(grad):
+        if self._wide_grads(i):
+            return True
+        if held_alone(param):
             return False
-        return grad.shape == param.shape and (grad.dtype != param.dtype or not alone)
+        grad: Any = param.grad
+        if not is_plain_class(grad) or grad.layout != torch.strided or grad.data_ptr() in self._arena:
+            return False
+        like_it = grad.dtype == param.dtype and grad.shape == param.shape and not grad.is_neg()
+        return like_it and (grad.is_contiguous() or grad.stride() == param.stride())
 
     def _wide_grads(self, i: int) -> list[torch.Tensor]:
-        """The parameter's gradient, if it is of another type than the parameter."""
-        grad = self._params[i].grad
-        return [] if grad is None or grad.dtype == self._params[i].dtype else [grad]
+        """The parameter's gradient, if it is of another type, as the parameter's `grad_dtype` says."""
+        param, grad = self._params[i], self._params[i].grad
+        if grad is None or grad.dtype == param.dtype:
+            return []
+        return [grad] if getattr(param, "grad_dtype", param.dtype) in (None, grad.dtype) else []
 
     # -- What autograd tells -------------------------------------------------------------------------------------
 
@@ -220,13 +232,15 @@ class Gradients:
         """Autograd has accumulated into this parameter's gradient."""
         if param.grad is None or os.getpid() != self._pid:
             return  # a forked process has gradients of its own
-        shown = self._shown[self.bound][i]
-        if copy and param.grad is not shown and self._moves(i, param):
+        shown = self._shown[self.bound]
+        if copy and param.grad is not shown[i] and self._moves(i, param):
+            place = self._places[self.bound][i]
             self._core.touch(self.bound, i)
-            param.grad = shown.copy_(param.grad)
+            place.copy_(param.grad)
+            param.grad = shown[i] = place.detach()
         if i == self._watched:
             self._watch(param.grad)
-        if self._watch_all is not None and param.grad is shown:
+        if self._watch_all is not None and param.grad is shown[i]:
             self._watch_all.finish(self.bound, i)
 
     def _moves(self, i: int, param: torch.Tensor) -> bool:
@@ -301,12 +315,11 @@ class Gradients:
         self.witnesses.remove()
 
 
-def _range_of(places: Sequence[Sequence[torch.Tensor]]) -> range:
-    """The addresses from the first worker's first gradient to the end of the last worker's last."""
-    filled = [place for mine in places for place in mine if place.numel()]
-    if not filled:
-        return range(0)
-    return range(filled[0].data_ptr(), max(place.data_ptr() + place.nbytes for place in filled))
+def _range_of(views: Callable[[int, int], "_core.View"], workers: int, layers: int) -> range:
+    """The addresses from the first worker's first layer to the end of the last worker's last."""
+    last = views(workers - 1, layers - 1)
+    bytes_of_last = look_at(last, "torch").nbytes
+    return range(views(0, 0).address, last.address + bytes_of_last)
 
 
 def _assign(param: torch.Tensor, grad: torch.Tensor | None) -> None:
