@@ -155,10 +155,12 @@ class Gradients:
         v = self.bound
         self._mend_shown(v)
         wide = self._wide[v]
-        for i, (param, shown, here) in enumerate(
-            zip(self._params, self._shown[v], self.present[v], strict=True)
-        ):
-            _assign(param, wide.get(i, shown) if here else None)
+        wanted = [wide.get(i, shown) for i, shown in enumerate(self._shown[v])] if wide else self._shown[v]
+        for param, grad, here in zip(self._params, wanted, self.present[v].tolist(), strict=True):
+            try:
+                param.grad = grad if here else None
+            except RuntimeError:  # its type was changed meanwhile
+                param.grad = grad.to(param.grad_dtype)
 
     def _mend_shown(self, v: int) -> None:
         """Look at the engine's memory anew, where a user has given a tensor that it saw other data."""
@@ -181,10 +183,13 @@ class Gradients:
         """Make what gradients there are zeros in shared memory, where the next backward pass adds to them."""
         v = self.bound
         self.witnesses.forget()
-        kept = [i for i in range(len(self._params)) if self._stays(v, i)]
         grads = [param.grad for param in self._params]
         self.present[v] = [grad is not None for grad in grads]
-        self._wide[v] = {i: grad for i in kept if (grad := grads[i]) is not None}
+        pairs = enumerate(zip(grads, self._shown[v], strict=True))
+        others = [i for i, (grad, shown) in pairs if grad is not None and grad is not shown]
+        del grads  # they would count as holders
+        kept = [i for i in others if self._stays(i)]
+        self._wide[v] = {i: grad for i in kept if (grad := self._params[i].grad) is not None}
         workers = zip(self.present, self._places, strict=True)
         filled = [place for here, places in workers for place in compress(places, here)]
         if filled:
@@ -195,11 +200,9 @@ class Gradients:
         self.point()
         self._wide[v] = {}
 
-    def _stays(self, v: int, i: int) -> bool:
+    def _stays(self, i: int) -> bool:
         """Whether a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
         param = self._params[i]
-        if param.grad is None or param.grad is self._shown[v][i]:
-            return False
         if self._wide_grads(i):
             return True
         if held_alone(param):
@@ -320,18 +323,6 @@ def _range_of(views: Callable[[int, int], "_core.View"], workers: int, layers: i
     last = views(workers - 1, layers - 1)
     bytes_of_last = look_at(last, "torch").nbytes
     return range(views(0, 0).address, last.address + bytes_of_last)
-
-
-def _assign(param: torch.Tensor, grad: torch.Tensor | None) -> None:
-    """Let this be the parameter's gradient, in the type that the parameter wants its gradients to have."""
-    if param.grad is grad:
-        return
-    try:
-        param.grad = grad
-    except RuntimeError:
-        if grad is None or not hasattr(param, "grad_dtype"):
-            raise
-        param.grad = grad.to(param.grad_dtype)
 
 
 def _apart_from_graph(grad: torch.Tensor) -> torch.Tensor:

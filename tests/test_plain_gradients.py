@@ -218,40 +218,36 @@ def made(kind, dtype, mode, world):
     return params, ours(params, **options, gradients=mode, world=world), Twin(dtype, kind)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_gradient_counts_as_in_torch(worlds, case, mode, workers, set_to_none):
-    if case in SHARING and not set_to_none:
-        pytest.skip("torch goes on adding two gradients in one memory")
-    params, opt, twin = made("SGD", torch.float32, mode, worlds(workers))
+def test_every_kind_of_gradient_counts_as_in_torch(worlds, case, mode):
+    params, opt, twin = made("SGD", torch.float32, mode, worlds(2))
     for step in range(3):
-        opt.zero_grad(set_to_none)
-        twin.zero_grad(set_to_none)
-        train(params, opt, twin, CASES[case], step, workers)
+        opt.zero_grad(True)
+        twin.zero_grad(True)
+        train(params, opt, twin, CASES[case], step, 2)
         assert_like(params, opt, twin)
     opt.close()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_so_it_does_with_an_older_torch(worlds, without_table, case):
-    test_every_kind_of_gradient_counts_as_in_torch(worlds, case, "copy", 2, True)
+    test_every_kind_of_gradient_counts_as_in_torch(worlds, case, "copy")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
-def test_so_it_does_with_every_type_and_optimizer(worlds, case, kind, dtype):
-    for mode in MODES:
-        params, opt, twin = made(kind, DTYPES[dtype], mode, worlds(1))
-        for step in range(3):
-            set_to_none = mode != "view" or case in SHARING
-            opt.zero_grad(set_to_none)
-            twin.zero_grad(set_to_none)
-            train(params, opt, twin, CASES[case], step, 1)
+def test_so_it_does_one_kind_after_the_other(worlds, kind, dtype, mode, workers):
+    params, opt, twin = made(kind, DTYPES[dtype], mode, worlds(workers))
+    for step, case in enumerate(CASES):
+        set_to_none = case in SHARING or step % 3 == 0
+        opt.zero_grad(set_to_none)
+        twin.zero_grad(set_to_none)
+        train(params, opt, twin, CASES[case], step, workers)
         assert_like(params, opt, twin)
-        opt.close()
+    opt.close()
 
 
 KEPT = ["swapped", "swapped data", "transposed", "negated", "expanded", "float64", "parts of one buffer"]
