@@ -152,8 +152,11 @@ class Gradients:
 
     def point(self) -> None:
         """Let `.grad` be the bound worker's gradients, where it has one."""
-        v = self.bound
-        self._mend_shown(v)
+        self._mend_shown(self.bound)
+        self._give(self.bound)
+
+    def _give(self, v: int) -> None:
+        """Let `.grad` be worker v's gradients, from now on."""
         wide = self._wide[v]
         wanted = [wide.get(i, shown) for i, shown in enumerate(self._shown[v])] if wide else self._shown[v]
         for param, grad, here in zip(self._params, wanted, self.present[v].tolist(), strict=True):
@@ -162,13 +165,14 @@ class Gradients:
             except RuntimeError:  # its type was changed meanwhile
                 param.grad = grad.to(param.grad_dtype)
 
-    def _mend_shown(self, v: int) -> None:
-        """Look at the engine's memory anew, where a user has given a tensor that it saw other data."""
+    def _mend_shown(self, v: int) -> bool:
+        """Look at the engine's memory anew where a user has given a tensor of it other data; tell if so."""
         shown = self._shown[v]
         strays = set(self._reader.strays(v, shown))
         strays.update(i for i, tensor in enumerate(shown) if tensor.requires_grad)
         for i in strays:
             shown[i] = self._places[v][i].detach()
+        return bool(strays)
 
     def forget(self) -> None:
         """All workers of this rank have none."""
@@ -185,9 +189,9 @@ class Gradients:
         self.witnesses.forget()
         grads = [param.grad for param in self._params]
         self.present[v] = [grad is not None for grad in grads]
-        pairs = enumerate(zip(grads, self._shown[v], strict=True))
-        others = [i for i, (grad, shown) in pairs if grad is not None and grad is not shown]
-        del grads  # they would count as holders
+        looks = zip(grads, self._shown[v], strict=True)
+        others = [i for i, (grad, shown) in enumerate(looks) if grad is not None and grad is not shown]
+        del grads, looks  # they would count as holders
         kept = [i for i in others if self._stays(i)]
         self._wide[v] = {i: grad for i in kept if (grad := self._params[i].grad) is not None}
         workers = zip(self.present, self._places, strict=True)
@@ -197,7 +201,8 @@ class Gradients:
         for wide in self._wide:
             for grad in wide.values():
                 _apart_from_graph(grad).zero_()
-        self.point()
+        if self._mend_shown(v) or others:
+            self._give(v)
         self._wide[v] = {}
 
     def _stays(self, i: int) -> bool:
