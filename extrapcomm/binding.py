@@ -12,7 +12,7 @@ from torch.autograd import graph
 
 from . import _core
 from .arrays import copy_into, form_of, look_at
-from .errors import UsageError
+from .errors import UsageError, describe
 from .gradients import Gradients
 from .micro_batches import MicroBatches
 
@@ -92,9 +92,26 @@ class Binding:
             param.data = weights
         self.record()
 
-    def switch(self, v: int) -> None:
-        """Leave the bound worker's gradients in its memory, and give the model worker v's weights and gradients."""
-        self.gradients.leave()
+    def switch(self, v: int, back: bool = False) -> None:
+        """Leave the bound worker's gradients in its memory, and give the model worker v's weights and gradients.
+
+        Args:
+            v: the worker.
+            back: true at the end of a context, which the model leaves even if the gradients cannot be used.
+
+        Raises:
+            UsageError: on every rank, if a gradient cannot be used.
+        """
+        try:
+            self.gradients.leave()
+        except Exception as error:
+            if back:
+                self._go_to(v)
+            self.core.complain(describe(error))
+            raise
+        self._go_to(v)
+
+    def _go_to(self, v: int) -> None:
         self.show(v)
         self.gradients.enter()
 

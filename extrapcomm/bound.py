@@ -127,16 +127,16 @@ class BoundOptimizer(torch.optim.Optimizer):
         try:
             yield
         finally:
-            self._switch(before)
+            self._switch(before, back=True)
 
-    def _switch(self, v: int) -> None:
+    def _switch(self, v: int, back: bool = False) -> None:
         if self._showing:
             raise UsageError("worker() inside master_weights(): leave the context first")
         self._binding.require_own_process()
         if v != self._binding.bound:
             if not self._to_adopt:
                 self._binding.require_own_weights()
-            self._binding.switch(v)
+            self._binding.switch(v, back)
             if self._to_adopt:
                 self._binding.copy_shown_to(v)
                 self._binding.record()

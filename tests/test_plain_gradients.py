@@ -411,6 +411,29 @@ def test_what_cannot_be_a_gradient_is_an_error_on_all_ranks_that_names_it(worlds
 
 
 @pytest.mark.parametrize("wrong", WRONG)
+def test_so_it_is_where_the_model_leaves_a_worker(worlds, wrong):
+    params, opt, twin = made("SGD", torch.float32, "copy", worlds(2))
+    case, words = WRONG[wrong]
+    for last in (False, True):
+        opt.zero_grad()
+        with pytest.raises(xc.UsageError, match=rf"'0\.0' {words}"):
+            with opt.worker(0):
+                backward(params, 1)
+                if COMM.rank == COMM.size - 1 and not last:
+                    case(params, 1)
+            with opt.worker(1):
+                backward(params, 2)
+                if COMM.rank == COMM.size - 1 and last:
+                    case(params, 1)
+            opt.step()
+        assert opt._binding.bound == 0
+    opt.zero_grad(True)
+    train(params, opt, twin, CASES["contiguous"], 3, 2)
+    assert_like(params, opt, twin)
+    opt.close()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_so_it_is_with_an_older_torch(worlds, without_table, wrong):
     test_what_cannot_be_a_gradient_is_an_error_on_all_ranks_that_names_it(worlds, wrong, "copy", 1)
 
@@ -435,6 +458,25 @@ def test_a_tensor_of_the_engine_that_got_other_data_is_replaced(worlds, mode):
         assert_like(params, opt, twin)
         opt.zero_grad(False)
         twin.zero_grad(False)
+    opt.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_lie_in_shared_memory_as_early_as_the_mode_says(worlds, mode):
+    def inside():
+        core = opt._binding.core
+        return [p.grad.data_ptr() == core.gradients(0, i).address for i, p in enumerate(params) if p.numel()]
+
+    params, opt, _ = made("SGD", torch.float32, mode, worlds(1))
+    backward(params, 0)
+    assert all(inside()) if mode == "hook" else not any(inside())
+    opt.zero_grad(False)
+    assert all(inside())
+    for step in range(3):
+        backward(params, step)
+        assert all(inside()) if mode != "copy" or step == 0 else not any(inside())
+        opt.step()
+        opt.zero_grad()
     opt.close()
 
 
