@@ -215,8 +215,10 @@ class Gradients:
         grad: Any = param.grad
         if not is_plain_class(grad) or grad.layout != torch.strided or grad.data_ptr() in self._arena:
             return False
-        like_it = grad.dtype == param.dtype and grad.shape == param.shape and not grad.is_neg()
-        return like_it and (grad.is_contiguous() or grad.stride() == param.stride())
+        like_it = grad.dtype == param.dtype and grad.shape == param.shape
+        if not like_it or grad.is_neg() or grad.grad_fn is not None:
+            return False
+        return bool(grad.is_contiguous() or grad.stride() == param.stride())
 
     def _wide_grads(self, i: int) -> list[torch.Tensor]:
         """The parameter's gradient, if it is of another type, as the parameter's `grad_dtype` says."""
