@@ -299,7 +299,7 @@ class Gradients:
         self.witnesses.note(self.bound)
 
     def _watch(self, grad: torch.Tensor | None) -> None:
-        self._finished = None if grad is None else (grad, grad._version)
+        self._finished = None if grad is None or grad.is_inference() else (grad, grad._version)
 
     def watch_again(self) -> None:
         """What was written into the gradients until now was meant."""

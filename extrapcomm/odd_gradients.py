@@ -23,7 +23,6 @@ __all__ = [
 ]
 
 ABSENT = -1  # bytes of a gradient that is None
-LOWEST = 1 << 16  # below it there is no memory: a zero tensor, or one whose memory was released
 
 # The classes whose tensors are what their memory says.
 PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
@@ -146,7 +145,7 @@ class Reader:
         if place.numel() == 0:
             return place.data_ptr()
         address: int = grad.data_ptr()
-        if grad.stride() != place.stride() or address < LOWEST or grad.is_neg():
+        if grad.stride() != place.stride() or grad.untyped_storage().data_ptr() == 0 or grad.is_neg():
             return None
         inside = address < self._memory.stop and address + place.nbytes > self._memory.start
         return None if inside and address != place.data_ptr() else address

@@ -1,5 +1,7 @@
 #include "bind/gradients.hpp"
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <utility>
 
@@ -10,8 +12,17 @@
 namespace xc::bind {
 namespace {
 
-// A zero tensor, or one whose memory was released, has the address 0, or an offset.
-constexpr std::uintptr_t kLowest = 1 << 16;
+// Memory that was mapped lies above this address, and so does the heap of a position-independent executable.
+constexpr std::uintptr_t kLow = std::uintptr_t{1} << 40;
+
+// A zero tensor has the address 0; one whose memory was released has its offset in that memory.
+bool is_released(const std::byte* address, py::handle grad) {
+  const auto number = reinterpret_cast<std::uintptr_t>(address);
+  if (number >= kLow) return false;
+  const bool heap_is_low = reinterpret_cast<std::uintptr_t>(sbrk(0)) < kLow;
+  if (number == 0 || !heap_is_low) return true;
+  return grad.attr("untyped_storage")().attr("data_ptr")().cast<std::uintptr_t>() == 0;
+}
 
 bool same_type(dlpack::DataType a, dlpack::DataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
@@ -125,7 +136,7 @@ std::optional<Engine::Source> GradientReader::plain(const Layer& layer, py::hand
   const std::int64_t bytes = layer.count * size_of(layer.spec.dtype);
   if (bytes == 0) return Engine::Source{place, 0};
   const auto* const from = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
-  if (reinterpret_cast<std::uintptr_t>(from) < kLowest || is_negated(grad)) return std::nullopt;
+  if (is_released(from, grad) || is_negated(grad)) return std::nullopt;
   if (from != place && from < memory.end && from + bytes > memory.begin) return std::nullopt;
   return Engine::Source{from, bytes};
 }
