@@ -76,8 +76,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
         self._members = Members(self.param_groups, names)
-        overlapped = self._micro_batches if self._overlap else None
-        self._binding = Binding(core, params, names, self.world.workers, self._manner, overlapped)
+        workers, batches = self.world.workers, self._micro_batches
+        self._binding = Binding(core, params, names, workers, self._manner, batches, self._overlap)
         self._micro_batches.reset()
         if self._gain is not None and self.world.K == 1:
             self._micro_batches.watch([group["params"] for group in self.param_groups])
@@ -137,15 +137,15 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._binding.require_own_process()
         if v != self._binding.bound and not self._to_adopt:
             self._binding.ownership.notice()
-        self._switch(v)
+        self._switch(v, back=True)
 
-    def _switch(self, v: int) -> None:
+    def _switch(self, v: int, back: bool = False) -> None:
         if v == self._binding.bound:
             return
         ownership = self._binding.ownership
         if self._to_adopt and self._binding.bound == 0:
             self._binding.take_over()
-        self._binding.switch(v)
+        self._binding.switch(v, back)
         if self._to_adopt:
             ownership.copy_shown_to(v)
             ownership.record()

@@ -9,12 +9,12 @@ from typing import Any, overload
 import torch
 
 from .adascale import AdaScale
-from .binding import MANNERS
 from .checkpoint import Checkpoints
 from .construction import Agreed, refuse_unknown
 from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
+from .gradients import MANNERS
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
@@ -170,7 +170,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._forget_loaded_extra()
         if capturing:
             self._captured = self._as_captured()
-        self._binding.forget_finished()
+        self._binding.gradients.step_taken()
         self._micro_batches.reset()
         if not skipped:  # as far as the host knows: what a GPU decides it does not wait for
             self._binding.mark_written()
@@ -267,7 +267,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
 
     def unscaled(self, scale: float) -> None:
         """The present gradients were divided by a loss scale."""
-        self._binding.watch_again()
+        self._binding.gradients.watch_again()
         if self._micro_batches.squares is not None:
             self._micro_batches.squares.unscale(scale)
 
@@ -297,8 +297,11 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
     def _prepared_step(self) -> Callable[[], tuple[Any, ...]]:
         """The engine's step, its arguments checked."""
         table = self._checked_table()
-        self._binding.collect()
-        self._binding.report_changes()
+        gradients = self._binding.gradients
+        gradients.witnesses.check()
+        gradients.witnesses.require_whole()
+        gradients.collect()
+        gradients.report_changes()
         divisor, max_norm = self._divisor(), self.max_grad_norm or 0.0
         options = (self._binding.present, True, divisor, max_norm, bool(self.skip_nonfinite))
         if self._gain is None:
@@ -325,12 +328,12 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
     def _warn_of_mistakes(self) -> None:
         """What is probably not meant, each once."""
         misled = "uses another norm on each rank" if self.world.K > 1 else "is taken for noise by the gain"
-        if (self.world.K > 1 or self._gain is not None) and self._binding.was_rescaled():
+        if (self.world.K > 1 or self._gain is not None) and self._binding.gradients.was_rescaled():
             self._warn_once(
                 "this rank's gradients were changed between backward() and step(). Clipping them there "
                 f"(clip_grad_norm_) {misled}: set max_grad_norm instead, which clips the mean"
             )
-        self._binding.forget_rescaling()
+        self._binding.gradients.forget_rescaling()
         if self.world.workers == 1:
             return
         idle = ~self._binding.present.any(axis=1)
@@ -354,11 +357,11 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         """
         self._binding.require_own_process()
         self._micro_batches.reset()
-        self._binding.forget_rescaling()
+        self._binding.gradients.forget_rescaling()
         if set_to_none or (set_to_none is None and self._manner != "view"):
-            self._binding.forget_gradients()
+            self._binding.gradients.forget()
         else:
-            self._binding.zero_gradients()
+            self._binding.gradients.zero()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -379,6 +382,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._require_open()
         with self._micro_batches.one_more(self._binding.bound):
             yield
+            self._binding.gradients.end_micro_batch()
 
     @property
     def overlapped_part(self) -> float:

@@ -36,6 +36,10 @@ class MicroBatches:
         """The user bound this worker."""
         self._seen.add(worker)
 
+    def before_last(self, worker: int) -> int:
+        """How many micro-batches of this worker were announced."""
+        return self._before_last[worker]
+
     @contextmanager
     def one_more(self, bound: int) -> Iterator[None]:
         """A micro-batch of the workers that are bound within the context, or of the one that is bound anyway."""

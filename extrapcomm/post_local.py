@@ -105,7 +105,7 @@ class PostLocalSGD(SGD):
         return None, False, None
 
     def _warn_of_mistakes(self) -> None:
-        self._binding.forget_rescaling()  # each worker may clip its own gradient
+        self._binding.gradients.forget_rescaling()  # each worker may clip its own gradient
         super()._warn_of_mistakes()
 
     def _title(self) -> str:

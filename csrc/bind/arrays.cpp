@@ -27,16 +27,12 @@ void drop_capsule(PyObject* capsule) {
   managed->deleter(managed);
 }
 
-dlpack::DataType type_of(DType t) {
-  return {t == DType::bf16 ? dlpack::kBfloat : dlpack::kFloat, static_cast<std::uint8_t>(8 * size_of(t)), 1};
-}
-
 py::capsule to_dlpack(const View& view) {
   auto* out = new Export{{}, view};
   out->managed.tensor = {out->view.data.get(),
                          {out->view.place.type, out->view.place.index},
                          static_cast<int>(view.shape.size()),
-                         type_of(view.dtype),
+                         dlpack::type_of(view.dtype),
                          out->view.shape.data(),
                          out->view.strides.data(),
                          0};
@@ -47,7 +43,7 @@ py::capsule to_dlpack(const View& view) {
 
 std::string type_name(dlpack::DataType type) {
   for (const DType t : kAllDTypes)
-    if (type_of(t).code == type.code && type_of(t).bits == type.bits && type.lanes == 1)
+    if (dlpack::type_of(t).code == type.code && dlpack::type_of(t).bits == type.bits && type.lanes == 1)
       return std::string(name_of(t));
   return "code " + std::to_string(type.code) + " with " + std::to_string(type.bits) + " bits";
 }

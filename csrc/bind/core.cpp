@@ -8,5 +8,6 @@ PYBIND11_MODULE(_core, module) {
   xc::bind::register_arrays(module);
   xc::bind::register_stages(module);
   xc::bind::register_comm(module);
+  xc::bind::register_gradients(module);
   xc::bind::register_engine(module);
 }

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "bind/dlpack.hpp"
+#include "bind/gradients.hpp"
 #include "bind/register.hpp"
 #include "bind/view.hpp"
 #include "core/error.hpp"
@@ -168,12 +169,12 @@ void prepare_replay(Engine& engine, const Doubles& hyper, const Bytes& present, 
   engine.prepare_replay(arguments);
 }
 
-void gather(Engine& engine, int v, const std::vector<std::uintptr_t>& addresses, Bytes& present) {
-  if (addresses.size() != engine.plan().layers.size() || present.size() != py::ssize_t(addresses.size()))
-    throw UsageError("gather takes one address and one mark for each layer");
-  const std::span<std::uint8_t> marks(present.mutable_data(), addresses.size());
+void gather(Engine& engine, int v, const Sources& sources, Bytes& present) {
+  const auto list = sources_from(sources, engine.plan());
+  if (present.size() != py::ssize_t(list.size())) throw UsageError("gather takes one mark for each layer");
+  const std::span<std::uint8_t> marks(present.mutable_data(), list.size());
   const py::gil_scoped_release nogil;
-  engine.gather(checked_worker(engine, v), addresses, marks);
+  engine.gather(checked_worker(engine, v), list, marks);
 }
 
 // (weights or None, [slot or None, ...], updates) for every layer; arrays of the master type.
@@ -237,7 +238,11 @@ void register_engine_class(py::module_& module) {
       .def_property_readonly("captures", [](const Engine& e) { return e.device() && e.device()->captures(); })
       .def("segments", &segments, "(begin, end, owner) of every worker's part of the flat parameters.")
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
-      .def("gather", &gather, py::arg("worker"), py::arg("addresses"), py::arg("present").noconvert())
+      .def("gather", &gather, py::arg("worker"), py::arg("sources").noconvert(),
+           py::arg("present").noconvert())
+      .def("gradient_reader", &GradientReader::make, py::arg("tensor_types"), py::arg("is_neg"),
+           py::keep_alive<0, 1>(),
+           "Reads .grad of torch's tensors; None if this torch has no table for that.")
       .def(
           "touch",
           [](Engine& e, int v, std::size_t layer) {

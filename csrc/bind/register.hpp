@@ -15,6 +15,7 @@ void register_errors(py::module_& module);
 void register_arrays(py::module_& module);
 void register_stages(py::module_& module);
 void register_comm(py::module_& module);
+void register_gradients(py::module_& module);
 void register_engine(py::module_& module);
 
 DType dtype_from(const std::string& name);

@@ -98,7 +98,7 @@ class EngineOf final : public Engine {
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
 
-  void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) override;
+  void gather(int v, std::span<const Source> sources, std::span<std::uint8_t> present) override;
   void touch(int v, std::size_t layer) override {
     cleared_[static_cast<std::size_t>(v) * plan_.layers.size() + layer] = 0;
   }
@@ -209,18 +209,26 @@ class EngineOf final : public Engine {
   bool closed_ = false;
 };
 
+void require_bytes_of(const Layer& layer, std::int64_t bytes) {
+  const std::int64_t wanted = layer.count * size_of(layer.spec.dtype);
+  if (bytes == Engine::kAbsent || bytes == wanted) return;
+  throw UsageError("the gradient of parameter '" + layer.spec.name + "' has " + std::to_string(bytes) +
+                   " bytes, and the parameter has " + std::to_string(wanted));
+}
+
 template <class T>
-void EngineOf<T>::gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) {
+void EngineOf<T>::gather(int v, std::span<const Source> sources, std::span<std::uint8_t> present) {
+  for (std::size_t i = 0; i < plan_.layers.size(); ++i) require_bytes_of(plan_.layers[i], sources[i].bytes);
   std::byte* const mine = gradients(v).get();
   std::vector<Copy> copies;
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
-    const Layer& layer = plan_.layers[i];
-    const auto* from = reinterpret_cast<const std::byte*>(addresses[i]);
-    std::byte* const to = mine + layer.byte_begin;
-    present[i] = from != nullptr;
-    if (from) touch(v, i);
-    if (!from || from == to) continue;
-    copies.push_back({from, to, layer.count * size_of(layer.spec.dtype)});
+    const auto [from, bytes] = sources[i];
+    std::byte* const to = mine + plan_.layers[i].byte_begin;
+    present[i] = bytes != kAbsent;
+    if (bytes == kAbsent) continue;
+    touch(v, i);
+    if (from == to || bytes == 0) continue;
+    copies.push_back({from, to, bytes});
     changed(v, i);
   }
   storage_->copy_all(copies);

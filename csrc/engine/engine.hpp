@@ -76,10 +76,18 @@ class Engine {
   virtual std::shared_ptr<std::byte> weights(int v) const = 0;
   virtual std::shared_ptr<std::byte> gradients(int v) const = 0;
 
-  // Copies gradients from elsewhere into worker v's G: per layer the address of its elements, laid out as the
-  // layer's strides say, or null where there is no gradient. Those that lie in G already stay. Marks in
-  // `present` which layers have one.
-  virtual void gather(int v, std::span<const std::uintptr_t> addresses, std::span<std::uint8_t> present) = 0;
+  // Where a layer's gradient lies: its elements, laid out as the layer's strides say. kAbsent bytes stand for
+  // no gradient.
+  struct Source {
+    const std::byte* address;
+    std::int64_t bytes;
+  };
+  static constexpr std::int64_t kAbsent = -1;
+  // Copies gradients from elsewhere into worker v's G, one source per layer. A gradient that lies in its
+  // place in G already stays; no source may overlap another place in G. Marks in `present` which layers have
+  // a gradient. Throws UsageError, before it copies anything, if a source has another number of bytes than
+  // its layer.
+  virtual void gather(int v, std::span<const Source> sources, std::span<std::uint8_t> present) = 0;
 
   // Says that somebody else has written a gradient into G.
   virtual void touch(int v, std::size_t layer) = 0;

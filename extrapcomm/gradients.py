@@ -1,0 +1,359 @@
+"""The gradients of a model whose weights lie in an engine's memory: how they come there, and who else holds them."""
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _core
+from .arrays import look_at
+from .micro_batches import MicroBatches
+from .odd_gradients import held_alone, is_plain_class, looks_at, reader_for, require_usable
+from .overlap import Watch
+from .ownership import Views
+from .witnesses import Witnesses
+
+__all__ = ["MANNERS", "Gradients"]
+
+# How gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
+# each one; or accumulated there by autograd, into zeros that zero_grad() left.
+MANNERS = ("copy", "hook", "view")
+
+
+class Gradients:
+    """`.grad` of the parameters, and for each of this rank's workers the memory that the engine reads.
+
+    A gradient may be any tensor that torch's optimizers could use. One whose bytes are the parameter's is copied
+    by the engine, or stays if it lies in its place in the engine's memory already. Any other is converted by torch.
+    One that lies in the engine's memory at another place is copied aside first, because that place may be written
+    before it is read.
+
+    Args:
+        core: the engine.
+        params: the model's parameters in the engine's order.
+        names: their names in errors.
+        workers: how many workers this rank drives.
+        manner: one of MANNERS.
+        micro_batches: their counts, by worker.
+        overlapped: whether sums go to other teams during backward.
+
+    Attributes:
+        bound: the worker whose gradients `.grad` shows.
+        present: for each worker and parameter, 1 if there is a gradient in the engine's memory.
+    """
+
+    def __init__(
+        self,
+        core: "_core.Engine",
+        params: list[torch.Tensor],
+        names: Sequence[str],
+        workers: int,
+        manner: str,
+        micro_batches: MicroBatches,
+        overlapped: bool,
+    ) -> None:
+        self._core = core
+        self._params = params
+        self._names = names
+        self._pid = os.getpid()
+        self.bound = 0
+        self.present = np.zeros((workers, len(params)), dtype=np.uint8)
+        self._sources = np.zeros((len(params), 2), dtype=np.int64)
+        # The engine's memory as tensors. Users may replace the data of a tensor that they see as `.grad`, so they see
+        # others.
+        self._views = [
+            Views(lambda i, v=v: core.gradients(v, i), len(params))  # type: ignore[misc]
+            for v in range(workers)
+        ]
+        self._places = [views.tensors for views in self._views]
+        self._shown = [[place.detach() for place in places] for places in self._places]
+        self._own_looks = max(looks_at(shown) for shown in self._shown[0])
+        self._memory = _range_of(core.gradients, workers, len(params))
+        # The weights lie there, too.
+        self._arena = range(
+            min(_range_of(core.weights, workers, len(params)).start, self._memory.start), self._memory.stop
+        )
+        self._reader = reader_for(core, self._places, self._memory)
+        self._odd: list[int] = []  # at the last collect()
+        # Of workers that are not bound: gradients of another type than the parameter's, which go on being summed in it.
+        self._wide: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
+        self._finished: tuple[torch.Tensor, int] | None = None
+        self._rescaled = False
+        self._watched = next((i for i, param in enumerate(params) if param.requires_grad), -1)
+        self._watch_all = Watch(core, self._places, micro_batches) if overlapped else None
+        self._hooks = self._install_hooks(everywhere=manner == "hook" or overlapped)
+        self.witnesses = Witnesses(params, workers, micro_batches)
+
+    # -- Into the engine's memory --------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Bring the bound worker's gradients into its memory, in one batch.
+
+        Raises:
+            UsageError: if one cannot be a gradient of its parameter; nothing has been copied then.
+        """
+        grads, self._odd = self._reader.read(self.bound, self._params, self._sources)
+        if self._odd:
+            self._convert(grads, self._odd)
+        self._core.gather(self.bound, self._sources, self.present[self.bound])
+
+    @torch.no_grad()
+    def _convert(self, grads: list[Any], odd: Sequence[int]) -> None:
+        """Bring these gradients there by torch's own copy."""
+        for i in odd:
+            require_usable(grads[i], self._params[i], self._names[i])
+        inside = [i for i in odd if self._is_inside(grads[i])]
+        values = {i: self._aside(i, grads[i]) for i in odd}  # all are read before any is written
+        for i, value in values.items():
+            place = self._places[self.bound][i]
+            self._core.touch(self.bound, i)
+            place.copy_(value)
+            self._sources[i] = place.data_ptr(), place.nbytes
+        if inside:
+            self._mend_shown(self.bound)
+        for i in inside:
+            self._move_out(i, grads[i], values[i])
+
+    def _is_inside(self, grad: torch.Tensor) -> bool:
+        """Whether the gradient lies in this rank's gradient memory."""
+        return is_plain_class(grad) and grad.layout == torch.strided and grad.data_ptr() in self._memory
+
+    def _aside(self, i: int, grad: torch.Tensor) -> torch.Tensor:
+        """The values of a gradient, where copying others does not change them."""
+        grad = grad.detach()
+        if self._is_inside(grad):
+            return grad.clone()
+        if is_plain_class(grad):
+            return grad
+        return torch.empty_like(self._places[self.bound][i]).copy_(grad)
+
+    def _move_out(self, i: int, grad: torch.Tensor, values: torch.Tensor) -> None:
+        """Let `.grad` keep its values, which lay in memory that has been written since."""
+        if grad.dtype == self._params[i].dtype:
+            self._params[i].grad = self._shown[self.bound][i]
+        else:
+            grad.data = values
+
+    # -- What the model shows ------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Bring the bound worker's gradients into its memory, before the model shows another worker."""
+        self.witnesses.check()
+        self.collect()
+        self._wide[self.bound] = {i: wide.detach().clone() for i in self._odd for wide in self._wide_grads(i)}
+        self.witnesses.note(self.bound)
+        self.was_rescaled()
+
+    def enter(self) -> None:
+        """The model shows another worker: give it that one's gradients."""
+        self.point()
+        self.witnesses.rebind(self.bound)
+        self.watch_again()
+
+    def point(self) -> None:
+        """Let `.grad` be the bound worker's gradients, where it has one."""
+        self._mend_shown(self.bound)
+        self._give(self.bound)
+
+    def _give(self, v: int) -> None:
+        """Let `.grad` be worker v's gradients, from now on."""
+        wide = self._wide[v]
+        wanted = [wide.get(i, shown) for i, shown in enumerate(self._shown[v])] if wide else self._shown[v]
+        for param, grad, here in zip(self._params, wanted, self.present[v].tolist(), strict=True):
+            try:
+                param.grad = grad if here else None
+            except RuntimeError:  # its type was changed meanwhile
+                param.grad = grad.to(param.grad_dtype)
+
+    def renew(self) -> None:
+        """Look at the engine's memory anew where the storage of a gradient was moved elsewhere."""
+        for views in self._views:
+            views.renew()
+
+    def _mend_shown(self, v: int) -> bool:
+        """Look at the engine's memory anew where a user has given a tensor of it other data; tell if so."""
+        shown = self._shown[v]
+        self._views[v].renew()
+        strays = set(self._reader.strays(v, shown))
+        strays.update(i for i, tensor in enumerate(shown) if tensor.requires_grad)
+        for i in strays:
+            shown[i] = self._places[v][i].detach()
+        return bool(strays)
+
+    def forget(self) -> None:
+        """All workers of this rank have none."""
+        self.present[:] = 0
+        self._wide = [{} for _ in self._wide]
+        self.witnesses.forget()
+        for param in self._params:
+            param.grad = None
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        """Make what gradients there are zeros in shared memory, where the next backward pass adds to them."""
+        v = self.bound
+        self.renew()
+        self.witnesses.forget()
+        grads = [param.grad for param in self._params]
+        self.present[v] = [grad is not None for grad in grads]
+        looks = zip(grads, self._shown[v], strict=True)
+        others = [i for i, (grad, shown) in enumerate(looks) if grad is not None and grad is not shown]
+        del grads, looks  # they would count as holders
+        kept = [i for i in others if self._stays(i)]
+        self._wide[v] = {i: grad for i in kept if (grad := self._params[i].grad) is not None}
+        workers = zip(self.present, self._places, strict=True)
+        filled = [place for here, places in workers for place in compress(places, here)]
+        if filled:
+            torch._foreach_zero_(filled)
+        for wide in self._wide:
+            for grad in wide.values():
+                _apart_from_graph(grad).zero_()
+        if self._mend_shown(v) or others:
+            self._give(v)
+        self._wide[v] = {}
+
+    def _stays(self, i: int) -> bool:
+        """Whether a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
+        param = self._params[i]
+        if self._wide_grads(i):
+            return True
+        if held_alone(param):
+            return False
+        grad: Any = param.grad
+        if not is_plain_class(grad) or grad.layout != torch.strided or grad.data_ptr() in self._arena:
+            return False
+        like_it = grad.dtype == param.dtype and grad.shape == param.shape
+        if not like_it or grad.is_neg() or grad.grad_fn is not None:
+            return False
+        return bool(grad.is_contiguous() or grad.stride() == param.stride())
+
+    def _wide_grads(self, i: int) -> list[torch.Tensor]:
+        """The parameter's gradient, if it is of another type, as the parameter's `grad_dtype` says."""
+        param, grad = self._params[i], self._params[i].grad
+        if grad is None or grad.dtype == param.dtype:
+            return []
+        return [grad] if getattr(param, "grad_dtype", param.dtype) in (None, grad.dtype) else []
+
+    # -- What autograd tells -------------------------------------------------------------------------------------
+
+    def _install_hooks(self, everywhere: bool) -> list[Any]:
+        """On every parameter, or on the one that is watched."""
+        mine = weakref.ref(self)
+        return [
+            param.register_post_accumulate_grad_hook(_finisher(mine, i, everywhere))  # type: ignore[no-untyped-call]
+            for i, param in enumerate(self._params)
+            if param.requires_grad and (everywhere or i == self._watched)
+        ]
+
+    def finish(self, i: int, param: torch.Tensor, copy: bool) -> None:
+        """Autograd has accumulated into this parameter's gradient."""
+        if param.grad is None or os.getpid() != self._pid:
+            return  # a forked process has gradients of its own
+        shown = self._shown[self.bound]
+        if copy and param.grad is not shown[i] and self._moves(i, param):
+            place = self._places[self.bound][i]
+            self._core.touch(self.bound, i)
+            place.copy_(param.grad)
+            param.grad = shown[i] = place.detach()
+        if i == self._watched:
+            self._watch(param.grad)
+        if self._watch_all is not None and param.grad is shown[i]:
+            self._watch_all.finish(self.bound, i)
+
+    def _moves(self, i: int, param: torch.Tensor) -> bool:
+        """Whether autograd's own gradient can go to shared memory now, without a trace that anybody could see.
+
+        A gradient of another type goes on being summed in that type. One that requires a gradient is a part of a graph.
+        Where somebody else holds the gradient, writes on either side must be seen on the other.
+        """
+        if not held_alone(param):
+            return False
+        grad: Any = param.grad
+        if (
+            grad.requires_grad
+            or grad.dtype != param.dtype
+            or grad.shape != param.shape
+            or self._is_inside(grad)
+        ):
+            return False
+        return self._is_free(i)
+
+    def _is_free(self, i: int) -> bool:
+        """Whether no other parameter's gradient lies in the place of this one."""
+        if looks_at(self._shown[self.bound][i]) == self._own_looks:
+            return True
+        place = self._places[self.bound][i]
+        here = range(place.data_ptr(), place.data_ptr() + place.nbytes)
+        grads = [param.grad for param in self._params]
+        return not any(
+            self._is_inside(grad) and grad.data_ptr() in here for grad in grads if grad is not None
+        )
+
+    def report_changes(self) -> None:
+        """Tell the engine what was written into gradients whose sums may be with other teams already."""
+        if self._watch_all is not None:
+            self._watch_all.report()
+
+    def step_taken(self) -> None:
+        """What comes from now on belongs to the next step."""
+        self.witnesses.step_taken()
+        if self._watch_all is not None:
+            self._watch_all.forget()
+
+    def end_micro_batch(self) -> None:
+        """A micro-batch of the bound worker has come, and others follow."""
+        self.witnesses.check()
+        self.witnesses.note(self.bound)
+
+    def _watch(self, grad: torch.Tensor | None) -> None:
+        self._finished = None if grad is None or grad.is_inference() else (grad, grad._version)
+
+    def watch_again(self) -> None:
+        """What was written into the gradients until now was meant."""
+        if self._watched >= 0:
+            self._watch(self._params[self._watched].grad)
+
+    def forget_rescaling(self) -> None:
+        """Later writes into the gradients are nobody's mistake."""
+        self._finished = None
+        self._rescaled = False
+
+    def was_rescaled(self) -> bool:
+        """Whether somebody wrote into a gradient after autograd had finished it."""
+        if self._finished is not None:
+            grad, version = self._finished
+            self._rescaled |= grad._version != version
+        return self._rescaled
+
+    def remove_hooks(self) -> None:
+        """Leave the model without traces of these gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        self.witnesses.remove()
+
+
+def _range_of(views: Callable[[int, int], "_core.View"], workers: int, layers: int) -> range:
+    """The addresses from the first worker's first layer to the end of the last worker's last."""
+    last = views(workers - 1, layers - 1)
+    bytes_of_last = look_at(last, "torch").nbytes
+    return range(views(0, 0).address, last.address + bytes_of_last)
+
+
+def _apart_from_graph(grad: torch.Tensor) -> torch.Tensor:
+    """The gradient itself, after what torch's own zero_grad() does to one of a graph."""
+    return grad.detach_() if grad.grad_fn is not None else grad.requires_grad_(False)
+
+
+def _finisher(gradients: "weakref.ref[Gradients]", i: int, copy: bool) -> Callable[[torch.Tensor], None]:
+    """The hook of one parameter; it does not keep the gradients alive."""
+
+    def finish(param: torch.Tensor) -> None:
+        mine = gradients()
+        if mine is not None:
+            mine.finish(i, param, copy)
+
+    return finish

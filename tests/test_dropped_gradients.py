@@ -1,0 +1,263 @@
+"""Gradients that only the bound worker lost, as by model.zero_grad(), are noticed, and legal loops run."""
+
+import contextlib
+
+import pytest
+from conftest import COMM
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+MODES = ("copy", "hook", "view")
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+def backward(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model(torch.randn(4, 5, generator=generator)).square().sum().backward()
+
+
+def started(worlds, workers, mode="copy", steps=1):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.01, world=worlds(workers), gradients=mode)
+    for step in range(steps):
+        opt.zero_grad()
+        iterate(model, opt, workers, step)
+        opt.step()
+    return model, opt
+
+
+def iterate(model, opt, workers, seed):
+    for v in range(workers):
+        with opt.worker(v):
+            backward(model, seed)
+
+
+def drop_by_hand(model):
+    for param in model.parameters():
+        param.grad = None
+
+
+DROPS = {
+    "none": lambda model: model.zero_grad(),
+    "zeros": lambda model: model.zero_grad(set_to_none=False),
+    "by hand": drop_by_hand,
+}
+dropping = pytest.mark.parametrize("drop", DROPS)
+modes = pytest.mark.parametrize("mode", MODES)
+CALL = r"call opt\.zero_grad\(\)"
+
+
+def assert_refused_until_zero_grad(model, opt, workers, words):
+    before = [opt.master(i) for i in range(4)]
+    for _ in range(2):
+        with pytest.raises(xc.UsageError, match=words):
+            opt.step()
+    assert all(torch.equal(opt.master(i), w) for i, w in enumerate(before))
+    opt.zero_grad()
+    iterate(model, opt, workers, 7)
+    opt.step()
+    opt.close()
+
+
+def on_the_last_rank(action, *arguments):
+    if COMM.rank == COMM.size - 1:
+        action(*arguments)
+
+
+@dropping
+@modes
+def test_gradients_dropped_after_a_micro_batch_are_an_error_on_all_ranks(worlds, mode, drop):
+    model, opt = started(worlds, 1, mode)
+    opt.zero_grad()
+    with opt.no_sync():
+        backward(model, 1)
+    on_the_last_rank(DROPS[drop], model)
+    backward(model, 2)
+    assert_refused_until_zero_grad(model, opt, 1, rf"worker 0 .* dropped after no_sync\(\).*{CALL}")
+
+
+@dropping
+def test_so_they_are_without_another_backward(worlds, drop):
+    model, opt = started(worlds, 1)
+    opt.zero_grad()
+    with opt.no_sync():
+        backward(model, 1)
+    on_the_last_rank(DROPS[drop], model)
+    assert_refused_until_zero_grad(model, opt, 1, rf"dropped after no_sync\(\).*{CALL}")
+
+
+@dropping
+def test_so_they_are_between_two_micro_batches(worlds, drop):
+    model, opt = started(worlds, 1)
+    opt.zero_grad()
+    for part in range(3):
+        with opt.no_sync():
+            if part == 1:
+                on_the_last_rank(DROPS[drop], model)
+            backward(model, part)
+    backward(model, 3)
+    assert_refused_until_zero_grad(model, opt, 1, rf"dropped after no_sync\(\).*{CALL}")
+
+
+@dropping
+@modes
+def test_gradients_of_one_worker_dropped_after_a_step_are_an_error_on_all_ranks(worlds, mode, drop):
+    model, opt = started(worlds, 2, mode)
+    on_the_last_rank(DROPS[drop], model)
+    iterate(model, opt, 2, 1)
+    assert_refused_until_zero_grad(
+        model, opt, 2, rf"worker 0 .* dropped, .* worker 1 still has its old ones: {CALL}"
+    )
+
+
+@dropping
+@modes
+def test_so_they_are_where_a_batch_is_given_up_before_its_step(worlds, mode, drop):
+    model, opt = started(worlds, 2, mode)
+    opt.zero_grad()
+    iterate(model, opt, 2, 1)
+    on_the_last_rank(DROPS[drop], model)
+    iterate(model, opt, 2, 2)
+    assert_refused_until_zero_grad(model, opt, 2, rf"worker 1 still has its old ones: {CALL}")
+
+
+@dropping
+def test_so_they_are_when_the_second_worker_drops_its_own(worlds, drop):
+    model, opt = started(worlds, 2)
+    iterate(model, opt, 2, 1)
+    with opt.worker(1):
+        on_the_last_rank(DROPS[drop], model)
+        backward(model, 2)
+    assert_refused_until_zero_grad(model, opt, 2, rf"worker 1 .* worker 0 still has its old ones: {CALL}")
+
+
+# -- Legal loops ----------------------------------------------------------------------------------------------------
+
+
+def same_as_opt_zero_grad(worlds, workers, mode, loop):
+    """Train by a loop that is given the model's or the optimizer's zero_grad, and compare the weights."""
+    weights = []
+    for forwarded in (False, True):
+        model, opt = started(worlds, workers, mode, steps=2)
+        loop(model, opt, opt.zero_grad if forwarded else model.zero_grad)
+        weights.append([opt.master(i) for i in range(4)])
+        opt.close()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@modes
+def test_model_zero_grad_is_as_good_with_one_worker_and_no_micro_batches(worlds, mode):
+    def loop(model, opt, zero_grad):
+        for step in range(4):
+            zero_grad(set_to_none=step % 2 == 0)
+            backward(model, step)
+            opt.step()
+
+    same_as_opt_zero_grad(worlds, 1, mode, loop)
+
+
+@modes
+def test_model_zero_grad_is_as_good_before_the_first_micro_batch(worlds, mode):
+    def loop(model, opt, zero_grad):
+        for step in range(4):
+            for part in range(3):
+                with opt.no_sync() if part < 2 else contextlib.nullcontext():
+                    if part == 0:
+                        zero_grad(set_to_none=step % 2 == 0)
+                    backward(model, 10 * step + part)
+            opt.step()
+
+    same_as_opt_zero_grad(worlds, 1, mode, loop)
+
+
+@modes
+@dropping
+def test_each_worker_may_drop_its_own_gradients_in_its_turn(worlds, mode, drop):
+    weights = []
+    for each_its_own in (True, False):
+        model, opt = started(worlds, 2, mode, steps=2)
+        for step in range(4):
+            if not each_its_own:
+                opt.zero_grad()
+            for v in range(2):
+                with opt.worker(v):
+                    if each_its_own:
+                        DROPS[drop](model)
+                    backward(model, 10 * step + v)
+            opt.step()
+        weights.append([opt.master(i) for i in range(4)])
+        opt.close()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@modes
+def test_some_layers_may_lose_their_gradients_between_micro_batches(worlds, mode, workers):
+    """As DINO does with the last layer; and as torch does when clipping makes all of them smaller."""
+    model, opt = started(worlds, workers, mode)
+    for step in range(3):
+        opt.zero_grad()
+        for part in range(3):
+            with opt.no_sync() if part < 2 else contextlib.nullcontext():
+                iterate(model, opt, workers, 10 * step + part)
+                model[2].weight.grad = model[2].bias.grad = None
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        opt.step()
+    opt.close()
+
+
+def test_gradients_may_be_assigned_in_every_turn_zeros_included(worlds):
+    model, opt = started(worlds, 2)
+    for step in range(4):
+        for v in range(2):
+            with opt.worker(v):
+                for param in model.parameters():
+                    param.grad = torch.full_like(param, float((step + v) % 2))
+        opt.step()
+    opt.close()
+
+
+def test_parameters_without_any_gradient_are_no_false_alarm(worlds):
+    for workers in (1, 2):
+        model, opt = started(worlds, workers)
+        opt.zero_grad()
+        with opt.no_sync():
+            for v in range(workers):
+                with opt.worker(v):
+                    model.zero_grad()
+        opt.step()
+        for v in range(workers):
+            with opt.worker(v):
+                (model[0].weight * 0.0).sum().backward()
+        opt.step()
+        iterate(model, opt, workers, 1)
+        opt.step()
+        opt.close()
+
+
+def test_workers_that_had_no_gradients_before_are_no_false_alarm(worlds):
+    model, opt = started(worlds, 2)
+    opt.zero_grad()
+    backward(model, 1)
+    opt.step()
+    for v in range(2):
+        with opt.worker(v):
+            model.zero_grad()
+            backward(model, 2 + v)
+    opt.step()
+    opt.close()
+
+
+def test_a_closed_optimizer_leaves_no_hooks(worlds):
+    model, opt = started(worlds, 2)
+    opt.zero_grad()
+    iterate(model, opt, 2, 1)
+    opt.step()
+    opt.close()
+    assert not any(param._backward_hooks or param._post_accumulate_grad_hooks for param in model.parameters())
