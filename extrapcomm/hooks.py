@@ -95,6 +95,8 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
     )
     buffers = list(model.buffers())
     world.agree(error, f"sync_buffers of {len(buffers)} buffers, {sum(b.nbytes for b in buffers)} bytes")
+    if world.size == 1:
+        return
     for buffer in buffers:
         if how == "average" and buffer.is_floating_point():
             _average(world, buffer)

@@ -73,6 +73,9 @@ std::vector<Post> Exchange::posts() const {
 void Exchange::require_open() const {
   team_->require_member();
   if (closed_) throw UsageError("this engine or array is closed");
+  if (const Wire* const wire = team_->wire(); wire && wire->ended())
+    throw UsageError(
+        "MPI was finalized, and steps between teams need it: call MPI.Finalize() after the last step");
 }
 
 void Exchange::meet_at_a(const Call& call) {
