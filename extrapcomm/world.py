@@ -163,13 +163,15 @@ class World:
         """
         self._require_member()
         if self.size == 1 and error:
-            raise error
+            if isinstance(error, errors.Error):
+                raise error
+            raise UsageError(errors.describe(error)) from error
         mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
         texts = self.gather_words(mine)
         for rank, text in enumerate(texts):
             kind, _, words = text.partition("\0")
             if kind:
-                raise getattr(errors, kind, UsageError)(f"rank {rank}: {words}") from error
+                raise errors.of_kind(kind, f"rank {rank}: {words}") from error
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 raise errors.MismatchError(
