@@ -69,6 +69,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core = core
         self._built = True
         self._table = None
+        self._rule.table(self.param_groups, self.world.K)
+        self._rule.took()
         self._captured = None
         self._settled = [
             (flags, self._rule.has_buffer(group))
@@ -103,7 +105,7 @@ class BoundOptimizer(torch.optim.Optimizer):
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
-            numbers = self._rule.numbers(group, self.world.K)[:-1]
+            numbers = self._rule.numbers(group, self.world.K, g)[:-1]
             groups.append((self._rule.flag_bits(group), numbers))
         return layers, groups
 

@@ -154,6 +154,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self._warn_of_mistakes()
         _, skipped, *_ = take()
         self._outcome = None
+        self._rule.took()
         if capturing:
             self._captured = self._as_captured()
         self._binding.forget_finished()
@@ -222,6 +223,7 @@ class FusedOptimizer(Checkpoints, Gained):
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._captured.present, self._captured.divisor, norm, skips)
         self._outcome = None
+        self._rule.took()
         self._micro_batches.reset()
         self._binding.mark_written()
 
