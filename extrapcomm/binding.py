@@ -31,7 +31,7 @@ def bump_versions(tensors: list[torch.Tensor]) -> None:
 
 
 try:
-    bump_versions([torch.zeros(0)])
+    bump_versions([torch.zeros(0, dtype=torch.float32, device="cpu")])
 except Exception:  # torch 2.4 takes one tensor at a time
 
     def bump_versions(tensors: list[torch.Tensor]) -> None:

@@ -29,7 +29,7 @@ def fill(packed: dict[str, Any], core: Core, rule: Rule, params: Sequence[torch.
 def _state_of(core: Core, rule: Rule, i: int, param: torch.Tensor) -> dict[str, Any]:
     state = {"master": strided(core.read(i, 0), param)}
     if core.updates(i):
-        state["step"] = torch.tensor(float(core.updates(i)))
+        state["step"] = torch.tensor(float(core.updates(i)), dtype=torch.float32, device="cpu")
         for slot, name in enumerate(rule.slots[: core.slots], 1):
             state[name] = strided(core.read(i, slot), param)
     return state
@@ -81,7 +81,7 @@ def _flat(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
         raise UsageError(
             f"the state_dict has a tensor of shape {tuple(value.shape)} for one of {tuple(param.shape)}"
         )
-    flat = torch.empty(param.numel(), dtype=_master_type(param))
+    flat = torch.empty(param.numel(), dtype=_master_type(param), device="cpu")
     flat.as_strided(param.shape, param.stride()).copy_(value)
     return flat.numpy()
 
@@ -117,7 +117,7 @@ def _local_layer(entry: Mapping[str, Any], core: Core, rule: Rule, i: int, param
     for name in ("master", *rule.slots[: core.slots]):
         if name not in entry or entry[name].shape != (end - begin,):
             raise UsageError(f"this state has no {name!r} of {end - begin} elements for parameter {i}")
-        array = torch.zeros(param.numel(), dtype=_master_type(param))
+        array = torch.zeros(param.numel(), dtype=_master_type(param), device="cpu")
         array[begin:end] = entry[name]
         whole.append(array.numpy())
     return whole[0], list(whole[1:]), _count(entry["step"])
