@@ -16,6 +16,7 @@ from . import _core
 from .arrays import copy_into, form_of, look_at
 from .errors import UsageError
 from .micro_batches import MicroBatches
+from .modes import outside_inference
 from .overlap import Watch
 
 __all__ = ["MANNERS", "Binding", "bump_versions", "strided"]
@@ -40,6 +41,7 @@ except Exception:  # torch 2.4 takes one tensor at a time
             graph.increment_version(tensor)
 
 
+@outside_inference
 def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
     """An array in the order of memory as a tensor of the parameter's shape and strides."""
     return torch.from_numpy(flat).as_strided(like.shape, like.stride())

@@ -102,6 +102,11 @@ class BoundOptimizer(torch.optim.Optimizer):
                 if id(param) in seen:
                     raise UsageError(f"parameter {name!r} is given twice")
                 seen.add(id(param))
+                if param.is_inference():
+                    raise UsageError(
+                        f"parameter {name!r} was made in torch.inference_mode() and can never be trained: make the "
+                        "model outside of it"
+                    )
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))

@@ -13,6 +13,7 @@ from .binding import strided
 from .bound import FOREIGN_SWITCHES, BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
+from .modes import outside_inference
 
 __all__ = ["Checkpoints"]
 
@@ -26,6 +27,7 @@ def fill(packed: dict[str, Any], core: Core, rule: Rule, params: Sequence[torch.
     return packed
 
 
+@outside_inference
 def _state_of(core: Core, rule: Rule, i: int, param: torch.Tensor) -> dict[str, Any]:
     state = {"master": strided(core.read(i, 0), param)}
     if core.updates(i):
@@ -86,6 +88,7 @@ def _flat(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
     return flat.numpy()
 
 
+@outside_inference
 def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     """The part of one parameter's weights and state that this rank updates."""
     begin, end = core.owned(i)

@@ -251,19 +251,6 @@ def test_engines_on_tensors_have_the_same_bits(world, setting, dtype):
         assert same(weights_of(), expected)
 
 
-def test_inference_and_gradients_off_change_nothing_of_a_step(world):
-    params, plain = parameters(torch.float32), parameters(torch.float32)
-    opt, expected = xc.Adam(params, lr=0.1, world=world), xc.Adam(plain, lr=0.1, world=world)
-    for optimizer, mine in ((opt, params), (expected, plain)):
-        for p in mine:
-            p.grad = torch.ones_like(p)
-        with torch.no_grad() if optimizer is opt else torch.enable_grad():
-            optimizer.step()
-    assert same([p.detach() for p in params], [p.detach() for p in plain])
-    opt.close()
-    expected.close()
-
-
 # -- The check of the sources ----------------------------------------------------------------------------------------
 
 
