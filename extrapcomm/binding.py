@@ -148,6 +148,11 @@ class Binding:
         """Give worker v's weights the values that the first worker's have."""
         torch._foreach_copy_(self._weights[v], self._weights[0])
 
+    def gradient(self, v: int, i: int) -> torch.Tensor:
+        """Worker v's gradient of parameter i in shared memory."""
+        mine: torch.Tensor = self._grads[v][i]
+        return mine
+
     def forget_gradients(self) -> None:
         """All workers of this rank have none."""
         self.present[:] = 0

@@ -13,6 +13,7 @@ from .binding import Binding, bump_versions, strided
 from .device import core_on
 from .errors import UsageError, describe
 from .gain import Gain
+from .handed_out import HandedOut
 from .hyper import Rule
 from .micro_batches import MicroBatches
 from .observed import Numbers
@@ -45,6 +46,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _device: Device | None
     _binding: Binding
     _micro_batches: MicroBatches
+    _handed_out: HandedOut
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
@@ -181,6 +183,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
+        self._handed_out.forget()
         self._binding.mark_written()
         self._binding.record()
 
@@ -189,7 +192,9 @@ class BoundOptimizer(torch.optim.Optimizer):
 
         Afterwards `model.state_dict()` gives the master weights, whatever the worker's displacement, so the usual
         `torch.save(model.state_dict(), ...)` on rank 0 saves the right model; and after `model.load_state_dict()`,
-        which every rank must call, the next step adopts what was loaded.
+        which every rank must call, the next step adopts what was loaded. `model.zero_grad()` does what the optimizer's
+        `zero_grad()` does, so that it reaches all workers and the count of micro-batches; that of a module with a part
+        of the parameters reaches all workers' gradients of these.
 
         Args:
             model: any module that contains parameters of this optimizer.

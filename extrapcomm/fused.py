@@ -14,6 +14,7 @@ from .checkpoint import Checkpoints
 from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
+from .handed_out import HandedOut
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
@@ -74,6 +75,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self.world = World() if world is None else world
         self._built = self._closed = self._showing = self._to_adopt = False
         self._warned: set[str] = set()
+        self._handed_out = HandedOut()
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
@@ -273,6 +275,7 @@ class FusedOptimizer(Checkpoints, Gained):
         check_max_norm(self.max_grad_norm)
         if not self._to_adopt:
             self._binding.require_own_weights()
+        self._handed_out.require_unwritten()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
             if self._rule.extrapolation.name == "filter":
