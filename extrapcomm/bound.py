@@ -17,6 +17,7 @@ from .handed_out import HandedOut
 from .hyper import Rule
 from .micro_batches import MicroBatches
 from .observed import Numbers
+from .order import AttachedModels, Fingerprint, fingerprints
 from .replay import Captured
 from .world import World
 
@@ -47,6 +48,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _binding: Binding
     _micro_batches: MicroBatches
     _handed_out: HandedOut
+    _attached: AttachedModels
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
@@ -88,6 +90,12 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._binding.copy_initial()
         self._core.adopt(0)
         self._binding.show(0)
+        self._declare_names()
+
+    def _declare_names(self) -> None:
+        """Have every step compare how attached models name the parameters."""
+        digest = self._attached.digest(self._binding.index)
+        self._core.declare(_core.Declared.attached_names, digest)
 
     def _describe(self) -> tuple[list[Any], list[Any]]:
         """The engine's layers and groups."""
@@ -115,6 +123,14 @@ class BoundOptimizer(torch.optim.Optimizer):
             numbers = self._rule.numbers(group, self.world.K, g)[:-1]
             groups.append((self._rule.flag_bits(group), numbers))
         return layers, groups
+
+    def _fingerprints(self, layers: list[Any], first: int) -> list[Fingerprint]:
+        """Of the parameters of the groups from `first` on; ranks compare them."""
+        if self.world.size == 1:
+            return []
+        params = [p for group in self.param_groups[first:] for p in group["params"]]
+        names = [name for name, *_ in layers[len(layers) - len(params) :]]
+        return fingerprints(params, names)
 
     # -- Workers -------------------------------------------------------------------------------------------------
 

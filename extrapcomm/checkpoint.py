@@ -14,6 +14,7 @@ from .bound import FOREIGN_SWITCHES, BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
 from .modes import outside_inference
+from .order import Fingerprint, require_same_order
 
 __all__ = ["Checkpoints"]
 
@@ -301,15 +302,18 @@ class Checkpoints(BoundOptimizer):
         error: Exception | None = None
         layers: list[Any] = []
         groups: list[Any] = []
+        prints: list[Fingerprint] = []
         try:
             if self._showing:
                 raise UsageError("add_param_group() inside master_weights(): leave the context first")
             super().add_param_group(param_group)
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, before)
         except Exception as caught:
             error = caught
         try:
             self.world.agree(error, "parameter group")
+            require_same_order(self.world, prints)
             core = self._make_core(layers, groups)
         except Error:
             del self.param_groups[before:]

@@ -18,6 +18,7 @@ from .handed_out import HandedOut
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
+from .order import AttachedModels, Fingerprint, require_same_order
 from .replay import Captured
 from .world import World, log
 
@@ -76,6 +77,7 @@ class FusedOptimizer(Checkpoints, Gained):
         self._built = self._closed = self._showing = self._to_adopt = False
         self._warned: set[str] = set()
         self._handed_out = HandedOut()
+        self._attached = AttachedModels()
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
@@ -88,12 +90,14 @@ class FusedOptimizer(Checkpoints, Gained):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         error: Exception | None = None
+        prints: list[Fingerprint] = []
         try:
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
             self._rule = Rule(self.RULE, kind, self.world.K)
             self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
             super().__init__(params, defaults | {"inner_lr": inner_lr})
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, 0)
             self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
             check_tile(tile)
             check_bucket(bucket)
@@ -104,6 +108,7 @@ class FusedOptimizer(Checkpoints, Gained):
         except Exception as caught:
             error = caught
         self.world.agree(error, self._title())
+        require_same_order(self.world, prints)
         warn_of_shared_gpu(self.world, self._device)
         self._bind(self._make_core(layers, groups), layers, groups)
         if overlap and not self._overlap:

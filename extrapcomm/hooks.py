@@ -29,6 +29,8 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
         module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
     forward_zero_grad(optimizer, model)
+    optimizer._attached.add(model)
+    optimizer._declare_names()
 
 
 def _nothing(*_: Any) -> None:
