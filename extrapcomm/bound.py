@@ -13,10 +13,12 @@ from .binding import Binding, strided
 from .device import core_on
 from .errors import UsageError, describe
 from .gain import Gain
+from .handed_out import HandedOut
 from .hyper import Rule
 from .members import Members
 from .micro_batches import MicroBatches
 from .observed import Numbers
+from .order import AttachedModels, Fingerprint, fingerprints
 from .replay import Captured
 from .world import World
 
@@ -44,6 +46,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     _binding: Binding
     _members: Members
     _micro_batches: MicroBatches
+    _handed_out: HandedOut
+    _attached: AttachedModels
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
@@ -69,6 +73,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core = core
         self._built = True
         self._table = None
+        self._rule.table(self.param_groups, self.world.K)
+        self._rule.took()
         self._captured = None
         self._settled = [
             (self._rule.flag_bits(group), self._rule.has_buffer(group)) for group in self.param_groups
@@ -85,6 +91,12 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core.adopt(0)
         self._core.watch_writes()
         self._binding.show(0)
+        self._declare_names()
+
+    def _declare_names(self) -> None:
+        """Have every step compare how attached models name the parameters."""
+        digest = self._attached.digest(self._binding.index)
+        self._core.declare(_core.Declared.attached_names, digest)
 
     def _describe(self) -> tuple[list[Any], list[Any]]:
         """The engine's layers and groups."""
@@ -99,11 +111,24 @@ class BoundOptimizer(torch.optim.Optimizer):
                 if id(param) in seen:
                     raise UsageError(f"parameter {name!r} is given twice")
                 seen.add(id(param))
+                if param.is_inference():
+                    raise UsageError(
+                        f"parameter {name!r} was made in torch.inference_mode() and can never be trained: make the "
+                        "model outside of it"
+                    )
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
-            groups.append(self._rule.for_core(group, self.world.K))
+            groups.append(self._rule.for_core(group, self.world.K, g))
         return layers, groups
+
+    def _fingerprints(self, layers: list[Any], first: int) -> list[Fingerprint]:
+        """Of the parameters of the groups from `first` on; ranks compare them."""
+        if self.world.size == 1:
+            return []
+        params = [p for group in self.param_groups[first:] for p in group["params"]]
+        names = [name for name, *_ in layers[len(layers) - len(params) :]]
+        return fingerprints(params, names)
 
     # -- Workers -------------------------------------------------------------------------------------------------
 
@@ -184,6 +209,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
+        self._handed_out.forget()
         self._binding.ownership.adopted()
 
     def _require_own_weights(self) -> None:
@@ -214,7 +240,9 @@ class BoundOptimizer(torch.optim.Optimizer):
 
         Afterwards `model.state_dict()` gives the master weights, whatever the worker's displacement, so the usual
         `torch.save(model.state_dict(), ...)` on rank 0 saves the right model; and after `model.load_state_dict()`,
-        which every rank must call, the next step adopts what was loaded.
+        which every rank must call, the next step adopts what was loaded. `model.zero_grad()` does what the optimizer's
+        `zero_grad()` does, so that it reaches all workers and the count of micro-batches; that of a module with a part
+        of the parameters reaches all workers' gradients of these.
 
         Args:
             model: any module that contains parameters of this optimizer.

@@ -16,6 +16,8 @@ from .bound import BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
 from .live_state import LiveState
+from .modes import outside_inference
+from .order import Fingerprint, require_same_order
 from .state_entries import (
     KEPT_STATE,
     MASTER,
@@ -96,6 +98,7 @@ def _array(value: Any, param: torch.Tensor) -> NDArray[Any]:
     return array
 
 
+@outside_inference
 def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     """The part of one parameter's weights and state that this rank updates."""
     begin, end = core.owned(i)
@@ -542,16 +545,19 @@ class Checkpoints(BoundOptimizer):
         error: Exception | None = None
         layers: list[Any] = []
         groups: list[Any] = []
+        prints: list[Fingerprint] = []
         try:
             self._require_outside("add_param_group()")
             self._members.require_same(self.param_groups)
             self._binding.require_own_weights(everywhere=True)
             super().add_param_group(param_group)
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, before)
         except Exception as caught:
             error = caught
         try:
             self.world.agree(error, "parameter group")
+            require_same_order(self.world, prints)
             core = self._make_core(layers, groups)
         except Error:
             del self.param_groups[before:]

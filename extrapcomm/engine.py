@@ -114,7 +114,7 @@ class Engine(Gained):
             self._names, arrays = _flatten(weights)
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
-            group = self._rule.for_core(self._group, world.K)
+            group = self._rule.for_core(self._group, world.K, 0)
             for form in forms:
                 require_visible(form)
             self._forms = forms
@@ -130,6 +130,8 @@ class Engine(Gained):
             error = caught
         world.agree(error, title_on("Engine" if gain is None else f"Engine with {gain}", device))
         warn_of_shared_gpu(world, device)
+        self._rule.table([self._group], world.K)
+        self._rule.took()
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = self._rule.has_buffer(self._group)
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
@@ -217,6 +219,7 @@ class Engine(Gained):
         table = self._rule.table([group], self.world.K)
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._present, self._captured_divisor, norm, skips)
+        self._rule.took()
         self._group = group
 
     @property
@@ -264,6 +267,7 @@ class Engine(Gained):
             self._gain.step(observed, table, [group], self._gathered, options)
         if self._core.captures:
             self._captured_divisor = float(divisor)
+        self._rule.took()
         self._group = group
 
     def _check_filters(self, inner_lr: InnerRate) -> None:

@@ -8,6 +8,12 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
 
 
+def of_kind(name: str, text: str) -> "Error":
+    """An error that another rank had, by the name of its class; a UsageError if that is not one of ours."""
+    kinds = {kind.__name__: kind for kind in (MismatchError, CommError, DeviceError)}
+    return kinds.get(name, UsageError)(text)
+
+
 class Error(RuntimeError):
     """Every failure that extrapcomm raises itself."""
 

@@ -15,9 +15,11 @@ from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .gradients import MANNERS
+from .handed_out import HandedOut
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
+from .order import AttachedModels, Fingerprint, require_same_order
 from .replay import Captured
 from .switches import refuse_switches
 from .world import World, log
@@ -83,6 +85,8 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._built = self._closed = self._to_adopt = False
         self._showing = ""
         self._warned: set[str] = set()
+        self._handed_out = HandedOut()
+        self._attached = AttachedModels()
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
@@ -95,6 +99,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         error: Exception | None = None
+        prints: list[Fingerprint] = []
         try:
             refuse_unknown(type(self), unknown)
             if not (world is None or isinstance(world, World)):
@@ -106,6 +111,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
             refuse_switches(switches, self.RULE, self._rule.flags)
             super().__init__(params, defaults | {"inner_lr": inner_lr, "maximize": bool(maximize)})
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, 0)
             self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
             check_tile(tile)
             check_bucket(bucket)
@@ -116,6 +122,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         except Exception as caught:
             error = caught
         self.world.agree(error, self._title())
+        require_same_order(self.world, prints)
         warn_of_shared_gpu(self.world, self._device)
         self._bind(self._make_core(layers, groups), layers, groups)
         if overlap and not self._overlap:
@@ -168,6 +175,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         _, skipped, *_ = take()
         self._outcome = None
         self._forget_loaded_extra()
+        self._rule.took()
         if capturing:
             self._captured = self._as_captured()
         self._binding.gradients.step_taken()
@@ -235,6 +243,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._captured.present, self._captured.divisor, norm, skips)
         self._outcome = None
+        self._rule.took()
         self._micro_batches.reset()
         self._binding.mark_written()
 
@@ -284,6 +293,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._members.require_same(self.param_groups)
         if not self._to_adopt:
             self._binding.require_own_weights(everywhere=True)
+        self._handed_out.require_unwritten()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
             if self._rule.extrapolation.name == "filter":

@@ -159,11 +159,11 @@ class Gradients:
         self._mend_shown(self.bound)
         self._give(self.bound)
 
-    def _give(self, v: int) -> None:
-        """Let `.grad` be worker v's gradients, from now on."""
-        wide = self._wide[v]
-        wanted = [wide.get(i, shown) for i, shown in enumerate(self._shown[v])] if wide else self._shown[v]
-        for param, grad, here in zip(self._params, wanted, self.present[v].tolist(), strict=True):
+    def _give(self, v: int, which: Sequence[int] | None = None) -> None:
+        """Let `.grad` of these parameters, or of all, be worker v's gradients from now on."""
+        wide, shown, present = self._wide[v], self._shown[v], self.present[v].tolist()
+        for i in range(len(shown)) if which is None else which:
+            param, grad, here = self._params[i], wide.get(i, shown[i]), present[i]
             try:
                 param.grad = grad if here else None
             except RuntimeError:  # its type was changed meanwhile
@@ -191,6 +191,29 @@ class Gradients:
         self.witnesses.forget()
         for param in self._params:
             param.grad = None
+
+    def forget_some(self, which: Sequence[int]) -> None:
+        """All workers of this rank have none of these parameters."""
+        self.present[:, which] = 0
+        self.witnesses.forget()
+        for i in which:
+            self._params[i].grad = None
+            for wide in self._wide:
+                wide.pop(i, None)
+
+    @torch.no_grad()
+    def zero_some(self, which: Sequence[int]) -> None:
+        """Make what gradients there are of these parameters zeros in shared memory, with every worker."""
+        self.renew()
+        self.witnesses.forget()
+        self.present[self.bound, which] = [self._params[i].grad is not None for i in which]
+        for i in which:
+            for here, places, wide in zip(self.present, self._places, self._wide, strict=True):
+                wide.pop(i, None)
+                if here[i]:
+                    places[i].zero_()
+        self._mend_shown(self.bound)
+        self._give(self.bound, which)
 
     @torch.no_grad()
     def zero(self) -> None:

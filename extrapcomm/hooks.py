@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from .errors import UsageError
+from .modes import outside_inference
 from .world import World
+from .zeroing import forward_zero_grad
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
@@ -26,6 +28,9 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
         module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
         module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
+    forward_zero_grad(optimizer, model)
+    optimizer._attached.add(model)
+    optimizer._declare_names()
 
 
 def _nothing(*_: Any) -> None:
@@ -55,8 +60,9 @@ class Hook:
 
 
 class Saving(Hook):
-    """Puts the master weights into a state_dict."""
+    """Puts the master weights into a state_dict, unless that holds the Parameters themselves (`keep_vars=True`)."""
 
+    @outside_inference
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """As torch calls it."""
         optimizer = self.optimizer_of(module)
@@ -64,8 +70,13 @@ class Saving(Hook):
             return
         index = optimizer._binding.index
         for name, param in module._parameters.items():
-            if param is not None and id(param) in index and prefix + name in state:
-                state[prefix + name] = optimizer.master(index[id(param)]).to(param.dtype)
+            if param is None or id(param) not in index or state.get(key := prefix + name, param) is param:
+                continue
+            i, handed_out = index[id(param)], optimizer._handed_out
+            if (tensor := handed_out.in_dict(i, state)) is None:  # not tied to one that is there already
+                tensor = optimizer.master(i).to(param.dtype)
+                handed_out.add(i, tensor, key)
+            state[key] = tensor
 
 
 class BeforeLoading(Hook):
@@ -84,6 +95,7 @@ class AfterLoading(Hook):
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
             optimizer._to_adopt = True
+            optimizer._handed_out.forget()
 
 
 def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
@@ -95,6 +107,8 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
     )
     buffers = list(model.buffers())
     world.agree(error, f"sync_buffers of {len(buffers)} buffers, {sum(b.nbytes for b in buffers)} bytes")
+    if world.size == 1:
+        return
     for buffer in buffers:
         if how == "average" and buffer.is_floating_point():
             _average(world, buffer)

@@ -11,6 +11,7 @@ from torch.autograd import graph
 from . import _core
 from .arrays import form_of, look_at
 from .errors import UsageError
+from .modes import outside_inference
 
 __all__ = ["Ownership", "Views", "bump_versions", "strided"]
 
@@ -33,6 +34,7 @@ except Exception:  # torch 2.4 takes one tensor at a time
             graph.increment_version(tensor)
 
 
+@outside_inference
 def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
     """An array in the order of memory as a tensor of the parameter's shape and strides."""
     return torch.from_numpy(flat).as_strided(like.shape, like.stride())

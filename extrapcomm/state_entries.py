@@ -11,6 +11,7 @@ from . import _core
 from .binding import strided
 from .errors import UsageError
 from .hyper import Rule
+from .modes import outside_inference
 
 __all__ = [
     "MASTER",
@@ -63,6 +64,7 @@ class StateEntries:
         """The keys of parameter i's entry; 16-bit parameters have their float32 master weights in it."""
         return ["step", *self._slots, *([MASTER] if has_own_master(self.params[i]) else [])]
 
+    @outside_inference
     def read(self, i: int, key: str) -> torch.Tensor:
         """A copy of one value: the number of updates, a slot, or the master weights."""
         if key == "step":
@@ -70,6 +72,7 @@ class StateEntries:
         slot = 0 if key == MASTER else 1 + self._slots.index(key)
         return strided(self._core.read(i, slot), self.params[i])
 
+    @outside_inference
     def fresh(self, i: int, key: str) -> torch.Tensor:
         """The value that a parameter without any update has."""
         if key == "step":
@@ -92,6 +95,7 @@ class StateEntries:
         return None, slots, step_count(step)
 
 
+@outside_inference
 def flat_master(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
     """A saved tensor in the master type and in the order of the parameter's memory; None if there is none.
 
