@@ -210,7 +210,7 @@ class World:
         if self._closed:
             raise UsageError("this world is closed")
 
-    def _leave(self, error: BaseException | None) -> bool:
+    def _leave(self, error: BaseException | None = None) -> bool:
         """Say good-bye, and which exception is on its way, if one is."""
         self._closed = True
         if self._team is None:
