@@ -28,6 +28,11 @@ class Fingerprint(NamedTuple):
     shape: tuple[int, ...]
     digest: int
 
+    @property
+    def described(self) -> str:
+        """The parameter in the words of an error, in one line."""
+        return f"{self.name!r} of shape {self.shape}"
+
 
 def digest_of(*parts: bytes) -> int:
     """64 bits of these bytes."""
@@ -66,8 +71,8 @@ def _digest(param: torch.Tensor) -> int:
 def require_same_order(world: World, mine: Sequence[Fingerprint]) -> None:
     """Collective: complain if ranks hand over the same parameters in different orders.
 
-    Ranks may well have different values, as rank 0's are taken. But if all values of another rank are rank 0's, in
-    another order, then layers of equal shape would be exchanged.
+    Ranks may well have different values, as rank 0's are taken. But if two ranks have the same values in different
+    orders, then layers of equal shape would be exchanged.
 
     Raises:
         MismatchError: on every rank; it names the first parameter that is elsewhere.
@@ -77,18 +82,28 @@ def require_same_order(world: World, mine: Sequence[Fingerprint]) -> None:
     ordered = digest_of(*(one.digest.to_bytes(8, "little") for one in mine))
     whole = sum(digest_of(one.digest.to_bytes(8, "little")) for one in mine) % MODULUS
     pairs = [text.split() for text in world.gather_words(f"{ordered} {whole}")]
-    suspects = [r for r, pair in enumerate(pairs) if pair[1] == pairs[0][1] and pair[0] != pairs[0][0]]
-    if not suspects:
+    if (suspects := _first_exchange(pairs)) is None:
         return
-    lists = [_read(text) for text in world.gather_words("\n".join(f"{p.digest} {p.name}" for p in mine))]
-    rank, first, theirs = suspects[0], lists[0], lists[suspects[0]]
-    i = next(i for i, (one, other) in enumerate(zip(first, theirs, strict=True)) if one[0] != other[0])
-    there = next(j for j, other in enumerate(theirs) if other[0] == first[i][0])
+    lists = [_read(text) for text in world.gather_words("\n".join(f"{p.digest} {p.described}" for p in mine))]
+    (rank, other), (ours, theirs) = suspects, (lists[suspects[0]], lists[suspects[1]])
+    i = next(i for i, (one, two) in enumerate(zip(ours, theirs, strict=True)) if one[0] != two[0])
+    there = next(j for j, two in enumerate(theirs) if two[0] == ours[i][0])
     raise MismatchError(
-        f"rank 0 and rank {rank} hand over the same parameters in different orders, so layers would be exchanged: "
-        f"{first[i][1]!r} of rank 0, of shape {mine[i].shape}, is {theirs[there][1]!r} of rank {rank}. Hand them over "
-        "in the same order on every rank, as model.parameters() gives them; a set has another order in every process"
+        f"rank {rank} and rank {other} hand over the same parameters in different orders, so layers would be "
+        f"exchanged: {ours[i][1]} of rank {rank} is {theirs[there][1]} of rank {other}, which has {theirs[i][1]} in "
+        "its place. Hand them over in the same order on every rank, as model.parameters() gives them; a set has "
+        "another order in every process"
     )
+
+
+def _first_exchange(pairs: Sequence[Sequence[str]]) -> tuple[int, int] | None:
+    """The first two ranks whose parameters are the same, in different orders."""
+    first_with: dict[str, int] = {}
+    for rank, (ordered, whole) in enumerate(pairs):
+        first = first_with.setdefault(whole, rank)
+        if pairs[first][0] != ordered:
+            return first, rank
+    return None
 
 
 def _read(text: str) -> list[tuple[int, str]]:

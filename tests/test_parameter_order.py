@@ -37,10 +37,19 @@ def test_exchanged_layers_of_equal_shape_are_named(world, kind, dtype):
     model = net(dtype=dtype)
     params = swapped(model.parameters(), 2, 4) if is_odd(world) else list(model.parameters())
     before = [p.detach().clone() for p in params]
-    words = rf"rank 0 and rank {world.size - 1} hand over .* '0\.2' of rank 0, of shape \(5, 5\), is '0\.4' of rank"
+    words = rf"rank 0 and rank {world.size - 1} hand over .* '0\.2' of shape \(5, 5\) of rank 0 is '0\.4' of shape"
     with pytest.raises(xc.MismatchError, match=words):
         getattr(xc, kind)(params, lr=0.1, world=world)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_exchange_is_found_where_rank_0_has_other_values(world):
+    if world.size < 3:
+        pytest.skip("needs two ranks beside rank 0")
+    model = net(seed=min(world.rank, 1))
+    params = swapped(model.parameters()) if is_odd(world) else list(model.parameters())
+    with pytest.raises(xc.MismatchError, match=rf"rank 1 and rank {world.size - 1} hand over"):
+        xc.SGD(params, lr=0.1, world=world)
 
 
 def test_sets_of_parameters_are_refused_unless_their_orders_agree(world):
