@@ -169,10 +169,6 @@ def _wanted_whole() -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.checkpoint")
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
 class Checkpoints(BoundOptimizer):
     """Saving, loading, and parameters that are added later."""
 
@@ -283,7 +279,7 @@ class Checkpoints(BoundOptimizer):
         """Returns true if a master, rounded to the parameter's type, has the bits of the weights that are there."""
         param = self._binding.params[i]
         here = param.detach() if self._to_adopt else self.master(i).to(param.dtype)
-        return torch.equal(_bits(strided(master, param).to(param.dtype)), _bits(here))
+        return torch.equal(bytes_of(strided(master, param).to(param.dtype)), bytes_of(here))
 
     # -- Saving --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ def describe(error: BaseException) -> str:
 
 def of_kind(name: str, text: str) -> "Error":
     """An error that another rank had, by the name of its class; a UsageError if that is not one of ours."""
-    kinds = {kind.__name__: kind for kind in (MismatchError, CommError, DeviceError)}
+    kinds = {kind.__name__: kind for kind in (ArgumentError, MismatchError, CommError, DeviceError)}
     return kinds.get(name, UsageError)(text)
 
 

@@ -126,5 +126,6 @@ def _average(world: World, buffer: torch.Tensor) -> None:
 def _broadcast(world: World, buffer: torch.Tensor) -> None:
     """As bytes: NumPy does not know every type that torch does."""
     values = buffer.detach().cpu().contiguous()
-    world.comm.Bcast(values.flatten().view(torch.uint8).numpy(), root=0)
-    buffer.copy_(values)
+    sent = bytes_of(values)
+    world.comm.Bcast(sent.numpy(), root=0)
+    buffer.copy_(sent.view(values.dtype).view(values.shape))

@@ -64,8 +64,8 @@ def _digest(param: torch.Tensor) -> int:
         flat = values.as_strided((values.numel(),), (1,))
     else:
         flat = values.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
-    return digest_of(form, sample.view(torch.uint8).numpy().tobytes())
+    sample = flat[:: max(1, flat.numel() // SAMPLES)]
+    return digest_of(form, bytes_of(sample).numpy().tobytes())
 
 
 def require_same_order(world: World, mine: Sequence[Fingerprint]) -> None:

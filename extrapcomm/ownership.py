@@ -13,10 +13,7 @@ from .arrays import form_of, look_at
 from .errors import UsageError
 from .modes import outside_inference
 
-__all__ = ["Ownership", "Views", "bump_versions", "strided"]
-
-# Integers of each element size, to compare bits.
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+__all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "strided"]
 
 
 def bump_versions(tensors: list[torch.Tensor]) -> None:
@@ -38,6 +35,13 @@ except Exception:  # torch 2.4 takes one tensor at a time
 def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
     """An array in the order of memory as a tensor of the parameter's shape and strides."""
     return torch.from_numpy(flat).as_strided(like.shape, like.stride())
+
+
+@outside_inference
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor's elements, as bytes. A view would need strides that a tensor of one element may not have."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
+    return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
 
 
 class Views:
@@ -212,10 +216,8 @@ class Ownership:
         """Return true if the engine's last weights were w in the parameter's type, and it has those bits."""
         if self.core.displaced(i):
             return False
-        param = self.params[i].detach().to("cpu")
-        master = strided(self.core.read(i, 0), param).to(param.dtype)
-        integers = INTEGERS[param.element_size()]
-        return torch.equal(param.view(integers), master.view(integers))
+        master = strided(self.core.read(i, 0), self.params[i]).to(self.params[i].dtype)
+        return torch.equal(bytes_of(self.params[i]), bytes_of(master))
 
     @contextmanager
     def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:

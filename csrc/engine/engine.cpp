@@ -332,7 +332,8 @@ void EngineOf<T>::adopt(int root_worker) {
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  collective({Operation::load, steps_, hash, {}, {}, declared_}, [&](const Agreed&) {
+  const Declarations assigned = {declared_[static_cast<std::size_t>(Declared::assigned_state)]};
+  collective({Operation::load, steps_, hash, {}, {}, assigned}, [&](const Agreed&) {
     settle();
     for (std::size_t i = 0; i < layers.size(); ++i) {
       if (layers[i].weights) state_.write(i, 0, layers[i].weights);
