@@ -18,6 +18,7 @@ from .hyper import Rule
 from .live_state import LiveState
 from .modes import outside_inference
 from .order import Fingerprint, require_same_order
+from .ownership import bytes_of
 from .state_entries import (
     KEPT_STATE,
     MASTER,

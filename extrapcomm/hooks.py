@@ -8,6 +8,7 @@ import torch
 
 from .errors import UsageError
 from .modes import outside_inference
+from .ownership import bytes_of
 from .world import World
 from .zeroing import forward_zero_grad
 
@@ -125,7 +126,6 @@ def _average(world: World, buffer: torch.Tensor) -> None:
 
 def _broadcast(world: World, buffer: torch.Tensor) -> None:
     """As bytes: NumPy does not know every type that torch does."""
-    values = buffer.detach().cpu().contiguous()
-    sent = bytes_of(values)
+    sent = bytes_of(buffer)
     world.comm.Bcast(sent.numpy(), root=0)
-    buffer.copy_(sent.view(values.dtype).view(values.shape))
+    buffer.copy_(sent.view(buffer.dtype).view(buffer.shape))

@@ -11,6 +11,7 @@ import torch
 from .arrays import dense_strides
 from .errors import MismatchError
 from .modes import outside_inference
+from .ownership import bytes_of
 from .world import World
 
 __all__ = ["AttachedModels", "Fingerprint", "fingerprints", "require_same_order"]
