@@ -123,7 +123,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         return layers, groups
 
     def _fingerprints(self, layers: list[Any], first: int) -> list[Fingerprint]:
-        """Of the parameters of the groups from `first` on; ranks compare them."""
+        """Return the fingerprints of the parameters of the groups from `first` on, which the ranks compare."""
         if self.world.size == 1:
             return []
         params = [p for group in self.param_groups[first:] for p in group["params"]]

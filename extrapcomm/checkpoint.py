@@ -58,7 +58,7 @@ def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]
 
 
 def extra_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a state_dict has beyond torch.optim's; empty if it has passed through torch.
+    """Return the part of a state_dict that torch.optim has no place for; empty if the dict has passed through torch.
 
     Raises:
         UsageError: if it is of a later version of this library.
@@ -74,7 +74,7 @@ def extra_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def layers_of(state_dict: Mapping[str, Any], entries: StateEntries) -> tuple[list[Layer], Masters]:
-    """What the engine loads, and the master weights of unknown age that only the rule's state has."""
+    """Return the layers that the engine loads, and master weights of unknown age that only the rule's state has."""
     state, trusted = state_dict.get("state"), extra_of(state_dict).get(MASTER, {})
     if not isinstance(state, Mapping) or not isinstance(trusted, Mapping):
         raise UsageError("this is not an optimizer's state_dict: it has no state")
@@ -224,7 +224,7 @@ class Checkpoints(BoundOptimizer):
 
     @property
     def _has_pending_state(self) -> bool:
-        """Whether the next step has weights or state to take in before its own work."""
+        """True if the next step has weights or state to take in before its own work."""
         return self._to_adopt or bool(self._found_masters) or bool(self._live and self._live.digest)
 
     def _take_pending_state(self) -> None:
@@ -373,7 +373,7 @@ class Checkpoints(BoundOptimizer):
         return packed
 
     def extra_state_dict(self) -> dict[str, Any]:
-        """What gain and `inner_lr="noise"` have measured: plain numbers, alike on all ranks. Not collective.
+        """The measurements of the gain and of `inner_lr="noise"`: plain numbers, alike on all ranks. Not collective.
 
         `state_dict()` has it; `torch.distributed.checkpoint` drops it, so save it beside that.
         """

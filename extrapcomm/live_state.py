@@ -39,12 +39,12 @@ class _HandedOut:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody still has the copy."""
+        """True if somebody still has the copy."""
         return self._alias is not None
 
     @property
     def written(self) -> bool:
-        """Whether somebody wrote into the copy."""
+        """True if somebody wrote into the copy."""
         return self._written or (self._alias is not None and self._alias._version != self._version)
 
 
@@ -155,7 +155,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         return self._entries().read(i, key)
 
     def updated(self, i: int) -> bool:
-        """Whether parameter i has been updated, or will have been when what is staged is applied."""
+        """Return true if parameter i has been updated, or will have been when what is staged is applied."""
         if i in self._staged:
             return self._entries().layer(i, self._staged[i])[2] > 0
         return self._entries().updates(i) > 0

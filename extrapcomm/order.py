@@ -23,7 +23,7 @@ Names = list[tuple["weakref.ref[torch.nn.Parameter]", str]]
 
 
 class Fingerprint(NamedTuple):
-    """What tells a parameter from others, apart from its place: a digest of its values, shape and type."""
+    """The features that tell a parameter from others, apart from its place: a digest of its values, shape and type."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class AttachedModels:
             self._models.append((weakref.ref(model), _names_in(model)))
 
     def digest(self, index: Mapping[int, int]) -> int:
-        """Which place in the optimizer every name has, in 64 bits; 0 without a model.
+        """A digest of the place in the optimizer that every name has, in 64 bits; 0 without a model.
 
         A model inside another, such as a wrapper, names the parameters alike apart from a common beginning, which does
         not count.

@@ -15,7 +15,7 @@ def net():
 
 
 def send(model):
-    """What a multiprocessing queue does to the tensors that are put into it."""
+    """Does what a multiprocessing queue does to the tensors that are put into it."""
     from torch.multiprocessing import reductions
 
     for p in model.parameters():

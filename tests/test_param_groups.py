@@ -38,7 +38,7 @@ def make_iterator(groups):
     groups[1]["params"] = iter(groups[1]["params"])
 
 
-# What is edited, and the words of the error.
+# The edits, each with the words of its error.
 EDITS = {
     "reversed": (
         lambda groups: groups.reverse(),

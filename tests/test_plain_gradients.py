@@ -445,7 +445,7 @@ def test_so_it_is_with_an_older_torch(worlds, without_table, wrong):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_tensor_of_the_engine_that_got_other_data_is_replaced(worlds, mode):
-    """What a user does to the tensors that zero_grad() left must not change where later gradients go."""
+    """Changes that a user makes to the tensors that zero_grad() left must not change where later gradients go."""
     params, opt, twin = made("SGD", torch.float32, mode, worlds(1))
     for step in range(4):
         opt.zero_grad(False)

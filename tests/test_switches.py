@@ -51,7 +51,7 @@ def give_gradients(params, opt, step, sign=1.0):
 
 
 def weights_of(params, opt):
-    """What every worker of this rank holds, then the master weights."""
+    """The weights of every worker of this rank, then the master weights."""
     held = []
     for v in range(opt.world.workers):
         with opt.worker(v):
