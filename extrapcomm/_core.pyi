@@ -71,8 +71,8 @@ Revise = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64
 
 class GradientReader:
     def read(
-        self, worker: int, params: list[Any], sources: NDArray[np.int64]
-    ) -> tuple[list[Any], list[int]]: ...
+        self, worker: int, params: list[Any], shown: list[Any], sources: NDArray[np.int64]
+    ) -> tuple[list[Any], list[int], list[int]]: ...
     def strays(self, worker: int, tensors: list[Any]) -> list[int]: ...
 
 class Engine:

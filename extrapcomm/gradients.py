@@ -12,7 +12,7 @@ import torch
 from . import _core
 from .arrays import look_at
 from .micro_batches import MicroBatches
-from .odd_gradients import held_alone, is_plain_class, looks_at, reader_for, require_usable
+from .odd_gradients import held_alone, is_held, is_plain_class, looks_at, reader_for, require_usable
 from .overlap import Watch
 from .ownership import Views
 from .witnesses import Witnesses
@@ -96,10 +96,19 @@ class Gradients:
         Raises:
             UsageError: if one cannot be a gradient of its parameter; nothing has been copied then.
         """
-        grads, self._odd = self._reader.read(self.bound, self._params, self._sources)
+        shown = self._shown[self.bound]
+        grads, self._odd, held = self._reader.read(self.bound, self._params, shown, self._sources)
+        for i in held:
+            self._let_go(i)
         if self._odd:
             self._convert(grads, self._odd)
         self._core.gather(self.bound, self._sources, self.present[self.bound])
+
+    def _let_go(self, i: int) -> None:
+        """Give a tensor that was a gradient, and that somebody kept, memory of its own."""
+        shown, place = self._shown[self.bound], self._places[self.bound][i]
+        shown[i].data = shown[i].detach().clone()
+        shown[i] = place.detach()
 
     @torch.no_grad()
     def _convert(self, grads: list[Any], odd: Sequence[int]) -> None:
@@ -279,6 +288,8 @@ class Gradients:
         shown = self._shown[self.bound]
         if copy and param.grad is not shown[i] and self._moves(i, param):
             place = self._places[self.bound][i]
+            if is_held(shown, i):
+                self._let_go(i)
             self._core.touch(self.bound, i)
             place.copy_(param.grad)
             param.grad = shown[i] = place.detach()

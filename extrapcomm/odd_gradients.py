@@ -104,6 +104,14 @@ def looks_at(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor._use_count(), _storage_count(tensor.untyped_storage()._cdata)
 
 
+def is_held(tensors: list[torch.Tensor], i: int) -> bool:
+    """Whether anybody but this list has a reference to its i-th tensor."""
+    return sys.getrefcount(tensors[i]) > _LISTED
+
+
+_LISTED = sys.getrefcount([torch.Tensor()][0])
+
+
 class Reader:
     """As the compiled GradientReader, for a torch without DLPack's table: slower.
 
@@ -117,10 +125,20 @@ class Reader:
         self._memory = memory
 
     def read(
-        self, worker: int, params: list[Any], sources: NDArray[np.int64]
-    ) -> tuple[list[torch.Tensor | None], list[int]]:
-        """Fill a row for each gradient that can be copied as it is; return all gradients, and the others' indices."""
+        self, worker: int, params: list[Any], shown: list[Any], sources: NDArray[np.int64]
+    ) -> tuple[list[torch.Tensor | None], list[int], list[int]]:
+        """Fill a row for each gradient that can be copied as it is.
+
+        Returns:
+            All gradients, the indices of those that cannot, and those of shown tensors that somebody else holds
+            although another tensor is the gradient.
+        """
         grads = [param.grad for param in params]
+        held = [
+            i
+            for i, grad in enumerate(grads)
+            if grad is not None and grad is not shown[i] and is_held(shown, i)
+        ]
         odd = []
         for i, (grad, place) in enumerate(zip(grads, self._places[worker], strict=True)):
             sources[i] = 0, ABSENT
@@ -130,7 +148,7 @@ class Reader:
                 odd.append(i)
             else:
                 sources[i] = address, place.nbytes
-        return grads, odd
+        return grads, odd, held
 
     def strays(self, worker: int, tensors: list[Any]) -> list[int]:
         """Indices of those that are not the worker's gradient memory as the parameters see it."""
@@ -145,7 +163,12 @@ class Reader:
         if place.numel() == 0:
             return place.data_ptr()
         address: int = grad.data_ptr()
-        if grad.stride() != place.stride() or grad.untyped_storage().data_ptr() == 0 or grad.is_neg():
+        if (
+            grad.stride() != place.stride()
+            or grad.is_neg()
+            or address == 0
+            or not grad.untyped_storage().data_ptr()
+        ):
             return None
         inside = address < self._memory.stop and address + place.nbytes > self._memory.start
         return None if inside and address != place.data_ptr() else address

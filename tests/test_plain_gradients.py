@@ -348,6 +348,30 @@ def test_complex_parts_of_a_conjugate_count_with_their_signs(worlds):
         opt.close()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_are_kept_keep_their_values(worlds, mode, workers):
+    """As methods do that compare the gradients of several losses."""
+    params, opt, _ = made("SGD", torch.float32, mode, worlds(workers))
+    kept = []
+    for step, v in itertools.product(range(3), range(workers)):
+        with opt.worker(v):
+            for _ in range(3):
+                for param in params:
+                    param.grad = None
+                backward(params, len(kept))
+                kept.append([param.grad for param in params])
+            for param, *grads in zip(params, *kept[-3:], strict=True):
+                param.grad = sum(grads)
+        if v == workers - 1:
+            opt.step()
+            opt.zero_grad(step == 1)
+    for seed, grads in enumerate(kept):
+        for i, grad in enumerate(grads):
+            torch.testing.assert_close(grad, some(grad.shape, 100 * seed + i))
+    opt.close()
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_a_graph_are_copied_and_stay_in_it(worlds, mode):

@@ -45,6 +45,11 @@ bool same_layout(const dlpack::Tensor& tensor, const Layer& layer) {
   return true;
 }
 
+// The list that it is in holds one reference.
+bool is_held(py::handle shown, py::handle grad) {
+  return shown.ptr() != grad.ptr() && Py_REFCNT(shown.ptr()) > 1;
+}
+
 const dlpack::ExchangeTable* table_of(py::handle tensor_type) {
   if (!py::hasattr(tensor_type, dlpack::kExchangeAttribute)) return nullptr;
   const py::object capsule = tensor_type.attr(dlpack::kExchangeAttribute);
@@ -75,28 +80,32 @@ std::optional<GradientReader> GradientReader::make(const Engine& engine, const p
   return GradientReader(engine, *table, tensor_types, is_neg);
 }
 
-py::tuple GradientReader::read(int v, const py::list& params, Sources& sources) const {
+py::tuple GradientReader::read(int v, const py::list& params, const py::list& shown, Sources& sources) const {
   const auto& layers = engine_->plan().layers;
-  if (params.size() != layers.size() || sources.size() != py::ssize_t(2 * layers.size()))
+  const std::size_t count = layers.size();
+  if (params.size() != count || shown.size() != count || sources.size() != py::ssize_t(2 * count))
     throw UsageError("a gradient reader takes every parameter");
   const std::byte* const mine = engine_->gradients(v).get();
   const Memory memory = gradient_memory();
   std::int64_t* row = sources.mutable_data();
   py::list grads(layers.size());
   py::list odd;
+  py::list held;
   for (std::size_t i = 0; i < layers.size(); ++i, row += 2) {
     py::object grad = params[i].attr(grad_);
     Engine::Source source{nullptr, Engine::kAbsent};
     if (!grad.is_none()) {
-      const auto found = plain(layers[i], grad, mine + layers[i].byte_begin, memory);
+      const std::byte* const place = mine + layers[i].byte_begin;
+      const auto found = plain(layers[i], grad, place, memory);
       if (!found) odd.append(i);
+      if ((!found || found->address != place) && is_held(shown[i], grad)) held.append(i);
       source = found.value_or(source);
     }
     row[0] = reinterpret_cast<std::int64_t>(source.address);
     row[1] = source.bytes;
     PyList_SET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i), grad.release().ptr());
   }
-  return py::make_tuple(std::move(grads), std::move(odd));
+  return py::make_tuple(std::move(grads), std::move(odd), std::move(held));
 }
 
 py::list GradientReader::strays(int v, const py::list& tensors) const {
@@ -158,9 +167,11 @@ bool GradientReader::is_negated(py::handle grad) const {
 
 void register_gradients(py::module_& module) {
   py::class_<GradientReader>(module, "GradientReader", "Reads the gradients of an engine's parameters.")
-      .def("read", &GradientReader::read, py::arg("worker"), py::arg("params"),
+      .def("read", &GradientReader::read, py::arg("worker"), py::arg("params"), py::arg("shown"),
            py::arg("sources").noconvert(),
-           "(gradients, indices of the odd ones); fills a row for each of the others.")
+           "(gradients, indices of the odd ones, indices of shown tensors that others hold and whose memory "
+           "will be "
+           "written); fills a row for each gradient that is not odd.")
       .def("strays", &GradientReader::strays, py::arg("worker"), py::arg("tensors"),
            "Indices of tensors that are not the worker's gradient memory as the parameters see it.");
 }

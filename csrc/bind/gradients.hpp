@@ -32,9 +32,11 @@ class GradientReader {
   static std::optional<GradientReader> make(const Engine& engine, const py::tuple& tensor_types,
                                             const py::object& is_neg);
 
-  // Fills a row of `sources` for each parameter; rows of odd gradients are left as they are. Returns the
-  // gradients, None included, and the indices of the odd ones.
-  py::tuple read(int v, const py::list& params, Sources& sources) const;
+  // Fills a row of `sources` for each parameter; rows of odd gradients are left as they are. `shown` has for
+  // each parameter the tensor that Python's users may know as worker v's gradient memory. Returns the
+  // gradients, None included; the indices of the odd ones; and those of shown tensors that somebody else
+  // holds although another tensor is the gradient, whose memory is written next.
+  py::tuple read(int v, const py::list& params, const py::list& shown, Sources& sources) const;
 
   // Indices of those of the tensors, one per parameter, that are not worker v's gradient memory as it is laid
   // out.
