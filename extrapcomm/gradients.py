@@ -19,7 +19,7 @@ from .witnesses import Witnesses
 
 __all__ = ["MANNERS", "Gradients"]
 
-# How gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
+# The modes in which gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
 # each one; or accumulated there by autograd, into zeros that zero_grad() left.
 MANNERS = ("copy", "hook", "view")
 
@@ -79,7 +79,7 @@ class Gradients:
         )
         self._reader = reader_for(core, self._places, self._memory)
         self._odd: list[int] = []  # at the last collect()
-        # Of workers that are not bound: gradients of another type than the parameter's, which go on being summed in it.
+        # Gradients of workers that are not bound, of another type than the parameter's: they go on being summed in it.
         self._wide: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
         self._finished: tuple[torch.Tensor, int] | None = None
         self._rescaled = False
@@ -128,7 +128,7 @@ class Gradients:
             self._move_out(i, grads[i], values[i])
 
     def _is_inside(self, grad: torch.Tensor) -> bool:
-        """Whether the gradient lies in this rank's gradient memory."""
+        """Return true if the gradient lies in this rank's gradient memory."""
         return is_plain_class(grad) and grad.layout == torch.strided and grad.data_ptr() in self._memory
 
     def _aside(self, i: int, grad: torch.Tensor) -> torch.Tensor:
@@ -249,7 +249,7 @@ class Gradients:
         self._wide[v] = {}
 
     def _stays(self, i: int) -> bool:
-        """Whether a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
+        """Return true if a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
         param = self._params[i]
         if self._wide_grads(i):
             return True
@@ -299,7 +299,7 @@ class Gradients:
             self._watch_all.finish(self.bound, i)
 
     def _moves(self, i: int, param: torch.Tensor) -> bool:
-        """Whether autograd's own gradient can go to shared memory now, without a trace that anybody could see.
+        """Return true if autograd's own gradient can go to shared memory now, without a trace that anybody could see.
 
         A gradient of another type goes on being summed in that type. One that requires a gradient is a part of a graph.
         Where somebody else holds the gradient, writes on either side must be seen on the other.
@@ -317,7 +317,7 @@ class Gradients:
         return self._is_free(i)
 
     def _is_free(self, i: int) -> bool:
-        """Whether no other parameter's gradient lies in the place of this one."""
+        """Return true if no other parameter's gradient lies in the place of this one."""
         if looks_at(self._shown[self.bound][i]) == self._own_looks:
             return True
         place = self._places[self.bound][i]
@@ -333,7 +333,7 @@ class Gradients:
             self._watch_all.report()
 
     def step_taken(self) -> None:
-        """What comes from now on belongs to the next step."""
+        """Note that the step was taken: later gradients belong to the next one."""
         self.witnesses.step_taken()
         if self._watch_all is not None:
             self._watch_all.forget()
@@ -347,7 +347,7 @@ class Gradients:
         self._finished = None if grad is None or grad.is_inference() else (grad, grad._version)
 
     def watch_again(self) -> None:
-        """What was written into the gradients until now was meant."""
+        """Take all writes into the gradients until now as intended."""
         if self._watched >= 0:
             self._watch(self._params[self._watched].grad)
 
@@ -357,7 +357,7 @@ class Gradients:
         self._rescaled = False
 
     def was_rescaled(self) -> bool:
-        """Whether somebody wrote into a gradient after autograd had finished it."""
+        """Return true if somebody wrote into a gradient after autograd had finished it."""
         if self._finished is not None:
             grad, version = self._finished
             self._rescaled |= grad._version != version
