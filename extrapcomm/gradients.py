@@ -19,8 +19,8 @@ from .witnesses import Witnesses
 
 __all__ = ["MANNERS", "Gradients"]
 
-# The modes in which gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
-# each one; or accumulated there by autograd, into zeros that zero_grad() left.
+# The modes in which gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon
+# as autograd has each one; or accumulated there by autograd, into zeros that zero_grad() left.
 MANNERS = ("copy", "hook", "view")
 
 

@@ -105,7 +105,7 @@ def looks_at(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def is_held(tensors: list[torch.Tensor], i: int) -> bool:
-    """Whether anybody but this list has a reference to its i-th tensor."""
+    """Return true if anybody but this list has a reference to its i-th tensor."""
     return sys.getrefcount(tensors[i]) > _LISTED
 
 

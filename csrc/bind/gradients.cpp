@@ -45,9 +45,11 @@ bool same_layout(const dlpack::Tensor& tensor, const Layer& layer) {
   return true;
 }
 
-// The list that it is in holds one reference.
-bool is_held(py::handle shown, py::handle grad) {
-  return shown.ptr() != grad.ptr() && Py_REFCNT(shown.ptr()) > 1;
+// Returns true if somebody beside the list holds its i-th tensor, which is not the gradient. The list holds
+// one reference; an accessor of pybind11 would hold another.
+bool is_held(const py::list& shown, std::size_t i, py::handle grad) {
+  const PyObject* const tensor = PyList_GET_ITEM(shown.ptr(), static_cast<py::ssize_t>(i));
+  return tensor != grad.ptr() && Py_REFCNT(const_cast<PyObject*>(tensor)) > 1;
 }
 
 const dlpack::ExchangeTable* table_of(py::handle tensor_type) {
@@ -98,7 +100,7 @@ py::tuple GradientReader::read(int v, const py::list& params, const py::list& sh
       const std::byte* const place = mine + layers[i].byte_begin;
       const auto found = plain(layers[i], grad, place, memory);
       if (!found) odd.append(i);
-      if ((!found || found->address != place) && is_held(shown[i], grad)) held.append(i);
+      if ((!found || found->address != place) && is_held(shown, i, grad)) held.append(i);
       source = found.value_or(source);
     }
     row[0] = reinterpret_cast<std::int64_t>(source.address);
@@ -170,8 +172,8 @@ void register_gradients(py::module_& module) {
       .def("read", &GradientReader::read, py::arg("worker"), py::arg("params"), py::arg("shown"),
            py::arg("sources").noconvert(),
            "(gradients, indices of the odd ones, indices of shown tensors that others hold and whose memory "
-           "will be "
-           "written); fills a row for each gradient that is not odd.")
+           "is "
+           "written next); fills a row for each gradient that is not odd.")
       .def("strays", &GradientReader::strays, py::arg("worker"), py::arg("tensors"),
            "Indices of tensors that are not the worker's gradient memory as the parameters see it.");
 }
