@@ -18,15 +18,6 @@ std::int64_t last_level_cache_bytes() {
   return file >> kilobytes ? kilobytes << 10 : std::int64_t{32} << 20;
 }
 
-bool is_intel() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 StoreWidth widest_store() {
@@ -35,13 +26,13 @@ StoreWidth widest_store() {
   return clone == "x86-64-v3" ? StoreWidth::bytes32 : StoreWidth::bytes16;
 }
 
-Streaming usual_streaming() {
-  static const Streaming kUsual = [] {
-    Streaming usual{widest_store(), is_intel()};
-    if (const char* store = std::getenv("XC_STORE"))
-      usual.store = std::min(static_cast<StoreWidth>(std::atoi(store)), widest_store());
-    if (const char* fetch = std::getenv("XC_FETCH")) usual.fetches_tiles = std::string_view(fetch) == "tile";
-    return usual;
+StoreWidth usual_store() {
+  static const StoreWidth kUsual = [] {
+    const char* const asked = std::getenv("XC_STORE");
+    const int bytes = asked ? std::atoi(asked) : 0;
+    for (const StoreWidth width : {StoreWidth::bytes16, StoreWidth::bytes32})
+      if (bytes == static_cast<int>(width)) return std::min(width, widest_store());
+    return widest_store();
   }();
   return kUsual;
 }

@@ -25,20 +25,11 @@ bool exceeds_cache(std::int64_t bytes);
 // The number of bytes that one store instruction writes past the cache.
 enum class StoreWidth : std::uint8_t { none = 0, bytes16 = 16, bytes32 = 32, bytes64 = 64 };
 
-// How a step that moves more than the caches hold uses memory. Results do not depend on it.
-struct Streaming {
-  StoreWidth store = StoreWidth::bytes16;
-  // True: all arrays that the next tile reads are fetched, interleaved, before a tile begins. False: each
-  // array in turn, while the weights of a worker are stored.
-  bool fetches_tiles = false;
-};
-
 // Returns the widest store that the tile loops of this machine may use.
 StoreWidth widest_store();
 
-// Returns what is fast on this type of processor. XC_STORE=16, 32 or 64 and XC_FETCH=tile or stores in the
-// environment fix the two members.
-Streaming usual_streaming();
+// Returns the width that steps use: the widest, or XC_STORE=16, 32 or 64 in the environment if that is less.
+StoreWidth usual_store();
 
 // Returns the widest store, up to `most`, for which the address is aligned; none below 16 bytes.
 inline StoreWidth store_for(const void* to, StoreWidth most) {

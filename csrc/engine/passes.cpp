@@ -193,9 +193,9 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* mea
   const auto targets = static_cast<std::int64_t>(workers.targets.size());
   for (std::int64_t k = 0; k < targets; ++k) {
     Ahead ahead;
-    ahead.store = tile.streaming.store;
+    ahead.store = tile.store;
     std::int64_t read = k * reads / targets;
-    for (int i = 0; !tile.streaming.fetches_tiles && i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
+    for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
       look_ahead(workers, tile, read, i, ahead);
     const auto worker = static_cast<std::size_t>(k);
     Observed<T> observed{.mean = tile.mean, .own = tile.run->own, .first = tile.first};
@@ -203,22 +203,6 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* mea
     if (k == 0) observed.mean_lanes = mean_lanes;
     tile.run->stream(tile.w, displacement_of(workers, tile, worker),
                      workers.targets[worker] + tile.first_byte, tile.count, ahead, observed);
-  }
-}
-
-// Asks for what the next tile reads: the same lines of every gradient, of the master weights and of the
-// slots, one after the other, in the order in which the stages will want them.
-template <class T>
-void fetch_next_tile(const Workers& workers, const Tile<T>& tile) {
-  const std::int64_t size = tile.run->element_size;
-  for (std::int64_t i = 0; i < tile.count; i += kStreamBlock) {
-    const std::int64_t next = tile.count + i;
-    for (const std::byte* source : workers.sources)
-      fetch(source + tile.first_byte + next * size, kStreamBlock * size);
-    fetch(reinterpret_cast<const std::byte*>(tile.w + next), kStreamBlock * std::int64_t(sizeof(T)));
-    for (const T* slot : tile.slots)
-      if (slot)
-        fetch(reinterpret_cast<const std::byte*>(slot + next), kStreamBlock * std::int64_t(sizeof(T)));
   }
 }
 
@@ -257,7 +241,7 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.factor = kept.factor ? kept.factor + place : buffers.factor();
   tile.received = kept.received ? kept.received + place : nullptr;
   tile.noise = buffers.noise();
-  tile.streaming = buffers.streaming();
+  tile.store = buffers.store();
   tile.kept = &kept;
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
@@ -358,13 +342,11 @@ template <class T>
 void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, const Kept<T>& kept) {
   const std::vector<Stage<T>> stages = stages_of<T>(pass);
-  const bool ahead = buffers.streaming().fetches_tiles && pass.weights == Pass::Weights::stream;
   for (const Run<T>& run : runs) {
     const std::int64_t end = std::min(run.end, shard.end);
     for (std::int64_t first = std::max(run.begin, shard.begin); first < end;) {
       const std::int64_t count = std::min(within_cell(first, buffers.tile()), end - first);
       const Tile<T> tile = make_tile(run, shard, first, count, buffers, kept);
-      if (ahead) fetch_next_tile(workers, tile);
       for (const Stage<T> stage : stages) stage(workers, tile);
       first += count;
     }
