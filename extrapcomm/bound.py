@@ -111,6 +111,10 @@ class BoundOptimizer(torch.optim.Optimizer):
                 if id(param) in seen:
                     raise UsageError(f"parameter {name!r} is given twice")
                 seen.add(id(param))
+                if torch.nn.parameter.is_lazy(param):
+                    raise UsageError(
+                        f"parameter {name!r} of a lazy module has no shape yet: run the model once before you construct"
+                    )
                 if param.is_inference():
                     raise UsageError(
                         f"parameter {name!r} was made in torch.inference_mode() and can never be trained: make the "

@@ -52,12 +52,13 @@ class Hook:
         return _inert, ()
 
     def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
-        """The optimizer, if it is in use and trains a parameter of this very module."""
+        """The optimizer, if it is in use and trains a parameter of this very module that no other one has taken."""
         optimizer = self._reference()
         if optimizer is None or optimizer._closed or optimizer._showing:
             return None
-        index = optimizer._binding.index
-        return optimizer if any(id(p) in index for p in module._parameters.values()) else None
+        index, ownership = optimizer._binding.index, optimizer._binding.ownership
+        params = [p for p in module._parameters.values() if p is not None and id(p) in index]
+        return optimizer if any(not ownership.is_taken(p) for p in params) else None
 
 
 class Saving(Hook):

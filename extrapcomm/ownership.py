@@ -1,5 +1,6 @@
 """The model's weights in the workers' shared memory: which worker they show, and whether others wrote them."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -99,7 +100,9 @@ class Ownership:
             for v in range(workers)
         ]
         self._noticed: str | None = None
+        self._index = {id(param): i for i, param in enumerate(params)}
         self.record()
+        _all.add(self)
 
     @property
     def weights(self) -> list[torch.Tensor]:
@@ -124,6 +127,11 @@ class Ownership:
     def copy_shown_to(self, v: int) -> None:
         """Give worker v's weights the values that the first worker's have."""
         torch._foreach_copy_(self._views[v].tensors, self._views[0].tensors)
+
+    def is_taken(self, param: torch.Tensor) -> bool:
+        """Return true if another optimizer has given the parameter its own memory since."""
+        others = (other for other in _all if other is not self and id(param) in other._index)
+        return any(param.is_set_to(other.weights[other._index[id(param)]]) for other in others)
 
     def held(self) -> list[int]:
         """Return the parameters that still have the bound worker's storage: no other optimizer has taken them."""
@@ -259,3 +267,7 @@ class Ownership:
                 raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
             mine.copy_(param.detach())
             param.data = mine
+
+
+# All that are alive, to tell a parameter that a second optimizer has taken from one that was written.
+_all: "weakref.WeakSet[Ownership]" = weakref.WeakSet()

@@ -148,3 +148,23 @@ def test_new_group_of_the_second_holds_what_the_first_trained(team):
     train([a, b], second, team)
     assert a.tolist() == [0.0] * 3 and b.tolist() == [0.5] * 3
     second.close()
+
+
+def test_saving_hook_of_an_optimizer_whose_parameters_were_taken_is_silent(team):
+    model = torch.nn.Linear(3, 2)
+    first = xc.SGD(model.parameters(), lr=0.5, world=team)
+    first.attach(model)
+    second = xc.SGD(model.parameters(), lr=0.5, world=team)
+    for v in range(team.workers):
+        with second.worker(v):
+            model(torch.ones(1, 3)).sum().backward()
+    second.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, dict(model.named_parameters())[name]), name
+    second.close()
+    first.close()
+
+
+def test_lazy_parameters_are_refused_with_the_remedy(world):
+    with pytest.raises(xc.UsageError, match="run the model once"):
+        xc.SGD(torch.nn.LazyLinear(3).parameters(), lr=0.1, world=world)
