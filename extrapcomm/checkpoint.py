@@ -26,6 +26,7 @@ from .state_entries import (
     StateEntries,
     digest_of,
     flat_master,
+    has_own_master,
     is_nothing,
     step_count,
 )
@@ -266,8 +267,12 @@ class Checkpoints(BoundOptimizer):
         fitting = {i: master for i, master in self._found_masters.items() if self._fits(i, master)}
         stale = next((i for i in self._found_masters if i not in fitting), None)
         self._found_masters = {}
-        if fitting:
-            layers: dict[int, Layer] = {i: (master, *KEPT_STATE) for i, master in fitting.items()}
+        layers: dict[int, Layer] = {
+            i: (master, *KEPT_STATE)
+            for i, master in fitting.items()
+            if has_own_master(self._binding.params[i])  # others have these very values
+        }
+        if layers:
             self._load_some(layers, digest_of(list(layers.values())))
         if stale is not None:
             log.warning(

@@ -524,3 +524,30 @@ def test_state_of_closed_optimizers_can_be_read(adam):
     assert opt.state[next(iter(model.parameters()))]["step"] == 3
     with pytest.raises(xc.UsageError, match="closed"):
         opt.state.clear()
+
+
+def test_assigned_state_survives_a_new_group(adam):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    with opt.collected_state():
+        opt.state[param]["exp_avg"] = torch.full_like(param, 0.25)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert opt.state_dict()["state"][0]["exp_avg"].eq(0.25).all()
+    train(model, opt, world, steps=1)
+    with opt.collected_state():
+        assert opt.state[param]["step"] == 4
+        assert len(opt.state) == 6
+
+
+def test_state_is_assigned_in_the_fused_phase_of_local_steps_only(world):
+    model = net()
+    opt = xc.PostLocalSGD(model.parameters(), lr=0.1, momentum=0.9, local_steps=4, start=1, world=world)
+    param = next(iter(model.parameters()))
+    train(model, opt, world, steps=1)
+    with opt.collected_state():
+        opt.state[param] = {"momentum_buffer": torch.zeros_like(param), "step": torch.tensor(1.0)}
+    train(model, opt, world, steps=1)
+    with pytest.raises(xc.UsageError, match="local steps"):
+        opt.state.clear()
+    opt.average()
+    opt.close()
