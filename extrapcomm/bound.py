@@ -316,9 +316,13 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._hide_master()
             self._core.complain(describe(error))
             raise
+        try:
+            self._adopt()
+        except Exception:  # another rank left the context by an error, so nothing is committed
+            self._hide_master()
+            raise
         self._core.keep_master(0)
         self._showing = ""
-        self._adopt()
 
     @contextmanager
     def _kept_to_adopt(self, context: str) -> Iterator[None]:

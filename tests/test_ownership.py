@@ -822,3 +822,18 @@ def test_local_state_with_holes_is_refused(world):
         with pytest.raises(xc.UsageError, match=text):
             opt.load_local_state_dict(broken)
     opt.close()
+
+
+def test_writing_that_fails_on_one_rank_leaves_every_rank_as_it_was(world):
+    model, opt = displaced(world)
+    before, masters = values(model), master_values(model, opt)
+    with pytest.raises((xc.UsageError, KeyError), match="odd"), opt.master_weights(write=True):
+        with torch.no_grad():
+            model[0].weight.fill_(3.0)
+        if world.rank == world.size - 1:
+            raise KeyError("odd")
+    assert_equal(values(model), before)
+    assert_equal(master_values(model, opt), masters)
+    set_gradients(model, world)
+    opt.step()
+    opt.close()
