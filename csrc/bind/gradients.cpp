@@ -45,9 +45,11 @@ bool same_layout(const dlpack::Tensor& tensor, const Layer& layer) {
   return true;
 }
 
-// The list that it is in holds one reference.
-bool is_held(py::handle shown, py::handle grad) {
-  return shown.ptr() != grad.ptr() && Py_REFCNT(shown.ptr()) > 1;
+// Whether anybody but the list has a reference to its i-th tensor, if that is not the gradient.
+bool is_held(const py::list& shown, std::size_t i, py::handle grad) {
+  PyObject* const tensor =
+      PyList_GET_ITEM(shown.ptr(), static_cast<py::ssize_t>(i));  // no reference of our own
+  return tensor != grad.ptr() && Py_REFCNT(tensor) > 1;
 }
 
 const dlpack::ExchangeTable* table_of(py::handle tensor_type) {
@@ -98,7 +100,7 @@ py::tuple GradientReader::read(int v, const py::list& params, const py::list& sh
       const std::byte* const place = mine + layers[i].byte_begin;
       const auto found = plain(layers[i], grad, place, memory);
       if (!found) odd.append(i);
-      if ((!found || found->address != place) && is_held(shown[i], grad)) held.append(i);
+      if ((!found || found->address != place) && is_held(shown, i, grad)) held.append(i);
       source = found.value_or(source);
     }
     row[0] = reinterpret_cast<std::int64_t>(source.address);
