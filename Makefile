@@ -109,6 +109,7 @@ lint: $(BUILT) $(VENV)/.linters ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/factories.py extrapcomm
 
 format: $(VENV)/.linters ## format C++ and Python
 	$(BIN)/clang-format -i $(CPP_FILES)

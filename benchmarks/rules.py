@@ -58,6 +58,7 @@ CASES = [
     Case("vrsgd, last mean", "vrsgd", "sgd", ((2, 4),), {"lagged_mean": True}),
     Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
     Case("adam", "adam", "adam", ((2, 6),)),
+    Case("adam, amsgrad", "adam", "adam", ((2, 8),), {"amsgrad": True}),
     Case("adam, clipped", "adam", "adam", ((1, 0), (2, 6)), CLIP),
     Case("clars", "clars", "sgd", ((1, 1), (2, 4))),
     Case("eg", "eg", "sgd", ((1, 2), (2, 8))),

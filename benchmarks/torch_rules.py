@@ -187,8 +187,11 @@ def vrsgd(rival: Rival, lr: float, momentum: float = 0.0, **own: Any) -> list[St
     return [rival.reduce, ratios.reduce, weigh, update]
 
 
-def adam(rival: Rival, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> list[Stage]:
-    return [rival.reduce, torch.optim.Adam([rival.flat], lr=lr, betas=betas, fused=True).step]
+def adam(
+    rival: Rival, lr: float, betas: tuple[float, float] = (0.9, 0.999), amsgrad: bool = False
+) -> list[Stage]:
+    optimizer = torch.optim.Adam([rival.flat], lr=lr, betas=betas, amsgrad=amsgrad, fused=True)
+    return [rival.reduce, optimizer.step]
 
 
 def vradam(

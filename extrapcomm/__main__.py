@@ -119,7 +119,8 @@ def as_text(facts: dict[str, Any]) -> str:
     limits = facts["limits"]
     lines = [
         f"extrapcomm {facts['extrapcomm']}, Python {facts['python']}",
-        f"  built with      {facts['build']['compiler']}; tile loops use {facts['build']['instruction_set']}",
+        f"  built with      {facts['build']['compiler']}; tile loops use {facts['build']['instruction_set']}, "
+        f"stores past the cache {facts['build']['store_bytes']} bytes",
         f"  MPI loaded      {facts['mpi']} (MPI {facts['mpi_standard']})",
         "  packages        " + ", ".join(f"{n} {v or 'not installed'}" for n, v in facts["packages"].items()),
         f"  memory          {_size(limits['memory_available'])} available, container limit "

@@ -58,7 +58,7 @@ class GradScaler(torch.amp.GradScaler):
             raise RuntimeError("step() has already been called since the last update()")
         scale = 1.0 if state["stage"] is OptState.UNSCALED else self.get_scale()
         result = optimizer.scaled_step(scale, *args, **kwargs)
-        found = torch.full((), float(optimizer.skipped), device=self._device)
+        found = torch.full((), float(optimizer.skipped), dtype=torch.float32, device=self._device)
         state["found_inf_per_device"] = {found.device: found}
         state["stage"] = OptState.STEPPED
         return result

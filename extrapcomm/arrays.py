@@ -104,9 +104,11 @@ def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ..
 def look_at(view: "_core.View", library: str) -> Any:
     """Shared memory as an array of the given library; NumPy sees bfloat16 through ml_dtypes, or else as uint16."""
     if library == "torch":
+        import torch
         from torch.utils.dlpack import from_dlpack
 
-        return from_dlpack(view)
+        with torch.inference_mode(False):  # whose tensors nobody may write into later
+            return from_dlpack(view)
     if library == "cupy":
         return import_module("cupy").from_dlpack(view)
     if view.dtype != "bfloat16":

@@ -1,42 +1,21 @@
-"""The model's tensors in the workers' shared memory: which worker they show, and who wrote them."""
+"""The model's tensors in the workers' shared memory: their weights, their gradients, and the worker that they show."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.autograd import graph
 
 from . import _core
-from .arrays import copy_into, form_of, look_at
+from .arrays import copy_into
 from .errors import UsageError, describe
-from .gradients import Gradients
+from .gradients import MANNERS, Gradients
 from .micro_batches import MicroBatches
+from .ownership import Ownership, bump_versions, strided
 
-__all__ = ["Binding", "bump_versions", "strided"]
-
-
-def bump_versions(tensors: list[torch.Tensor]) -> None:
-    """Tell autograd that these tensors were written."""
-    graph.increment_version(tensors)
-
-
-try:
-    bump_versions([torch.zeros(0)])
-except Exception:  # torch 2.4 takes one tensor at a time
-
-    def bump_versions(tensors: list[torch.Tensor]) -> None:
-        """Tell autograd that these tensors were written."""
-        for tensor in tensors:
-            graph.increment_version(tensor)
-
-
-def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
-    """An array in the order of memory as a tensor of the parameter's shape and strides."""
-    return torch.from_numpy(flat).as_strided(like.shape, like.stride())
+__all__ = ["MANNERS", "Binding", "bump_versions", "strided"]
 
 
 class Binding:
@@ -45,7 +24,7 @@ class Binding:
     Args:
         core: the engine; `copy_initial` and its `adopt` fill it.
         params: the model's parameters in the engine's order.
-        names: what errors call them.
+        names: their names in errors.
         workers: how many workers this rank drives.
         manner: one of MANNERS.
         micro_batches: the counts of each worker's.
@@ -66,10 +45,9 @@ class Binding:
         self.params = list(params)
         self.names = list(names)
         self.index = {id(param): i for i, param in enumerate(self.params)}
-        self._pid = os.getpid()
-        each = range(len(self.params))
-        self._weights = [[look_at(core.weights(v, i), "torch") for i in each] for v in range(workers)]
+        self.ownership = Ownership(core, self.params, self.names, workers)
         self.gradients = Gradients(core, self.params, self.names, workers, manner, micro_batches, overlapped)
+        self._pid = os.getpid()
 
     def require_own_process(self) -> None:
         """Complain in a forked process, before it writes into its parent's memory."""
@@ -85,12 +63,15 @@ class Binding:
 
     # -- Which worker the model shows ----------------------------------------------------------------------------
 
+    @property
+    def bound(self) -> int:
+        """The worker whose weights and gradients the model has."""
+        return self.ownership.bound
+
     def show(self, v: int) -> None:
         """Let the model have worker v's weights."""
-        self.bound = v
-        for param, weights in zip(self.params, self._weights[v], strict=True):
-            param.data = weights
-        self.record()
+        self.ownership.show(v)
+        self.gradients.bound = v
 
     def switch(self, v: int, back: bool = False) -> None:
         """Leave the bound worker's gradients in its memory, and give the model worker v's weights and gradients.
@@ -118,22 +99,9 @@ class Binding:
     # -- Gradients -----------------------------------------------------------------------------------------------
 
     @property
-    def bound(self) -> int:
-        """The worker that the model shows."""
-        return self.gradients.bound
-
-    @bound.setter
-    def bound(self, v: int) -> None:
-        self.gradients.bound = v
-
-    @property
     def present(self) -> NDArray[np.uint8]:
         """For each worker and parameter, 1 if there is a gradient in the engine's memory."""
         return self.gradients.present
-
-    def copy_shown_to(self, v: int) -> None:
-        """Give worker v's weights the values that the first worker's have."""
-        torch._foreach_copy_(self._weights[v], self._weights[0])
 
     def forget_gradients(self) -> None:
         """All workers of this rank have none."""
@@ -145,57 +113,23 @@ class Binding:
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
-    def record(self) -> None:
-        """Remember how the parameters look now, to notice what others write into them."""
-        self._versions = [param._version for param in self.params]
-        self._addresses = [param.data_ptr() for param in self.params]
-
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
-        bump_versions(self.params)
-        self._versions = [param._version for param in self.params]
+        self.ownership.mark_written()
 
-    def require_own_weights(self) -> None:
-        """Complain if somebody else wrote or replaced a parameter."""
-        if self.is_own():
-            return
-        looks = zip(self.params, self._versions, self._addresses, strict=True)
-        changed = next(i for i, (p, v, a) in enumerate(looks) if p._version != v or p.data_ptr() != a)
-        raise UsageError(
-            f"parameter {self.names[changed]!r} was written or replaced outside the optimizer, and the next step "
-            "would lose that: call opt.adopt() after changing weights, or change them in master_weights(write=True)"
-        )
+    def require_own_weights(self, everywhere: bool = False) -> None:
+        """Complain if somebody else wrote or replaced a parameter, of the bound worker or of all."""
+        self.ownership.require_own(everywhere)
 
-    @contextmanager
-    def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:
+    def kept(self, which: Sequence[int] | None = None) -> AbstractContextManager[None]:
         """Afterwards these parameters, or all, have the values from before, also after an exception."""
-        kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
-        values = [param.detach().clone() for param in kept]
-        try:
-            yield
-        finally:
-            for param, value in zip(kept, values, strict=True):
-                param.data.copy_(value)
-
-    def is_own(self) -> bool:
-        """Whether nobody else wrote or replaced a parameter."""
-        versions = [param._version for param in self.params]
-        addresses = [param.data_ptr() for param in self.params]
-        return versions == self._versions and addresses == self._addresses
+        return self.ownership.kept(which)
 
     def take_over(self) -> None:
-        """Copy parameters that were replaced by others into the first worker's weights.
+        """Copy parameters that were replaced or moved by others into the engine's memory, before an adoption.
 
         Raises:
             UsageError: if one has another shape or type.
         """
-        for i, (param, mine) in enumerate(zip(self.params, self._weights[0], strict=True)):
-            if param.data_ptr() == mine.data_ptr():
-                continue
-            if (
-                param.shape != mine.shape
-                or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
-            ):
-                raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
-            mine.copy_(param.detach())
-            param.data = mine
+        self.ownership.take_over()
+        self.gradients.renew()

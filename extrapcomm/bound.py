@@ -9,26 +9,26 @@ import torch
 from . import _core, hooks
 from ._version import __version__
 from .arrays import form_of
-from .binding import Binding, bump_versions, strided
+from .binding import Binding, strided
 from .device import core_on
 from .errors import UsageError, describe
 from .gain import Gain
+from .handed_out import HandedOut
 from .hyper import Rule
+from .members import Members
 from .micro_batches import MicroBatches
 from .observed import Numbers
+from .order import AttachedModels, Fingerprint, fingerprints
 from .replay import Captured
 from .world import World
 
-__all__ = ["FOREIGN_SWITCHES", "BoundOptimizer"]
+__all__ = ["BoundOptimizer"]
 
 Core = _core.Engine
 Device = _core.Device
 
 # Arguments that stand for flags and are the same for all groups.
 CHOICES = ("trust", "layer_mean")
-
-# Switches of torch's rules that change the arithmetic and have no counterpart here.
-FOREIGN_SWITCHES = ("maximize", "amsgrad", "differentiable")
 
 
 class BoundOptimizer(torch.optim.Optimizer):
@@ -44,7 +44,10 @@ class BoundOptimizer(torch.optim.Optimizer):
     _core: Core
     _device: Device | None
     _binding: Binding
+    _members: Members
     _micro_batches: MicroBatches
+    _handed_out: HandedOut
+    _attached: AttachedModels
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
@@ -52,8 +55,9 @@ class BoundOptimizer(torch.optim.Optimizer):
     _outcome: tuple[float | None, bool] | None  # of the last step, if that was another core's
     _owns_world: bool
     _built: bool
+    _collected: bool  # the state of all hosts can be read
     _closed: bool
-    _showing: bool
+    _showing: str  # the open context that has other weights in the model; empty if none
     _to_adopt: bool
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
@@ -69,13 +73,15 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core = core
         self._built = True
         self._table = None
+        self._rule.table(self.param_groups, self.world.K)
+        self._rule.took()
         self._captured = None
         self._settled = [
-            (flags, self._rule.has_buffer(group))
-            for (flags, _), group in zip(groups, self.param_groups, strict=True)
+            (self._rule.flag_bits(group), self._rule.has_buffer(group)) for group in self.param_groups
         ]
         params = [p for group in self.param_groups for p in group["params"]]
         names = [name for name, *_ in layers]
+        self._members = Members(self.param_groups, names)
         workers, batches = self.world.workers, self._micro_batches
         self._binding = Binding(core, params, names, workers, self._manner, batches, self._overlap)
         self._micro_batches.reset()
@@ -83,14 +89,19 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._micro_batches.watch([group["params"] for group in self.param_groups])
         self._binding.copy_initial()
         self._core.adopt(0)
+        self._core.watch_writes()
         self._binding.show(0)
+        self._declare_names()
+
+    def _declare_names(self) -> None:
+        """Have every step compare how attached models name the parameters."""
+        digest = self._attached.digest(self._binding.index)
+        self._core.declare(_core.Declared.attached_names, digest)
 
     def _describe(self) -> tuple[list[Any], list[Any]]:
         """The engine's layers and groups."""
         layers, groups, seen = [], [], set()
         for g, group in enumerate(self.param_groups):
-            if switches := [s for s in FOREIGN_SWITCHES if group.get(s)]:
-                raise UsageError(f"extrapcomm's optimizers do not have {', '.join(switches)}")
             if chosen := [name for name in CHOICES if name in group]:
                 raise UsageError(
                     f"{' and '.join(chosen)} is for the whole optimizer, not for a group of parameters"
@@ -100,12 +111,28 @@ class BoundOptimizer(torch.optim.Optimizer):
                 if id(param) in seen:
                     raise UsageError(f"parameter {name!r} is given twice")
                 seen.add(id(param))
+                if torch.nn.parameter.is_lazy(param):
+                    raise UsageError(
+                        f"parameter {name!r} of a lazy module has no shape yet: run the model once before you construct"
+                    )
+                if param.is_inference():
+                    raise UsageError(
+                        f"parameter {name!r} was made in torch.inference_mode() and can never be trained: make the "
+                        "model outside of it"
+                    )
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
-            numbers = self._rule.numbers(group, self.world.K)[:-1]
-            groups.append((self._rule.flag_bits(group), numbers))
+            groups.append(self._rule.for_core(group, self.world.K, g))
         return layers, groups
+
+    def _fingerprints(self, layers: list[Any], first: int) -> list[Fingerprint]:
+        """Return the fingerprints of the parameters of the groups from `first` on, which the ranks compare."""
+        if self.world.size == 1:
+            return []
+        params = [p for group in self.param_groups[first:] for p in group["params"]]
+        names = [name for name, *_ in layers[len(layers) - len(params) :]]
+        return fingerprints(params, names)
 
     # -- Workers -------------------------------------------------------------------------------------------------
 
@@ -122,24 +149,35 @@ class BoundOptimizer(torch.optim.Optimizer):
         if not (isinstance(v, int) and 0 <= v < self.world.workers):
             raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
         before = self._binding.bound
+        self._require_outside("worker()")
+        self._binding.require_own_process()
+        if v != before and not self._to_adopt:
+            self._require_own_weights()
         self._switch(v)
         self._micro_batches.saw(v)
         try:
             yield
         finally:
-            self._switch(before, back=True)
+            self._leave_for(before)
+
+    def _leave_for(self, v: int) -> None:
+        """Go back to worker v. What others wrote into the one that is left is an error at the next step."""
+        self._require_outside("the end of worker()")
+        self._binding.require_own_process()
+        if v != self._binding.bound and not self._to_adopt:
+            self._binding.ownership.notice()
+        self._switch(v, back=True)
 
     def _switch(self, v: int, back: bool = False) -> None:
-        if self._showing:
-            raise UsageError("worker() inside master_weights(): leave the context first")
-        self._binding.require_own_process()
-        if v != self._binding.bound:
-            if not self._to_adopt:
-                self._binding.require_own_weights()
-            self._binding.switch(v, back)
-            if self._to_adopt:
-                self._binding.copy_shown_to(v)
-                self._binding.record()
+        if v == self._binding.bound:
+            return
+        ownership = self._binding.ownership
+        if self._to_adopt and self._binding.bound == 0:
+            self._binding.take_over()
+        self._binding.switch(v, back)
+        if self._to_adopt:
+            ownership.copy_shown_to(v)
+            ownership.record()
 
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
@@ -149,7 +187,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
             )
-        if not self._to_adopt and self._binding.is_own():
+        if not self._to_adopt and self._binding.ownership.is_own():
             self._core.show_master(0)
             self._core.keep_master(0)
             self._binding.mark_written()
@@ -158,13 +196,14 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
 
         Raises:
-            UsageError: on every rank, if one is inside `worker()` or `master_weights()`, or if a parameter was
-                replaced by one of another shape or type.
+            UsageError: on every rank, if one is inside `worker()`, `master_weights()` or `kept_weights()`, or if a
+                parameter was replaced by one of another shape or type.
         """
         self._require_open()
         try:
-            if self._showing or self._binding.bound != 0:
-                raise UsageError("adopt() inside master_weights() or worker(): leave the context first")
+            self._require_outside("adopt()")
+            if self._binding.bound != 0:
+                raise UsageError("adopt() inside worker(): leave the context first")
             self._binding.take_over()
         except Exception as error:
             self._core.complain(describe(error))
@@ -174,15 +213,40 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
-        self._binding.mark_written()
-        self._binding.record()
+        self._handed_out.forget()
+        self._binding.ownership.adopted()
+
+    def _require_own_weights(self) -> None:
+        """Complain on all ranks if somebody else wrote or replaced a parameter."""
+        try:
+            self._binding.require_own_weights()
+        except UsageError as error:
+            if not self._closed:
+                self._core.complain(describe(error))
+            raise
+
+    def _require_outside(self, call: str) -> None:
+        """Complain about a call inside a context that has other weights in the model."""
+        if self._showing:
+            raise UsageError(f"{call} inside {self._showing}(): leave the context first")
+
+    def _require_saveable(self) -> None:
+        """Complain about groups that were edited by hand: on all ranks, if all of them must take part in saving."""
+        try:
+            self._members.require_same(self.param_groups)
+        except UsageError as error:
+            if len(self.world.teams) > 1 and not (self._collected or self._closed):
+                self._core.complain(describe(error))
+            raise
 
     def attach(self, model: torch.nn.Module) -> None:
         """Let the model save and load the master weights.
 
         Afterwards `model.state_dict()` gives the master weights, whatever the worker's displacement, so the usual
         `torch.save(model.state_dict(), ...)` on rank 0 saves the right model; and after `model.load_state_dict()`,
-        which every rank must call, the next step adopts what was loaded.
+        which every rank must call, the next step adopts what was loaded. `model.zero_grad()` does what the optimizer's
+        `zero_grad()` does, so that it reaches all workers and the count of micro-batches; that of a module with a part
+        of the parameters reaches all workers' gradients of these.
 
         Args:
             model: any module that contains parameters of this optimizer.
@@ -205,22 +269,21 @@ class BoundOptimizer(torch.optim.Optimizer):
 
         Args:
             write: collective then: on leaving, rank 0's weights become the master weights of all.
+
+        Raises:
+            UsageError: if somebody else wrote or replaced a parameter; on every rank with `write`.
         """
         self._require_open()
-        if self._showing:
-            raise UsageError("master_weights() is already open")
+        self._require_outside("master_weights()")
         if self._to_adopt and write:
             self.adopt()
         if self._to_adopt:  # the model holds what the next step adopts
-            with self._binding.kept():
-                self._showing = True
-                try:
-                    yield
-                finally:
-                    self._showing = False
+            with self._kept_to_adopt("master_weights"):
+                yield
             return
+        self._require_showable(write)
         self._core.show_master(self._binding.bound)
-        self._showing = True
+        self._showing = "master_weights"
         self._binding.mark_written()
         try:
             yield
@@ -230,16 +293,87 @@ class BoundOptimizer(torch.optim.Optimizer):
                 self._core.complain(f"master_weights(write=True) was left by {type(error).__name__}: {error}")
             raise
         if write and not self._closed:
-            self._core.keep_master(self._binding.bound)
-            self._showing = False
-            self._adopt()
+            self._commit()
         else:
             self._hide_master()
+
+    def _require_showable(self, write: bool) -> None:
+        """Complain if the model cannot show the master weights: on all ranks, if they are to be written."""
+        try:
+            if write and self._binding.bound != 0:
+                raise UsageError("master_weights(write=True) inside worker(): leave the context first")
+            self._binding.require_own_weights()
+        except UsageError as error:
+            if write:
+                self._core.complain(describe(error))
+            raise
+
+    def _commit(self) -> None:
+        """Collective: the weights that the model shows become the master weights of all."""
+        try:
+            self._binding.take_over()
+        except Exception as error:
+            self._hide_master()
+            self._core.complain(describe(error))
+            raise
+        self._core.keep_master(0)
+        self._showing = ""
+        self._adopt()
+
+    @contextmanager
+    def _kept_to_adopt(self, context: str) -> Iterator[None]:
+        """Afterwards the model holds again what the next step adopts."""
+        with self._binding.kept():
+            self._showing = context
+            try:
+                yield
+            finally:
+                self._showing = ""
+
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Within the context you may write other weights into the model for a while, or replace `p.data`.
+
+        Afterwards it holds what it held before, bit for bit, also after an exception: this worker's weights, as the
+        optimizer wrote them. Gradients stay. Not collective. It takes a copy of the weights.
+
+        Raises:
+            UsageError: if somebody else had written or replaced a parameter before.
+
+        Example:
+            >>> import torch, extrapcomm as xc
+            >>> model = torch.nn.Linear(2, 1)
+            >>> opt = xc.SGD(model.parameters(), lr=0.1)
+            >>> with opt.kept_weights(), torch.no_grad():
+            ...     _ = model.weight.zero_()
+            ...     print(model.weight.tolist())
+            [[0.0, 0.0]]
+            >>> bool(model.weight.any())
+            True
+            >>> opt.close()
+        """
+        self._require_open()
+        self._require_outside("kept_weights()")
+        if self._to_adopt:
+            with self._kept_to_adopt("kept_weights"):
+                yield
+            return
+        self._binding.require_own_weights()
+        values = self._binding.ownership.copies()
+        self._showing = "kept_weights"
+        try:
+            yield
+        finally:
+            self._showing = ""
+            if self._closed:  # the engine's memory has the master weights
+                self._binding.ownership.show_again()
+            else:
+                self._binding.ownership.restore(values)
 
     def _hide_master(self) -> None:
         if not self._showing:
             return  # closed meanwhile
-        self._showing = False
+        self._showing = ""
         self._core.hide_master(self._binding.bound)
         self._binding.mark_written()
 
@@ -264,16 +398,18 @@ class BoundOptimizer(torch.optim.Optimizer):
         """
         if self._closed:
             return
-        if self._showing:
+        if self._showing == "master_weights":
             self._hide_master()
+        ownership = self._binding.ownership
+        held = ownership.held()
         if self._binding.bound != 0:
-            self._binding.show(0)
+            ownership.show_first_of(held)
         self._binding.remove_hooks()
         self._micro_batches.unwatch()
         self._closed = True
-        with self._binding.kept() if self._to_adopt else nullcontext():
+        with self._binding.kept(held) if self._to_adopt else nullcontext():
             self._core.close()
-        bump_versions(self._binding.params)
+            ownership.end(held)
         if self._owns_world:
             self.world.close()
 

@@ -1,7 +1,9 @@
 """The engine's weights and state as torch.optim's dictionaries, and back; and the optimizer's methods for that."""
 
+import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,29 +12,35 @@ from numpy.typing import NDArray
 
 from . import _core
 from .binding import strided
-from .bound import FOREIGN_SWITCHES, BoundOptimizer
+from .bound import BoundOptimizer
 from .errors import Error, UsageError, describe
 from .hyper import Rule
+from .live_state import LiveState
+from .modes import outside_inference
+from .order import Fingerprint, require_same_order
+from .ownership import bytes_of
+from .state_entries import (
+    KEPT_STATE,
+    MASTER,
+    Layer,
+    StateEntries,
+    digest_of,
+    flat_master,
+    has_own_master,
+    is_nothing,
+    step_count,
+)
+from .switches import without_inert
+from .world import log
 
 __all__ = ["Checkpoints"]
 
 Core = _core.Engine
-Layer = tuple[NDArray[Any] | None, list[NDArray[Any] | None], int]
+Masters = dict[int, NDArray[Any]]
 
-
-def fill(packed: dict[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Put weights and state into the dictionary that torch made of the groups."""
-    packed["state"] = {i: _state_of(core, rule, i, param) for i, param in enumerate(params)}
-    return packed
-
-
-def _state_of(core: Core, rule: Rule, i: int, param: torch.Tensor) -> dict[str, Any]:
-    state = {"master": strided(core.read(i, 0), param)}
-    if core.updates(i):
-        state["step"] = torch.tensor(float(core.updates(i)))
-        for slot, name in enumerate(rule.slots[: core.slots], 1):
-            state[name] = strided(core.read(i, slot), param)
-    return state
+# The key of what torch.optim has no place for: a version, the master weights, and what gain and noise have measured.
+KEY = "extrapcomm"
+VERSION = 1
 
 
 def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -47,49 +55,56 @@ def groups_of(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]
             f"the state_dict has groups of {sizes} parameters, the optimizer of "
             f"{[len(group['params']) for group in current]}"
         )
-    if switches := [s for s in FOREIGN_SWITCHES if any(group.get(s) for group in saved)]:
-        raise UsageError(f"the state_dict uses {', '.join(switches)}, which extrapcomm does not have")
-    return [{**now, **then} for now, then in zip(current, saved, strict=True)]
+    return [{**now, **without_inert(then)} for now, then in zip(current, saved, strict=True)]
 
 
-def layers_of(
-    state_dict: Mapping[str, Any], core: Core, rule: Rule, params: Sequence[torch.Tensor]
-) -> tuple[list[Layer], int]:
-    """What the engine loads, and a digest of it that must be alike on all ranks."""
-    state = state_dict.get("state", {})
-    order = [index for group in state_dict["param_groups"] for index in group["params"]]
-    layers = [_layer(state.get(i, {}), core, rule, p) for i, p in zip(order, params, strict=True)]
-    digest = hashlib.blake2b(digest_size=8)
-    for weights, slots, updates in layers:
-        digest.update(str(updates).encode())
-        for array in (weights, *slots):
-            digest.update(b"-" if array is None else array.data)
-    return layers, int.from_bytes(digest.digest(), "little")
+def extra_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a state_dict that torch.optim has no place for; empty if the dict has passed through torch.
 
-
-def _layer(entry: Mapping[str, Any], core: Core, rule: Rule, param: torch.Tensor) -> Layer:
-    slots = [_flat(entry.get(name), param) for name in rule.slots[: core.slots]]
-    counted = _count(entry["step"]) if "step" in entry else int(any(slot is not None for slot in slots))
-    return _flat(entry.get("master"), param), slots, counted
-
-
-def _flat(value: Any, param: torch.Tensor) -> NDArray[Any] | None:
-    """A saved tensor in the master type and in the order of the parameter's memory."""
-    if value is None:
-        return None
-    if tuple(value.shape) != tuple(param.shape):
+    Raises:
+        UsageError: if it is of a later version of this library.
+    """
+    extra = state_dict.get(KEY, {})
+    if not isinstance(extra, Mapping) or not isinstance(version := extra.get("version", VERSION), int):
+        raise UsageError(f"the state_dict's {KEY!r} is not what state_dict() has written")
+    if version > VERSION:
         raise UsageError(
-            f"the state_dict has a tensor of shape {tuple(value.shape)} for one of {tuple(param.shape)}"
+            f"the state_dict's {KEY!r} is of version {version}, and this library reads up to {VERSION}: update it"
         )
-    flat = torch.empty(param.numel(), dtype=_master_type(param))
-    flat.as_strided(param.shape, param.stride()).copy_(value)
-    return flat.numpy()
+    return extra
 
 
+def layers_of(state_dict: Mapping[str, Any], entries: StateEntries) -> tuple[list[Layer], Masters]:
+    """Return the layers that the engine loads, and master weights of unknown age that only the rule's state has."""
+    state, trusted = state_dict.get("state"), extra_of(state_dict).get(MASTER, {})
+    if not isinstance(state, Mapping) or not isinstance(trusted, Mapping):
+        raise UsageError("this is not an optimizer's state_dict: it has no state")
+    order = [index for group in state_dict["param_groups"] for index in group["params"]]
+    layers: list[Layer] = []
+    found: Masters = {}
+    for i, (index, param) in enumerate(zip(order, entries.params, strict=True)):
+        entry = state.get(index, {})
+        if not isinstance(entry, Mapping):
+            raise UsageError(f"the state_dict's state of parameter {index} is a {type(entry).__name__}")
+        weights = flat_master(trusted.get(index), param)
+        _, slots, updates = entries.layer(i, entry)
+        layers.append((weights, slots, updates))
+        if weights is None and not is_nothing(entry.get(MASTER)):
+            found[i] = _array(entry[MASTER], param)
+    return layers, found
+
+
+def _array(value: Any, param: torch.Tensor) -> NDArray[Any]:
+    array = flat_master(value, param)
+    assert array is not None
+    return array
+
+
+@outside_inference
 def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     """The part of one parameter's weights and state that this rank updates."""
     begin, end = core.owned(i)
-    names = ["master", *rule.slots[: core.slots]]
+    names = [MASTER, *rule.slots[: core.slots]]
     parts = {name: torch.from_numpy(core.read(i, slot, (begin, end))) for slot, name in enumerate(names)}
     return {"range": (begin, end), "step": core.updates(i), **parts}
 
@@ -114,23 +129,13 @@ def _local_layer(entry: Mapping[str, Any], core: Core, rule: Rule, i: int, param
             f"this state has elements {tuple(entry['range'])} of a parameter, not {(begin, end)}"
         )
     whole = []
-    for name in ("master", *rule.slots[: core.slots]):
+    for name in (MASTER, *rule.slots[: core.slots]):
         if name not in entry or entry[name].shape != (end - begin,):
             raise UsageError(f"this state has no {name!r} of {end - begin} elements for parameter {i}")
-        array = torch.zeros(param.numel(), dtype=_master_type(param))
+        array = torch.zeros(param.numel(), dtype=entry[name].dtype, device="cpu")
         array[begin:end] = entry[name]
-        whole.append(array.numpy())
-    return whole[0], list(whole[1:]), _count(entry["step"])
-
-
-def _count(step: Any) -> int:
-    if (count := int(step)) < 0:
-        raise UsageError(f"a state's step must not be negative, but is {count}")
-    return count
-
-
-def _master_type(param: torch.Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+        whole.append(_array(array.as_strided(param.shape, param.stride()), param))
+    return whole[0], list(whole[1:]), step_count(entry["step"])
 
 
 @contextmanager
@@ -158,29 +163,191 @@ def restore(core: Core, saved: list[Layer], count: int) -> None:
     core.load(layers, 0)
 
 
+def _wanted_whole() -> bool:
+    """Returns true if torch.distributed.checkpoint called `state_dict()`: what it gets is its template for loading."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "state_dict" and frame.f_back is not None:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith("torch.distributed.checkpoint")
+
+
 class Checkpoints(BoundOptimizer):
-    """What an optimizer here saves, loads and takes in later."""
+    """Saving, loading, and parameters that are added later."""
 
     _collected = False  # the state of all hosts can be read
+    _found_masters: Masters  # loaded with the rule's state, and resolved at the next step
+    _loaded_extra = 0  # a digest, compared at the next step
+    _live: LiveState | None = None
+
+    # -- The state as a mapping ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """The rule's state of each parameter, as torch.optim's: `step` and the rule's slots.
+
+        The mapping reads from the engine. Values are copies; not collective on one host, and to be read inside
+        `collected_state()` on several. An assignment or a deletion, which every rank must make alike, is staged and
+        takes effect at the next step. A copy that was written in place is an error there.
+        """
+        return {} if self._live is None else self._live
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._live is not None:
+            self._live.replace(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "state"})
+
+    def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
+        super()._bind(core, layers, groups)
+        self._entries = StateEntries(core, self._rule, self._binding.params)
+        if self._live is None:
+            self._found_masters = {}
+            self._live = LiveState(
+                lambda: self._entries,
+                self._require_readable_state,
+                self._require_writable_state,
+                lambda i: self._binding.names[i],
+            )
+
+    def _require_readable_state(self) -> None:
+        if len(self.world.teams) > 1 and not self._collected:
+            raise UsageError(
+                "on several hosts each rank has a part of the state: read opt.state inside "
+                "`with opt.collected_state():`, which every rank must enter"
+            )
+
+    def _require_writable_state(self) -> None:
+        self._require_open()
+        if self._core.local_steps is not None:
+            raise UsageError("local steps keep a state for each worker, so opt.state cannot be changed now")
+
+    @property
+    def _has_pending_state(self) -> bool:
+        """True if the next step has weights or state to take in before its own work."""
+        return self._to_adopt or bool(self._found_masters) or bool(self._live and self._live.digest)
+
+    def _take_pending_state(self) -> None:
+        """Collective if anything is pending: adopt loaded weights, then apply staged state and found masters."""
+        assert self._live is not None
+        try:
+            self._live.require_unwritten()
+        except UsageError as error:
+            self._core.complain(describe(error))
+            raise
+        if self._to_adopt:
+            self.adopt()
+        if digest := self._live.digest:
+            self._load_some(self._live.layers(), digest)
+            self._live.forget()
+        if self._found_masters:
+            self._resolve_masters()
+        if self._loaded_extra:
+            self._core.declare(_core.Declared.assigned_state, self._loaded_extra)
+
+    def _forget_loaded_extra(self) -> None:
+        """The step happened, so all ranks had loaded the same."""
+        if self._loaded_extra:
+            self._loaded_extra = 0
+            self._core.declare(_core.Declared.assigned_state, 0)
+
+    def _load_some(self, some: Mapping[int, Layer], digest: int) -> None:
+        """Collective: load these layers; the others keep weights and state."""
+        layers = [some.get(i, (None, *KEPT_STATE)) for i in range(len(self._binding.params))]
+        self._core.declare(_core.Declared.assigned_state, digest)
+        try:
+            self._core.load(layers, digest)
+        finally:
+            self._core.declare(_core.Declared.assigned_state, 0)
+        self._binding.mark_written()
+
+    def _resolve_masters(self) -> None:
+        """Use master weights that only the rule's state had, where they round to the weights that are there."""
+        fitting = {i: master for i, master in self._found_masters.items() if self._fits(i, master)}
+        stale = next((i for i in self._found_masters if i not in fitting), None)
+        self._found_masters = {}
+        layers: dict[int, Layer] = {
+            i: (master, *KEPT_STATE)
+            for i, master in fitting.items()
+            if has_own_master(self._binding.params[i])  # others have these very values
+        }
+        if layers:
+            self._load_some(layers, digest_of(list(layers.values())))
+        if stale is not None:
+            log.warning(
+                "the loaded optimizer state has master weights of parameter %r that are not those of the model: the "
+                "model's weights are taken, here and wherever they differ",
+                self._binding.names[stale],
+            )
+
+    def _fits(self, i: int, master: NDArray[Any]) -> bool:
+        """Returns true if a master, rounded to the parameter's type, has the bits of the weights that are there."""
+        param = self._binding.params[i]
+        here = param.detach() if self._to_adopt else self.master(i).to(param.dtype)
+        return torch.equal(bytes_of(strided(master, param).to(param.dtype)), bytes_of(here))
+
+    # -- Saving --------------------------------------------------------------------------------------------------
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
-        """torch.optim's dict of the same rule, with the master weights as `state[i]["master"]`.
+        """torch.optim's dict of the same rule; under "extrapcomm" what torch.optim has no place for.
 
-        torch.optim's optimizer of the same name loads it. What a gain has measured is `["adascale"]`, what
-        `inner_lr="noise"` has, `["local_noise"]`.
+        torch.optim's optimizer of the same name loads it. `["extrapcomm"]` has a `version`, the `master` weights by
+        parameter, and `extra_state_dict()`. Parameters in 16 bits have `state[i]["master"]` as well, for libraries
+        that keep nothing but `state` and `param_groups`. Parameters that were never updated have no state, except in
+        the templates that `torch.distributed.checkpoint` asks for.
+
         Not collective on one host. Ranks on several hosts must all call it, because each has a part of the state.
 
         The displacements are not in it: after loading, every worker starts from the master weights. An `inner_lr` that
         is a function is left out.
 
         Args:
-            rank0_only: the other ranks take part but get a dict without `state`: less memory and traffic.
+            rank0_only: the other ranks take part but get a dict with an empty `state` and without master weights: less
+                memory and traffic.
         """
-        packed = self._packed_groups()
+        whole = _wanted_whole()
+        self._require_saveable()
+        self._run_saving_hooks()
+        packed: dict[str, Any] = {"state": {}, "param_groups": self._packed_groups()}
+        packed[KEY] = {"version": VERSION}
         with self.collected_state(0 if rank0_only else None):
-            if rank0_only and self.world.rank > 0:
-                return packed | self._saved_gain()
-            return fill(packed, self._core, self._rule, self._binding.params) | self._saved_gain()
+            if not rank0_only or self.world.rank == 0:
+                params = range(len(self._binding.params))
+                packed["state"] = {
+                    i: self._saved_entry(i) for i in params if whole or self._live_state.updated(i)
+                }
+                packed[KEY][MASTER] = {i: self._saved_master(i) for i in params}
+        packed[KEY] |= self.extra_state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            result = hook(self, packed)
+            packed = packed if result is None else result
+        return packed
+
+    def _run_saving_hooks(self) -> None:
+        try:
+            for hook in self._optimizer_state_dict_pre_hooks.values():
+                hook(self)
+        except Exception as error:
+            if len(self.world.teams) > 1 and not self._collected:
+                self._core.complain(describe(error))
+            raise
+
+    @property
+    def _live_state(self) -> LiveState:
+        assert self._live is not None
+        return self._live
+
+    def _saved_entry(self, i: int) -> dict[str, Any]:
+        keys = self._entries.keys(i)
+        return {
+            key: self._saved_master(i) if key == MASTER else self._live_state.read(i, key) for key in keys
+        }
+
+    def _saved_master(self, i: int) -> torch.Tensor:
+        if i in self._found_masters and self._fits(i, self._found_masters[i]):
+            return strided(self._found_masters[i].copy(), self._binding.params[i])
+        return self.master(i)
 
     @contextmanager
     def collected_state(self, only_rank: int | None = None) -> Iterator[None]:
@@ -201,12 +368,57 @@ class Checkpoints(BoundOptimizer):
             finally:
                 self._collected = False
 
-    def _packed_groups(self) -> dict[str, Any]:
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
-            if callable(group["inner_lr"]):
-                del group["inner_lr"]
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The groups without what cannot be saved, and with the parameters' numbers in their place."""
+        index = self._binding.index
+        packed = []
+        for group in self.param_groups:
+            values = {k: v for k, v in group.items() if not (k == "inner_lr" and callable(v))}
+            packed.append(values | {"params": [index[id(param)] for param in group["params"]]})
         return packed
+
+    def extra_state_dict(self) -> dict[str, Any]:
+        """The measurements of the gain and of `inner_lr="noise"`: plain numbers, alike on all ranks. Not collective.
+
+        `state_dict()` has it; `torch.distributed.checkpoint` drops it, so save it beside that.
+        """
+        noise = self._rule.local_noise.state_dict()
+        return ({"local_noise": noise} if noise else {}) | ({} if self._gain is None else self._gain.save())
+
+    def load_extra_state_dict(self, extra: Mapping[str, Any]) -> None:
+        """Continue from what `extra_state_dict()` has saved; call it on every rank, which the next step compares.
+
+        Raises:
+            UsageError: if it does not fit; nothing has changed then.
+        """
+        self._require_open()
+        digest = self._checked_extra(extra)
+        self._load_extra(extra)
+        self._loaded_extra = digest or 1
+
+    def _checked_extra(self, extra: Mapping[str, Any]) -> int:
+        """A digest of what was measured, which must be alike on all ranks."""
+        noise = extra.get("local_noise", {})
+        if not isinstance(noise, Mapping) or not all(isinstance(value, float) for value in noise.values()):
+            raise UsageError("the state's 'local_noise' is not what was saved")
+        digest = hashlib.blake2b(repr(sorted(noise.items())).encode(), digest_size=8)
+        gain = 0 if self._gain is None else self._gain.check(extra, len(self.param_groups))
+        return (int.from_bytes(digest.digest(), "little") ^ gain) if noise or gain else 0
+
+    def _load_extra(self, extra: Mapping[str, Any]) -> None:
+        lacking = []
+        if self._gain is not None:
+            lacking += [] if self._gain.load(extra) else ["AdaScale's averages and progress stay as they are"]
+        noise = extra.get("local_noise", {})
+        if not noise and self._rule.follows_noise(self.param_groups):
+            lacking.append("the noise for inner_lr='noise' is measured afresh")
+        self._rule.local_noise.load(noise)
+        if lacking:
+            log.warning(
+                "the loaded state has no %r entry for them: %s. load_extra_state_dict() brings them",
+                KEY,
+                "; ".join(lacking),
+            )
 
     def local_state_dict(self) -> dict[str, Any]:
         """The part of the state that this rank updates: what all ranks save together is one copy of everything.
@@ -214,15 +426,23 @@ class Checkpoints(BoundOptimizer):
         Only the same number of workers on every rank can load it again; `state_dict()` is for any number. Not
         collective. Each entry of `state` has a `range` of its parameter's elements in the order of memory, and flat
         tensors of `master` and of the rule's state.
-        """
-        packed = self._packed_groups()
-        state = {i: local_state_of(self._core, self._rule, i) for i in range(len(self._binding.params))}
-        whole = {"state": state, "param_groups": packed["param_groups"], "place": self._place()}
-        return whole | self._saved_gain()
 
-    def _saved_gain(self) -> dict[str, Any]:
-        noise = self._rule.local_noise.state_dict()
-        return ({"local_noise": noise} if noise else {}) | ({} if self._gain is None else self._gain.save())
+        Raises:
+            UsageError: while state that was assigned or loaded waits for the next step.
+        """
+        self._members.require_same(self.param_groups)
+        if self._live_state.digest or self._found_masters:
+            raise UsageError(
+                "local_state_dict() while assigned or loaded state waits for the next step: take it first"
+            )
+        state = {i: local_state_of(self._core, self._rule, i) for i in range(len(self._binding.params))}
+        whole = {"state": state, "param_groups": self._packed_groups(), "place": self._place()}
+        return whole | self.extra_state_dict()
+
+    def _place(self) -> str:
+        return f"rank {self.world.rank} of {self.world.size}, {self.world.workers} workers each"
+
+    # -- Loading -------------------------------------------------------------------------------------------------
 
     def load_local_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Collective: take this rank's part from its `local_state_dict`; every rank brings its own.
@@ -233,35 +453,42 @@ class Checkpoints(BoundOptimizer):
         """
         self._load(state_dict, local=True)
 
-    def _place(self) -> str:
-        return f"rank {self.world.rank} of {self.world.size}, {self.world.workers} workers each"
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Collective: take hyper-parameters, state, and master weights if they are there, from a `state_dict`.
+        """Collective: take hyper-parameters and state from a `state_dict`, and master weights if "extrapcomm" has them.
 
         Accepts torch.optim's of the same rule, too: that has no master weights, so the present ones stay, or those
-        that an attached model has just loaded.
+        that an attached model has just loaded. A `state[i]["master"]` may be older than the model, because torch.optim
+        keeps it untouched: the next step uses it if it rounds to the weights that are there, and else the model's.
+        torch's hooks for loading run first and may change the whole dict.
 
         Raises:
-            UsageError: on every rank, if it does not fit.
+            UsageError: on every rank, if it does not fit or if a hook fails on one; nothing is loaded then.
             MismatchError: on every rank, if the ranks bring different ones.
         """
         self._load(state_dict, local=False)
 
     def _load(self, state_dict: dict[str, Any], local: bool) -> None:
         self._require_open()
+        found: Masters = {}
         try:
-            if self._showing:
-                raise UsageError("loading inside master_weights(): leave the context first")
+            self._require_outside("loading")
+            self._members.require_same(self.param_groups)
+            if not isinstance(state_dict, Mapping):
+                raise UsageError(f"this is not an optimizer's state_dict but a {type(state_dict).__name__}")
+            if not local:
+                state_dict = self._after_loading_hooks(state_dict)
             if (place := state_dict.get("place") if local else self._place()) != self._place():
                 raise UsageError(f"this state belongs to {place}, not to {self._place()}")
             groups = groups_of(state_dict, self.param_groups)
             for group, (flags, slots) in zip(groups, self._settled, strict=True):
                 self._rule.check_fixed(group, flags, slots)
-            read = local_layers_of if local else layers_of
-            layers, digest = read(state_dict, self._core, self._rule, self._binding.params)
-            if self._gain is not None:
-                digest ^= self._gain.check(state_dict, len(groups))
+            if local:
+                layers, digest = local_layers_of(state_dict, self._core, self._rule, self._binding.params)
+            else:
+                layers, found = layers_of(state_dict, self._entries)
+                digest = digest_of(layers, list(found.values()))
+            extra = state_dict if local else extra_of(state_dict)
+            digest ^= self._checked_extra(extra)
             lacking = [i for i, (weights, *_) in enumerate(layers) if weights is None]
             if lacking and not self._to_adopt:
                 self._binding.require_own_weights()
@@ -270,12 +497,34 @@ class Checkpoints(BoundOptimizer):
             raise
         with self._binding.kept(lacking) if self._to_adopt else nullcontext():
             self._core.load(layers, digest)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        if self._gain is not None:
-            self._gain.load(state_dict)
-        self._rule.local_noise.load(state_dict.get("local_noise", {}))
+        self._replace_groups(groups)
+        self._load_extra(extra)
+        self._live_state.forget()
+        self._found_masters = found
+        self._loaded_extra = 0
+        if not lacking:
+            self._binding.ownership.show_again()
         self._binding.mark_written()
         self._to_adopt = self._to_adopt and bool(lacking)
+        if not local:
+            for hook in self._optimizer_load_state_dict_post_hooks.values():
+                hook(self)
+
+    def _after_loading_hooks(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The dict that torch's hooks leave to load."""
+        result = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def _replace_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Give the groups their loaded values; the parameters stay."""
+        loaded = []
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            values = {key: copy.deepcopy(value) for key, value in saved.items() if key != "params"}
+            loaded.append(values | {"params": group["params"]})
+        self.__setstate__({"param_groups": loaded})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Collective once the optimizer exists: train these parameters, too. The others keep weights and state.
@@ -298,15 +547,19 @@ class Checkpoints(BoundOptimizer):
         error: Exception | None = None
         layers: list[Any] = []
         groups: list[Any] = []
+        prints: list[Fingerprint] = []
         try:
-            if self._showing:
-                raise UsageError("add_param_group() inside master_weights(): leave the context first")
+            self._require_outside("add_param_group()")
+            self._members.require_same(self.param_groups)
+            self._binding.require_own_weights(everywhere=True)
             super().add_param_group(param_group)
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, before)
         except Exception as caught:
             error = caught
         try:
             self.world.agree(error, "parameter group")
+            require_same_order(self.world, prints)
             core = self._make_core(layers, groups)
         except Error:
             del self.param_groups[before:]

@@ -60,7 +60,8 @@ class Engine(Gained):
             inner rate follows from it. It takes two workers or more; how many micro-batches `divisor` stands for is
             not known here, so by default the scale is K.
         streaming: publish the weights past the cache; by default when a step moves more than the cache holds.
-        hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...).
+        hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...), and `maximize`,
+            which takes the negative of every worker's gradient wherever one is read. Flags cannot change later.
 
     Attributes:
         max_grad_norm, skip_nonfinite: as given; may change between steps, alike on all ranks.
@@ -113,7 +114,7 @@ class Engine(Gained):
             self._names, arrays = _flatten(weights)
             self._group = self._completed({"inner_lr": inner_lr, **hyper})
             forms = [form_of(a, f"array {n!r}") for n, a in zip(self._names, arrays, strict=True)]
-            numbers = self._rule.numbers(self._group, world.K)[:-1]
+            group = self._rule.for_core(self._group, world.K, 0)
             for form in forms:
                 require_visible(form)
             self._forms = forms
@@ -129,13 +130,14 @@ class Engine(Gained):
             error = caught
         world.agree(error, title_on("Engine" if gain is None else f"Engine with {gain}", device))
         warn_of_shared_gpu(world, device)
+        self._rule.table([self._group], world.K)
+        self._rule.took()
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = self._rule.has_buffer(self._group)
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]
-        groups = [(self._flags, numbers)]
         options = (rule, kind.for_core(), tile, __version__, streaming)
         library = forms[0].library if forms else "numpy"
-        core = _core.Engine(world.team, layers, groups, *options, device=device)
+        core = _core.Engine(world.team, layers, [group], *options, device=device)
         self._core: _core.Engine = core_on(device, library, core)
         self._device = device
         self._structure = weights
@@ -217,6 +219,7 @@ class Engine(Gained):
         table = self._rule.table([group], self.world.K)
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._present, self._captured_divisor, norm, skips)
+        self._rule.took()
         self._group = group
 
     @property
@@ -264,6 +267,7 @@ class Engine(Gained):
             self._gain.step(observed, table, [group], self._gathered, options)
         if self._core.captures:
             self._captured_divisor = float(divisor)
+        self._rule.took()
         self._group = group
 
     def _check_filters(self, inner_lr: InnerRate) -> None:

@@ -8,12 +8,22 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
 
 
+def of_kind(name: str, text: str) -> "Error":
+    """An error that another rank had, by the name of its class; a UsageError if that is not one of ours."""
+    kinds = {kind.__name__: kind for kind in (ArgumentError, MismatchError, CommError, DeviceError)}
+    return kinds.get(name, UsageError)(text)
+
+
 class Error(RuntimeError):
     """Every failure that extrapcomm raises itself."""
 
 
 class UsageError(Error, ValueError):
     """The call cannot be done as asked; raised before anything changes, on all ranks if one of them found it."""
+
+
+class ArgumentError(UsageError, TypeError):
+    """A constructor was called with an argument that it does not have, or without one that it needs."""
 
 
 class MismatchError(Error):

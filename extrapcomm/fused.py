@@ -10,14 +10,18 @@ import torch
 
 from .adascale import AdaScale
 from .checkpoint import Checkpoints
+from .construction import Agreed, refuse_unknown
 from .device import device_for, title_on, warn_of_shared_gpu
 from .errors import UsageError, describe
 from .gain import Gain, Gained, Gathered
 from .gradients import MANNERS
+from .handed_out import HandedOut
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
 from .observed import ObservedCore
+from .order import AttachedModels, Fingerprint, require_same_order
 from .replay import Captured
+from .switches import refuse_switches
 from .world import World, log
 
 __all__ = ["FusedOptimizer", "Params"]
@@ -25,7 +29,7 @@ __all__ = ["FusedOptimizer", "Params"]
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
 
-class FusedOptimizer(Checkpoints, Gained):
+class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
     """A torch optimizer on an engine.
 
     At construction the parameters get rank 0's values and move into shared memory, one piece of it for each worker;
@@ -66,14 +70,23 @@ class FusedOptimizer(Checkpoints, Gained):
         overlap: bool = False,
         bucket: int = 1 << 18,
         gain: AdaScale | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
         choices: Sequence[tuple[str, Any, tuple[str, ...]]] = (),
+        **unknown: Any,
     ) -> None:
-        if not (world is None or isinstance(world, World)):
-            raise UsageError(f"world must be a World, not {world!r}")
-        self._owns_world = world is None
-        self.world = World() if world is None else world
-        self._built = self._closed = self._showing = self._to_adopt = False
+        self._entered = True
+        mine = world if isinstance(world, World) else World()
+        self._owns_world = mine is not world
+        self.world = mine
+        self._built = self._closed = self._to_adopt = False
+        self._showing = ""
         self._warned: set[str] = set()
+        self._handed_out = HandedOut()
+        self._attached = AttachedModels()
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
@@ -86,12 +99,19 @@ class FusedOptimizer(Checkpoints, Gained):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         error: Exception | None = None
+        prints: list[Fingerprint] = []
         try:
+            refuse_unknown(type(self), unknown)
+            if not (world is None or isinstance(world, World)):
+                raise UsageError(f"world must be a World, not {world!r}")
             kind = Extrapolation(extrapolation, displacement, inner_clip, noise, seed)
             self._rule = Rule(self.RULE, kind, self.world.K)
             self._gain = None if gain is None else Gain(gain, self._rule, self.world.K)
-            super().__init__(params, defaults | {"inner_lr": inner_lr})
+            switches = {"capturable": capturable, "differentiable": differentiable}
+            refuse_switches(switches, self.RULE, self._rule.flags)
+            super().__init__(params, defaults | {"inner_lr": inner_lr, "maximize": bool(maximize)})
             layers, groups = self._describe()
+            prints = self._fingerprints(layers, 0)
             self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
             check_tile(tile)
             check_bucket(bucket)
@@ -102,6 +122,7 @@ class FusedOptimizer(Checkpoints, Gained):
         except Exception as caught:
             error = caught
         self.world.agree(error, self._title())
+        require_same_order(self.world, prints)
         warn_of_shared_gpu(self.world, self._device)
         self._bind(self._make_core(layers, groups), layers, groups)
         if overlap and not self._overlap:
@@ -142,10 +163,9 @@ class FusedOptimizer(Checkpoints, Gained):
                 loss = closure()
         self._require_open()
         capturing = self._core.captures
-        if self._to_adopt:
-            if capturing:
-                raise UsageError("weights were loaded: take a step before you capture one")
-            self.adopt()
+        if capturing and self._has_pending_state:
+            raise UsageError("weights or state were loaded: take a step before you capture one")
+        self._take_pending_state()
         try:
             take = self._prepared_step()
         except Exception as error:
@@ -154,6 +174,8 @@ class FusedOptimizer(Checkpoints, Gained):
         self._warn_of_mistakes()
         _, skipped, *_ = take()
         self._outcome = None
+        self._forget_loaded_extra()
+        self._rule.took()
         if capturing:
             self._captured = self._as_captured()
         self._binding.gradients.step_taken()
@@ -215,13 +237,13 @@ class FusedOptimizer(Checkpoints, Gained):
             raise UsageError(
                 "prepare_replay() comes before each replay of a step that was captured, outside of the capture"
             )
-        if self._to_adopt:
-            self.adopt()
+        self._take_pending_state()
         table = self._checked_table()
         self._captured.require_like(self._micro_batches.count(), self._binding.names, self._binding.params)
         norm, skips = self.max_grad_norm or 0.0, bool(self.skip_nonfinite)
         self._core.prepare_replay(table, self._captured.present, self._captured.divisor, norm, skips)
         self._outcome = None
+        self._rule.took()
         self._micro_batches.reset()
         self._binding.mark_written()
 
@@ -259,8 +281,7 @@ class FusedOptimizer(Checkpoints, Gained):
             self._micro_batches.squares.unscale(scale)
 
     def _checked_table(self) -> Any:
-        if self._showing:
-            raise UsageError("step() inside master_weights(): leave the context first")
+        self._require_outside("step()")
         if self._micro_batches.open:
             raise UsageError("step() inside no_sync(): the last micro-batch belongs outside")
         if hasattr(self, "found_inf"):
@@ -269,8 +290,10 @@ class FusedOptimizer(Checkpoints, Gained):
                 "torch's GradScaler sees this rank's gradients only, so the ranks' scales would part: use xc.GradScaler"
             )
         check_max_norm(self.max_grad_norm)
+        self._members.require_same(self.param_groups)
         if not self._to_adopt:
-            self._binding.require_own_weights()
+            self._binding.require_own_weights(everywhere=True)
+        self._handed_out.require_unwritten()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
             if self._rule.extrapolation.name == "filter":

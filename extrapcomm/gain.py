@@ -160,10 +160,16 @@ class Gain:
         digest = hashlib.blake2b(repr(trial.state_dict()).encode(), digest_size=8)
         return int.from_bytes(digest.digest(), "little")
 
-    def load(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from there; from the present numbers if it has none, as that of torch's optimizers."""
-        if KEY in state_dict:
-            self.estimator.load_state_dict(state_dict[KEY])
+    def load(self, state_dict: Mapping[str, Any]) -> bool:
+        """Continue from there; from the present numbers if it has none, as that of torch's optimizers.
+
+        Returns:
+            True if it had any.
+        """
+        if KEY not in state_dict:
+            return False
+        self.estimator.load_state_dict(state_dict[KEY])
+        return True
 
 
 class Gained:

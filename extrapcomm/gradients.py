@@ -14,12 +14,13 @@ from .arrays import look_at
 from .micro_batches import MicroBatches
 from .odd_gradients import held_alone, is_held, is_plain_class, looks_at, reader_for, require_usable
 from .overlap import Watch
+from .ownership import Views
 from .witnesses import Witnesses
 
 __all__ = ["MANNERS", "Gradients"]
 
-# How gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon as autograd has
-# each one; or accumulated there by autograd, into zeros that zero_grad() left.
+# The modes in which gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon
+# as autograd has each one; or accumulated there by autograd, into zeros that zero_grad() left.
 MANNERS = ("copy", "hook", "view")
 
 
@@ -62,10 +63,13 @@ class Gradients:
         self.bound = 0
         self.present = np.zeros((workers, len(params)), dtype=np.uint8)
         self._sources = np.zeros((len(params), 2), dtype=np.int64)
-        each = range(len(params))
         # The engine's memory as tensors. Users may replace the data of a tensor that they see as `.grad`, so they see
         # others.
-        self._places = [[look_at(core.gradients(v, i), "torch") for i in each] for v in range(workers)]
+        self._views = [
+            Views(lambda i, v=v: core.gradients(v, i), len(params))  # type: ignore[misc]
+            for v in range(workers)
+        ]
+        self._places = [views.tensors for views in self._views]
         self._shown = [[place.detach() for place in places] for places in self._places]
         self._own_looks = max(looks_at(shown) for shown in self._shown[0])
         self._memory = _range_of(core.gradients, workers, len(params))
@@ -75,7 +79,7 @@ class Gradients:
         )
         self._reader = reader_for(core, self._places, self._memory)
         self._odd: list[int] = []  # at the last collect()
-        # Of workers that are not bound: gradients of another type than the parameter's, which go on being summed in it.
+        # Gradients of workers that are not bound, of another type than the parameter's: they go on being summed in it.
         self._wide: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
         self._finished: tuple[torch.Tensor, int] | None = None
         self._rescaled = False
@@ -124,7 +128,7 @@ class Gradients:
             self._move_out(i, grads[i], values[i])
 
     def _is_inside(self, grad: torch.Tensor) -> bool:
-        """Whether the gradient lies in this rank's gradient memory."""
+        """Return true if the gradient lies in this rank's gradient memory."""
         return is_plain_class(grad) and grad.layout == torch.strided and grad.data_ptr() in self._memory
 
     def _aside(self, i: int, grad: torch.Tensor) -> torch.Tensor:
@@ -164,19 +168,25 @@ class Gradients:
         self._mend_shown(self.bound)
         self._give(self.bound)
 
-    def _give(self, v: int) -> None:
-        """Let `.grad` be worker v's gradients, from now on."""
-        wide = self._wide[v]
-        wanted = [wide.get(i, shown) for i, shown in enumerate(self._shown[v])] if wide else self._shown[v]
-        for param, grad, here in zip(self._params, wanted, self.present[v].tolist(), strict=True):
+    def _give(self, v: int, which: Sequence[int] | None = None) -> None:
+        """Let `.grad` of these parameters, or of all, be worker v's gradients from now on."""
+        wide, shown, present = self._wide[v], self._shown[v], self.present[v].tolist()
+        for i in range(len(shown)) if which is None else which:
+            param, grad, here = self._params[i], wide.get(i, shown[i]), present[i]
             try:
                 param.grad = grad if here else None
             except RuntimeError:  # its type was changed meanwhile
                 param.grad = grad.to(param.grad_dtype)
 
+    def renew(self) -> None:
+        """Look at the engine's memory anew where the storage of a gradient was moved elsewhere."""
+        for views in self._views:
+            views.renew()
+
     def _mend_shown(self, v: int) -> bool:
         """Look at the engine's memory anew where a user has given a tensor of it other data; tell if so."""
         shown = self._shown[v]
+        self._views[v].renew()
         strays = set(self._reader.strays(v, shown))
         strays.update(i for i, tensor in enumerate(shown) if tensor.requires_grad)
         for i in strays:
@@ -191,10 +201,34 @@ class Gradients:
         for param in self._params:
             param.grad = None
 
+    def forget_some(self, which: Sequence[int]) -> None:
+        """All workers of this rank have none of these parameters."""
+        self.present[:, which] = 0
+        self.witnesses.forget()
+        for i in which:
+            self._params[i].grad = None
+            for wide in self._wide:
+                wide.pop(i, None)
+
+    @torch.no_grad()
+    def zero_some(self, which: Sequence[int]) -> None:
+        """Make what gradients there are of these parameters zeros in shared memory, with every worker."""
+        self.renew()
+        self.witnesses.forget()
+        self.present[self.bound, which] = [self._params[i].grad is not None for i in which]
+        for i in which:
+            for here, places, wide in zip(self.present, self._places, self._wide, strict=True):
+                wide.pop(i, None)
+                if here[i]:
+                    places[i].zero_()
+        self._mend_shown(self.bound)
+        self._give(self.bound, which)
+
     @torch.no_grad()
     def zero(self) -> None:
         """Make what gradients there are zeros in shared memory, where the next backward pass adds to them."""
         v = self.bound
+        self.renew()
         self.witnesses.forget()
         grads = [param.grad for param in self._params]
         self.present[v] = [grad is not None for grad in grads]
@@ -215,7 +249,7 @@ class Gradients:
         self._wide[v] = {}
 
     def _stays(self, i: int) -> bool:
-        """Whether a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
+        """Return true if a gradient shall be zeroed where it is: one that is wider, or one that somebody else holds."""
         param = self._params[i]
         if self._wide_grads(i):
             return True
@@ -265,7 +299,7 @@ class Gradients:
             self._watch_all.finish(self.bound, i)
 
     def _moves(self, i: int, param: torch.Tensor) -> bool:
-        """Whether autograd's own gradient can go to shared memory now, without a trace that anybody could see.
+        """Return true if autograd's own gradient can go to shared memory now, without a trace that anybody could see.
 
         A gradient of another type goes on being summed in that type. One that requires a gradient is a part of a graph.
         Where somebody else holds the gradient, writes on either side must be seen on the other.
@@ -283,7 +317,7 @@ class Gradients:
         return self._is_free(i)
 
     def _is_free(self, i: int) -> bool:
-        """Whether no other parameter's gradient lies in the place of this one."""
+        """Return true if no other parameter's gradient lies in the place of this one."""
         if looks_at(self._shown[self.bound][i]) == self._own_looks:
             return True
         place = self._places[self.bound][i]
@@ -299,7 +333,7 @@ class Gradients:
             self._watch_all.report()
 
     def step_taken(self) -> None:
-        """What comes from now on belongs to the next step."""
+        """Note that the step was taken: later gradients belong to the next one."""
         self.witnesses.step_taken()
         if self._watch_all is not None:
             self._watch_all.forget()
@@ -313,7 +347,7 @@ class Gradients:
         self._finished = None if grad is None or grad.is_inference() else (grad, grad._version)
 
     def watch_again(self) -> None:
-        """What was written into the gradients until now was meant."""
+        """Take all writes into the gradients until now as intended."""
         if self._watched >= 0:
             self._watch(self._params[self._watched].grad)
 
@@ -323,7 +357,7 @@ class Gradients:
         self._rescaled = False
 
     def was_rescaled(self) -> bool:
-        """Whether somebody wrote into a gradient after autograd had finished it."""
+        """Return true if somebody wrote into a gradient after autograd had finished it."""
         if self._finished is not None:
             grad, version = self._finished
             self._rescaled |= grad._version != version

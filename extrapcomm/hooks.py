@@ -7,7 +7,10 @@ import numpy as np
 import torch
 
 from .errors import UsageError
+from .modes import outside_inference
+from .ownership import bytes_of
 from .world import World
+from .zeroing import forward_zero_grad
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
@@ -26,6 +29,9 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
         module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
         module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
+    forward_zero_grad(optimizer, model)
+    optimizer._attached.add(model)
+    optimizer._declare_names()
 
 
 def _nothing(*_: Any) -> None:
@@ -46,17 +52,19 @@ class Hook:
         return _inert, ()
 
     def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
-        """The optimizer, if it is in use and trains a parameter of this very module."""
+        """The optimizer, if it is in use and trains a parameter of this very module that no other one has taken."""
         optimizer = self._reference()
         if optimizer is None or optimizer._closed or optimizer._showing:
             return None
-        index = optimizer._binding.index
-        return optimizer if any(id(p) in index for p in module._parameters.values()) else None
+        index, ownership = optimizer._binding.index, optimizer._binding.ownership
+        params = [p for p in module._parameters.values() if p is not None and id(p) in index]
+        return optimizer if any(not ownership.is_taken(p) for p in params) else None
 
 
 class Saving(Hook):
-    """Puts the master weights into a state_dict."""
+    """Puts the master weights into a state_dict, unless that holds the Parameters themselves (`keep_vars=True`)."""
 
+    @outside_inference
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """As torch calls it."""
         optimizer = self.optimizer_of(module)
@@ -64,8 +72,13 @@ class Saving(Hook):
             return
         index = optimizer._binding.index
         for name, param in module._parameters.items():
-            if param is not None and id(param) in index and prefix + name in state:
-                state[prefix + name] = optimizer.master(index[id(param)]).to(param.dtype)
+            if param is None or id(param) not in index or state.get(key := prefix + name, param) is param:
+                continue
+            i, handed_out = index[id(param)], optimizer._handed_out
+            if (tensor := handed_out.in_dict(i, state)) is None:  # not tied to one that is there already
+                tensor = optimizer.master(i).to(param.dtype)
+                handed_out.add(i, tensor, key)
+            state[key] = tensor
 
 
 class BeforeLoading(Hook):
@@ -84,6 +97,7 @@ class AfterLoading(Hook):
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
             optimizer._to_adopt = True
+            optimizer._handed_out.forget()
 
 
 def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
@@ -95,6 +109,8 @@ def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:
     )
     buffers = list(model.buffers())
     world.agree(error, f"sync_buffers of {len(buffers)} buffers, {sum(b.nbytes for b in buffers)} bytes")
+    if world.size == 1:
+        return
     for buffer in buffers:
         if how == "average" and buffer.is_floating_point():
             _average(world, buffer)
@@ -111,6 +127,6 @@ def _average(world: World, buffer: torch.Tensor) -> None:
 
 def _broadcast(world: World, buffer: torch.Tensor) -> None:
     """As bytes: NumPy does not know every type that torch does."""
-    values = buffer.detach().cpu().contiguous()
-    world.comm.Bcast(values.flatten().view(torch.uint8).numpy(), root=0)
-    buffer.copy_(values)
+    sent = bytes_of(buffer)
+    world.comm.Bcast(sent.numpy(), root=0)
+    buffer.copy_(sent.view(buffer.dtype).view(buffer.shape))

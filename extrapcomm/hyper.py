@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from . import _core
 from .errors import UsageError
 from .local_noise import LocalNoise
+from .switches import refuse_switches
 
 __all__ = [
     "Extrapolation",
@@ -28,6 +29,10 @@ InnerRate = float | str | Callable[[float], float]
 INNER_PRESETS = ("lr", "lr/K", "noise")
 RANDOM = ("gaussian", "uniform", "filter")
 DISPLACEMENTS = ("preconditioned", "raw")
+
+# A number that is smaller than this part of the largest value that it has had counts as zero: schedules that end at
+# zero end at something like -2e-18, and not at the same on all ranks.
+NEGLIGIBLE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,16 @@ class Rule:
         self.extrapolation = extrapolation
         self.parameters: dict[str, float] = rules[name]["parameters"]
         self.flags: list[str] = rules[name]["flags"]
+        self.fixed = [*self.flags, "maximize"]
         self.slots: list[str] = rules[name]["slots"]
         self.measures: int = rules[name]["measures"]
         self.revises: bool = rules[name]["revises"]
         self.local_noise = LocalNoise(workers)
+        self._largest: list[
+            list[float]
+        ] = []  # for each group, the largest magnitude that each number has had
+        self._latest: list[list[float]] = []  # for each group, the numbers of the last table
+        self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
         self.has_stages_of_its_own = extrapolation.name == "none" or (
@@ -95,22 +106,63 @@ class Rule:
         """The rule's own values, under the names that users know."""
         values: dict[str, Any] = {n: v for n, v in self.parameters.items() if not n.startswith("beta")}
         betas = tuple(v for n, v in self.parameters.items() if n.startswith("beta"))
-        return values | ({"betas": betas} if betas else {}) | dict.fromkeys(self.flags, False)
+        return values | ({"betas": betas} if betas else {}) | dict.fromkeys(self.fixed, False)
 
     def flag_bits(self, group: Mapping[str, Any]) -> int:
-        """The group's flags as the engine takes them."""
-        return sum(1 << i for i, flag in enumerate(self.flags) if group[flag])
+        """Everything about a group that is settled when the engine is built: its flags, then `maximize`."""
+        bits = 0
+        for i, flag in enumerate(self.fixed):
+            if group[flag]:
+                bits |= 1 << i
+        return bits
 
-    def numbers(self, group: Mapping[str, Any], workers: int) -> list[float]:
+    def for_core(self, group: Mapping[str, Any], workers: int, place: int) -> tuple[int, list[float], bool]:
+        """A group as the engine takes it: its flags, its numbers, and whether it maximizes.
+
+        Raises:
+            UsageError: for values that are not numbers, not finite or out of range, and for switches of torch's rules
+                that this one does not have.
+        """
+        refuse_switches(group, self.name, self.flags)
+        flags = self.flag_bits(group) & ((1 << len(self.flags)) - 1)
+        return flags, self.numbers(group, workers, place)[:-1], bool(group["maximize"])
+
+    def numbers(self, group: Mapping[str, Any], workers: int, place: int) -> list[float]:
         """A group's hyper-parameters in the engine's order, then the inner learning rate.
+
+        Args:
+            group: their names and values. Those that are negligible beside what they have been count as zero.
+            workers: K.
+            place: which group this is.
 
         Raises:
             UsageError: for values that are not numbers, not finite or out of range.
         """
-        numbers = [_number(name, _value(group, name)) for name in self.parameters]
+        *sizes, inner_size = self._largest_of(place)
+        numbers = [
+            _checked(name, _settled(_finite(name, _value(group, name)), size))
+            for name, size in zip(self.parameters, sizes, strict=True)
+        ]
         self._check_momentum(group)
-        inner = self._inner_rate(group["inner_lr"], numbers[0], workers)
+        inner = self._inner_rate(group["inner_lr"], numbers[0], workers, inner_size)
         return [*numbers, inner]
+
+    def took(self) -> None:
+        """The numbers of the last table are in force: later ones are compared with them."""
+        if self._latest == self._taken:
+            return
+        self._taken = self._latest
+        self._largest += [self._largest_of(place) for place in range(len(self._largest), len(self._latest))]
+        for row, largest in zip(self._latest, self._largest, strict=True):
+            for i, number in enumerate(row):
+                if not -largest[i] <= number <= largest[i]:
+                    largest[i] = abs(number)
+        if self.revises:  # a scale that the rule changes by itself may become as small as it likes
+            for sizes in self._largest:
+                sizes[list(self.parameters).index("scale")] = 0.0
+
+    def _largest_of(self, place: int) -> list[float]:
+        return self._largest[place] if place < len(self._largest) else [0.0] * (len(self.parameters) + 1)
 
     def _check_momentum(self, group: Mapping[str, Any]) -> None:
         if "momentum" not in self.parameters:
@@ -123,7 +175,7 @@ class Rule:
                 "by 1 - momentum"
             )
 
-    def _inner_rate(self, inner: InnerRate, lr: float, workers: int) -> float:
+    def _inner_rate(self, inner: InnerRate, lr: float, workers: int, largest: float) -> float:
         if isinstance(inner, str) and inner not in INNER_PRESETS:
             raise UsageError(
                 f"inner_lr must be a number, a function of lr, 'lr', 'lr/K' or 'noise', not {inner!r}"
@@ -137,7 +189,9 @@ class Rule:
         if isinstance(inner, str):
             own = {"lr": lr, "lr/K": lr / workers, "noise": lr * self.local_noise.coefficient}
             return self.extrapolation.rate(own[inner])
-        return self.extrapolation.rate(_number("inner_lr", inner(lr) if callable(inner) else inner))
+        number = _finite("inner_lr", inner(lr) if callable(inner) else inner)
+        rate = _settled(self.extrapolation.rate(number), largest)
+        return self.extrapolation.rate(_checked("inner_lr", number)) if rate else 0.0
 
     def follows_noise(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether an inner rate of theirs goes by the workers' noise, which then must be measured."""
@@ -147,7 +201,8 @@ class Rule:
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
         """All groups' numbers in one array."""
-        return np.array([number for group in groups for number in self.numbers(group, workers)])
+        self._latest = [self.numbers(group, workers, place) for place, group in enumerate(groups)]
+        return np.array([number for row in self._latest for number in row], dtype=np.float64)
 
     def with_gains(
         self,
@@ -158,10 +213,10 @@ class Rule:
     ) -> NDArray[np.float64]:
         """The table with multiplied learning rates, and with the inner rates that follow from them."""
         rows = np.array(table).reshape(len(groups), -1)
-        for row, group, gain in zip(rows, groups, gains, strict=True):
+        for place, (row, group, gain) in enumerate(zip(rows, groups, gains, strict=True)):
             row[0] *= gain
             if isinstance(inner := group["inner_lr"], str) or callable(inner):
-                row[-1] = self._inner_rate(inner, float(row[0]), workers)
+                row[-1] = self._inner_rate(inner, float(row[0]), workers, self._largest_of(place)[-1])
         return rows.ravel()
 
     @property
@@ -197,8 +252,13 @@ class Rule:
 
     def check_fixed(self, group: Mapping[str, Any], flags: int, slots: bool) -> None:
         """Complain if something changed that is settled when the engine is built."""
-        if self.flag_bits(group) != flags:
-            raise UsageError(f"{' and '.join(self.flags)} cannot change once the engine is built")
+        refuse_switches(group, self.name, self.flags)
+        if changed := self.flag_bits(group) ^ flags:
+            name = self.fixed[(changed & -changed).bit_length() - 1]
+            raise UsageError(
+                f"{name} cannot change once the engine is built: it is {bool(group[name])} in this group of parameters "
+                f"and was {not group[name]} at construction"
+            )
         if not slots and group.get("momentum"):
             raise UsageError(
                 "the engine was built without momentum and has no buffer for it; build a new one"
@@ -242,12 +302,26 @@ def _value(group: Mapping[str, Any], name: str) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
+    return _checked(name, _finite(name, value))
+
+
+def _settled(number: float, largest: float) -> float:
+    """Zero if the number is negligible beside the largest magnitude that it has had."""
+    return 0.0 if abs(number) <= NEGLIGIBLE * largest else number
+
+
+def _finite(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{name} must be a number, not {value!r}") from None
     if not math.isfinite(number):
         raise UsageError(f"{name} must be finite, not {number}")
+    return number
+
+
+def _checked(name: str, number: float) -> float:
+    """The number, if it is in the range of what has this name."""
     if number < 0 and name != "dampening":
         raise UsageError(f"{name} must not be negative, but is {number:g}")
     if name.startswith("beta") and number >= 1:

@@ -37,7 +37,7 @@ class MicroBatches:
         self._seen.add(worker)
 
     def before_last(self, worker: int) -> int:
-        """How many micro-batches of this worker were announced."""
+        """The number of micro-batches of this worker that were announced."""
         return self._before_last[worker]
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Which gradients can be copied as bytes, which must be converted, and which cannot be used at all."""
+"""Gradients that cannot be copied as bytes: those that torch converts, and those that cannot be used at all."""
 
 import sys
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_plain_class(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is of no class that could mean something else by its memory."""
+    """Return true if the tensor is of no class that could mean something else by its memory."""
     return type(tensor) in PLAIN_CLASSES
 
 
@@ -72,7 +72,7 @@ _storage_count = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def _holders(param: torch.Tensor) -> tuple[int, int]:
-    """How many references there are to the parameter's gradient, and how many tensors share its memory."""
+    """Return how many references there are to the parameter's gradient, and how many tensors share its memory."""
     grad = param.grad
     if grad is None or _storage_count is None or not is_plain_class(grad) or grad.layout != torch.strided:
         return (0, 0)
@@ -90,7 +90,7 @@ _ALONE = _alone()
 
 
 def held_alone(param: torch.Tensor) -> bool:
-    """Whether nobody but the parameter has its gradient, or another look at the gradient's memory.
+    """Return true if nobody but the parameter has its gradient, or another look at the gradient's memory.
 
     The caller may hold no reference to the gradient either.
     """
@@ -98,14 +98,14 @@ def held_alone(param: torch.Tensor) -> bool:
 
 
 def looks_at(tensor: torch.Tensor) -> tuple[int, int]:
-    """How many uses of this very tensor there are, and how many tensors share its memory."""
+    """Return how many uses of this very tensor there are, and how many tensors share its memory."""
     if _storage_count is None or not hasattr(tensor, "_use_count"):
         return (0, 0)
     return tensor._use_count(), _storage_count(tensor.untyped_storage()._cdata)
 
 
 def is_held(tensors: list[torch.Tensor], i: int) -> bool:
-    """Whether anybody but this list has a reference to its i-th tensor."""
+    """Return true if anybody but this list has a reference to its i-th tensor."""
     return sys.getrefcount(tensors[i]) > _LISTED
 
 

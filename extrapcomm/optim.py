@@ -31,6 +31,11 @@ class Options(TypedDict, total=False):
     overlap: bool
     bucket: int
     gain: AdaScale | None
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool | None
+    differentiable: bool | None
 
 
 class SGD(FusedOptimizer):
@@ -73,6 +78,10 @@ class SGD(FusedOptimizer):
         bucket: elements whose sums are sent together with overlap, the last layers first; at least one layer.
         gain: an `AdaScale` of this optimizer's own: each step's learning rates are multiplied by its gain, before
             inner rates follow from them, and nothing else is.
+        maximize: take the negative of every worker's gradient as it is read, so that the objective grows; worker k is
+            then displaced to w + inner_lr * (its own last gradient). A group of parameters may have its own.
+        foreach, fused: accepted and without effect, as the step is one pass in any case.
+        capturable, differentiable: False or None, as no optimizer here has them.
 
     Raises:
         UsageError: on every rank, for arguments that cannot be.
@@ -131,6 +140,8 @@ class Adam(FusedOptimizer):
         betas: decay of the averages of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: coefficient of the decay, added to the gradient unless decoupled.
+        amsgrad: divide by the largest average of squares so far instead of the present one (On the Convergence of Adam
+            and Beyond, arXiv:1904.09237). It takes a third slot, `max_exp_avg_sq`; displacements divide by the same.
         decoupled_weight_decay: shrink the weights themselves by lr * weight_decay (AdamW).
         options: see `SGD`.
 
@@ -148,6 +159,7 @@ class Adam(FusedOptimizer):
         betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
         decoupled_weight_decay: bool = False,
         **options: "Unpack[Options]",
@@ -157,6 +169,7 @@ class Adam(FusedOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, **options)
@@ -172,10 +185,11 @@ class AdamW(Adam):
         betas: tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("decoupled_weight_decay", True)
-        super().__init__(params, lr, betas, eps, weight_decay, **kwargs)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
 
 
 class ExtrapAdam(Adam):
@@ -205,6 +219,8 @@ class LARS(FusedOptimizer):
         trust_coefficient: eta of the paper.
         eps: added to the denominator of the ratio.
         adapt: False takes the ratio 1.
+        always_adapt: also where there is no decay; False: such groups take the ratio 1, as in timm.
+        trust_clip: let no ratio be above 1, also in the displacement's factor. (timm and apex divide it by lr first.)
         trust: where the ratio stands: "paper" (with lr in the buffer), "inside" (in the buffer without lr, as timm and
             apex), or "outside" (applied to the buffer).
         options: see `SGD`.
@@ -226,6 +242,8 @@ class LARS(FusedOptimizer):
         eps: float = 1e-8,
         *,
         adapt: bool = True,
+        always_adapt: bool = True,
+        trust_clip: bool = False,
         trust: str = "paper",
         **options: "Unpack[Options]",
     ) -> None:
@@ -236,6 +254,8 @@ class LARS(FusedOptimizer):
             "trust_coefficient": trust_coefficient,
             "eps": eps,
             "adapt": adapt,
+            "always_adapt": always_adapt,
+            "trust_clip": trust_clip,
             "trust_in_buffer": trust == "inside",
             "trust_outside": trust == "outside",
         }
@@ -275,6 +295,7 @@ class LAMB(FusedOptimizer):
         adapt: False takes the ratio 1.
         coupled_weight_decay: add the decay to the gradient instead.
         always_adapt: also where there is no decay; otherwise such groups take the ratio 1, as in apex.
+        trust_clip: let no ratio be above 1, also in the displacement's factor.
         options: see `SGD`.
 
     Raises:
@@ -295,6 +316,7 @@ class LAMB(FusedOptimizer):
         adapt: bool = True,
         coupled_weight_decay: bool = False,
         always_adapt: bool = False,
+        trust_clip: bool = False,
         **options: "Unpack[Options]",
     ) -> None:
         defaults = {
@@ -305,6 +327,7 @@ class LAMB(FusedOptimizer):
             "adapt": adapt,
             "coupled_weight_decay": coupled_weight_decay,
             "always_adapt": always_adapt,
+            "trust_clip": trust_clip,
         }
         super().__init__(params, defaults, **options)
 

@@ -77,9 +77,8 @@ class PostLocalSGD(SGD):
         if self._core.local_steps is None:
             return
         try:
-            if self._showing:
-                raise UsageError("average() inside master_weights(): leave the context first")
-            self._binding.require_own_weights()
+            self._require_outside("average()")
+            self._binding.require_own_weights(everywhere=True)
         except Exception as error:
             self._core.complain(describe(error))
             raise

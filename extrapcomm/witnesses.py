@@ -141,7 +141,7 @@ class Witnesses:
 
 
 def _holds(grad: torch.Tensor) -> bool:
-    """Whether a gradient is not all zeros. A device is not asked, because the host would wait for it."""
+    """Return true if a gradient is not all zeros. A device is not asked, because the host would wait for it."""
     if grad.device.type != "cpu" or grad.layout != torch.strided:
         return True
     return grad.numel() > 0 and bool(grad.detach().any())

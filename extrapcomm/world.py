@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from .wire import Line, WireOptions, take_line, wire_over
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["World"]
+__all__ = ["World", "require_mpi"]
 
 log = logging.getLogger("extrapcomm")
 
@@ -59,7 +60,8 @@ class World:
 
     Raises:
         UsageError: on every rank, for arguments that cannot be, several teams without a wire for mpi4py's MPI, or a
-            launcher of another MPI than mpi4py's if `comm` is not given.
+            launcher of another MPI than mpi4py's if `comm` is not given; on a rank that is not in `comm`; and if MPI
+            is not running.
         CommError: if the ranks cannot open each other's memory.
 
     Example:
@@ -87,9 +89,11 @@ class World:
         self._pid = os.getpid()
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
-        self.comm = self._duplicate(comm)
-        self.rank: int = self.comm.Get_rank()
-        self.size: int = self.comm.Get_size()
+        require_mpi()
+        _free_dropped()
+        self._comm = self._duplicate(comm)
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
         self.workers = workers
         self._line: Line | None = None
         error: Exception | None = None
@@ -114,7 +118,7 @@ class World:
             world=self._line.worlds if self._line else 0,
             first_channel=self._line.channels if self._line else 0,
             rails=(wire or WireOptions()).for_core(),
-            all_gather=self._all_gather,
+            all_gather=_gathering_for(self),
             warn=log.warning,
             step_timeout=step_timeout,
             pass_timeout=pass_timeout,
@@ -126,6 +130,12 @@ class World:
         self.keeps_order: bool = topology.keeps_order
         _open_worlds.add(self)
         _speak_of_uncaught_exceptions()
+
+    @property
+    def comm(self) -> "MPI.Intracomm":
+        """The duplicate of the communicator; UsageError once MPI is finalized."""
+        require_mpi()
+        return self._comm
 
     @property
     def K(self) -> int:
@@ -153,13 +163,15 @@ class World:
         """
         self._require_member()
         if self.size == 1 and error:
-            raise error
+            if isinstance(error, errors.Error):
+                raise error
+            raise UsageError(errors.describe(error)) from error
         mine = f"{type(error).__name__}\0{errors.describe(error)}" if error else f"\0{what}"
         texts = self.gather_words(mine)
         for rank, text in enumerate(texts):
             kind, _, words = text.partition("\0")
             if kind:
-                raise getattr(errors, kind, UsageError)(f"rank {rank}: {words}") from error
+                raise errors.of_kind(kind, f"rank {rank}: {words}") from error
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 raise errors.MismatchError(
@@ -176,8 +188,19 @@ class World:
 
         Not collective and idempotent; weights stay readable as long as anything looks at them.
         """
-        if self._leave() and not self._lost and os.getpid() == self._pid:
-            _free(self.comm)
+        if self._leave(sys.exc_info()[1]) and not self._lost and os.getpid() == self._pid:
+            _free(self._comm)
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Say good-bye as `close()` does. This may run at any moment, so the next World frees the communicator."""
+        if finalizing() or not hasattr(self, "_comm") or os.getpid() != self._pid:
+            return
+        was_open = not self._closed
+        self._leave(None)
+        if self._lost:
+            _unfinished.extend(self._lost)
+        elif was_open:
+            _dropped.append(self._comm)
 
     def _require_member(self) -> None:
         if os.getpid() != self._pid:
@@ -192,7 +215,7 @@ class World:
         self._closed = True
         if self._team is None:
             return False
-        self._team.leave(_words(error or sys.exc_info()[1]))
+        self._team.leave(_words(error))
         if self._line:
             self._line.channels, self._line.taken = self._team.channels, False
         self._team = None
@@ -217,7 +240,12 @@ class World:
         from mpi4py import MPI
 
         comm = MPI.COMM_WORLD if comm is None else comm
-        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
+            raise UsageError(
+                "comm is MPI.COMM_NULL: this rank is not in that communicator (Split or Create left it out), or the "
+                "communicator was freed; make the World on the ranks that are in it, and let the others do without"
+            )
+        if not isinstance(comm, MPI.Intracomm):
             raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         return self._copy(comm)
@@ -241,7 +269,7 @@ class World:
 
     def _make_wire(self) -> _core.Wire:
         error: Exception | None = None
-        self._line = take_line(self.comm, self._all_gather, lambda: self._copy(self.comm))
+        self._line = take_line(self._comm, self._all_gather, lambda: self._copy(self._comm))
         try:
             wire = wire_over(self._line.comm)
         except Exception as caught:
@@ -260,11 +288,12 @@ class World:
             raise CommError("an earlier collective construction of this world was not completed by all ranks")
         counts = np.empty(self.size, dtype=np.int64)
         length = np.array([len(mine)], dtype=np.int64)
-        self._wait(self.comm.Iallgather(length, counts), length, counts)
+        comm = self.comm
+        self._wait(comm.Iallgather(length, counts), length, counts)
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         sent = np.frombuffer(mine, dtype=np.uint8)
         everything = np.empty(int(counts.sum()), dtype=np.uint8)
-        request = self.comm.Iallgatherv([sent, MPI.BYTE], [everything, counts, starts, MPI.BYTE])
+        request = comm.Iallgatherv([sent, MPI.BYTE], [everything, counts, starts, MPI.BYTE])
         self._wait(request, sent, everything, counts, starts)
         return [
             everything[start : start + count].tobytes() for start, count in zip(starts, counts, strict=True)
@@ -342,11 +371,47 @@ def _boot_id() -> str:
         return os.uname().nodename
 
 
+def require_mpi() -> None:
+    """UsageError unless MPI is running: most of its calls would end the whole job."""
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        raise UsageError(
+            "MPI is not initialized: call MPI.Init() first, or leave mpi4py.rc.initialize at its default, True"
+        )
+    if MPI.Is_finalized():
+        raise UsageError(
+            "MPI was finalized, and nothing that needs other ranks can be done any more: call MPI.Finalize() last, or "
+            "leave it to mpi4py"
+        )
+
+
 def _free(comm: "MPI.Intracomm") -> None:
     from mpi4py import MPI
 
     if not MPI.Is_finalized():
         comm.Free()
+
+
+_dropped: list["MPI.Intracomm"] = []  # communicators of worlds that nobody closed
+_unfinished: list[Any] = []  # requests of such worlds, with their buffers: MPI may still write there
+
+
+def _free_dropped() -> None:
+    while _dropped:
+        _free(_dropped.pop())
+
+
+def _gathering_for(world: World) -> Callable[[bytes], list[bytes]]:
+    """The world's exchange for its compiled half, whose references the garbage collector does not see."""
+    reference = weakref.ref(world)
+
+    def all_gather(mine: bytes) -> list[bytes]:
+        if (living := reference()) is None:
+            raise UsageError("this world was dropped")
+        return living._all_gather(mine)
+
+    return all_gather
 
 
 # A program that ends, in whatever way runs exit handlers, tells its peers; MPI is still up when these run.
@@ -356,7 +421,7 @@ _open_worlds: "weakref.WeakSet[World]" = weakref.WeakSet()
 @atexit.register
 def _leave_all(error: BaseException | None = None) -> None:
     for world in list(_open_worlds):
-        world._leave(error)
+        world._leave(error or sys.exc_info()[1])
 
 
 def _words(error: BaseException | None) -> str:

@@ -83,7 +83,11 @@ def sgd(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array
 
 
 def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array]]:
-    """Adam (Kingma & Ba, Algorithm 1); AdamW (Loshchilov & Hutter) with decoupled_weight_decay."""
+    """Adam (Kingma & Ba, Algorithm 1); AdamW (Loshchilov & Hutter) with decoupled_weight_decay; and AMSGrad.
+
+    AMSGrad (Reddi, Kale & Kumar, 1904.09237, Algorithm 2), as torch.optim has it: with bias correction, and with the
+    largest average before it.
+    """
     b1, b2 = h["betas"]
     bc1, bc2 = 1 - b1**t, 1 - b2**t
     if h["decoupled_weight_decay"]:
@@ -92,8 +96,10 @@ def adam(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
         g = g + h["weight_decay"] * w
     m = b1 * slots[0] + (1 - b1) * g
     v = b2 * slots[1] + ((1 - b2) * g) * g
-    denominator = np.sqrt(v) * (1 / math.sqrt(bc2)) + h["eps"]
-    return w - (h["lr"] / bc1) * (m / denominator), [m, v], 1 / denominator
+    most = np.maximum(slots[2], v) if h.get("amsgrad") else v
+    denominator = np.sqrt(most) * (1 / math.sqrt(bc2)) + h["eps"]
+    slots = [m, v, most] if h.get("amsgrad") else [m, v]
+    return w - (h["lr"] / bc1) * (m / denominator), slots, 1 / denominator
 
 
 def square_sum(x: Array, begin: int) -> float:
@@ -132,9 +138,14 @@ def lars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
     """LARS (1708.03888), equations 6 and 7, and where others put the trust ratio."""
     w_norm, g_norm = math.sqrt(h["square_sum"](w)), math.sqrt(h["square_sum"](g))
     decay, trust = h["weight_decay"], 1.0
-    if h["adapt"] and w_norm and g_norm:
+    if h["adapt"] and (h["always_adapt"] or decay) and w_norm and g_norm:
         trust = h["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + h["eps"])
-    return trusted_momentum(w, g, slots, trust, h)
+    return trusted_momentum(w, g, slots, held(trust, h), h)
+
+
+def held(trust: float, h: Hyper) -> float:
+    """The trust ratio, at most 1 with trust_clip."""
+    return min(trust, 1.0) if h["trust_clip"] else trust
 
 
 def clars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Array, list[Array], Any]:
@@ -145,9 +156,9 @@ def clars(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arr
     for own in owns:
         mean_norm += math.sqrt(h["square_sum"](own)) / len(owns)
     w_norm = math.sqrt(h["square_sum"](w))
-    if h["adapt"] and w_norm and mean_norm:
+    if h["adapt"] and (h["always_adapt"] or decay) and w_norm and mean_norm:
         trust = h["trust_coefficient"] * w_norm / (mean_norm + h["eps"])
-    return trusted_momentum(w, g, slots, trust, h)
+    return trusted_momentum(w, g, slots, held(trust, h), h)
 
 
 def trusted_momentum(w, g, slots, trust, h):
@@ -175,7 +186,7 @@ def lamb(w: Array, g: Array, slots: list[Array], t: int, h: Hyper) -> tuple[Arra
         u = u + h["weight_decay"] * w
     w_norm, u_norm = math.sqrt(h["square_sum"](w)), math.sqrt(h["square_sum"](u))
     adapts = h["adapt"] and (h["always_adapt"] or h["weight_decay"])
-    trust = w_norm / u_norm if adapts and w_norm and u_norm else 1.0
+    trust = held(w_norm / u_norm if adapts and w_norm and u_norm else 1.0, h)
     return w - (h["lr"] * trust) * u, [m, v], w.dtype.type(trust) / denominator
 
 
@@ -358,6 +369,7 @@ ADAM_DEFAULTS = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": False,
 }
+AMSGRAD = {"amsgrad": False}
 LARS_DEFAULTS = {
     "lr": 0.1,
     "momentum": 0.9,
@@ -365,6 +377,8 @@ LARS_DEFAULTS = {
     "trust_coefficient": 1e-3,
     "eps": 1e-8,
     "adapt": True,
+    "always_adapt": True,
+    "trust_clip": False,
     "trust_in_buffer": False,
     "trust_outside": False,
 }
@@ -376,6 +390,7 @@ LAMB_DEFAULTS = {
     "adapt": True,
     "coupled_weight_decay": False,
     "always_adapt": False,
+    "trust_clip": False,
 }
 RATIO = {"gsnr_floor": 0.1, "gsnr_eps": 1e-8, "lagged_mean": False}
 
@@ -400,12 +415,14 @@ RULES = {
     ),
     "adam": Rule(
         adam,
-        2,
-        ADAM_DEFAULTS,
+        3,
+        ADAM_DEFAULTS | AMSGRAD,
         {
             "plain": {},
             "decayed": {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01},
             "decoupled": {"weight_decay": 0.01, "decoupled_weight_decay": True},
+            "amsgrad": {"amsgrad": True, "betas": (0.5, 0.6), "weight_decay": 0.01},
+            "amsgrad-decoupled": {"amsgrad": True, "weight_decay": 0.01, "decoupled_weight_decay": True},
         },
     ),
     "lars": Rule(
@@ -417,6 +434,8 @@ RULES = {
             "inside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_in_buffer": True},
             "outside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_outside": True},
             "excluded": {"adapt": False},
+            "undecayed as in timm": {"always_adapt": False},
+            "clipped": {"trust_coefficient": 10.0, "trust_clip": True},
         },
     ),
     "clars": Rule(
@@ -427,6 +446,7 @@ RULES = {
             "outside": {"weight_decay": 0.01, "trust_coefficient": 0.1, "trust_outside": True},
             "undecayed": {"trust_coefficient": 0.1},
             "excluded": {"adapt": False},
+            "clipped": {"trust_coefficient": 10.0, "trust_clip": True},
         },
     ),
     "vrsgd": Rule(
@@ -485,6 +505,7 @@ RULES = {
             "undecayed": {"weight_decay": 0.0},
             "nvlamb": {"weight_decay": 0.0, "always_adapt": True},
             "excluded": {"adapt": False},
+            "clipped": {"trust_clip": True},
         },
     ),
     "lans": Rule(
@@ -649,7 +670,7 @@ class ReferenceEngine:
         self.memory = [{} for _ in self.w]  # what a rule keeps of a layer beside its slots
         self.displacement, self.inner_clip = displacement, inner_clip
         self.noise, self.seed = noise, seed
-        self.hyper = self.rule.defaults | hyper
+        self.hyper = {"maximize": False} | self.rule.defaults | hyper
         self.groups = groups or [{}] * len(self.w)
         padded = [(w.size + 31) // 32 * 32 for w in self.w]
         self.begins = [sum(padded[:i]) for i in range(len(padded))]
@@ -667,10 +688,12 @@ class ReferenceEngine:
                 self.step_layer(layer, local, self.hyper | self.groups[layer])
 
     def filled(self, layer, local):
-        """The gradients of all workers, zeros where one has none; None if nobody has one."""
+        """The gradients of all workers, zeros where one has none; None if nobody has one. Maximizing negates each."""
         if all(g is None for g in local):
             return None
-        return [np.zeros_like(self.w[layer]) if g is None else np.asarray(g).astype(self.T) for g in local]
+        sign = self.T.type(-1 if (self.hyper | self.groups[layer])["maximize"] else 1)
+        filled = [np.zeros_like(self.w[layer]) if g is None else np.asarray(g).astype(self.T) for g in local]
+        return [sign * g for g in filled]
 
     def clipped(self, gradient):
         return gradient * self.T.type(self.clip) if self.clip != 1 else gradient
@@ -748,6 +771,7 @@ class LocalReference:
 
     def step_layer(self, k, layer, g):
         h = self.shared.hyper | self.shared.groups[layer]
+        g = -g if h["maximize"] else g
         self.t[k][layer] += 1
         self.w[k][layer], self.slots[k][layer], _ = self.shared.rule.update(
             self.w[k][layer], g, self.slots[k][layer], self.t[k][layer], h

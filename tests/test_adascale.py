@@ -582,7 +582,7 @@ def test_state_of_another_kind_is_refused_and_nothing_changes(team):
     with pytest.raises(xc.UsageError, match="per_group"):
         opt.load_state_dict(state)
     broken = opt.state_dict()
-    broken["adascale"] = {"gain": 1.0}
+    broken["extrapcomm"]["adascale"] = {"gain": 1.0}
     with pytest.raises(xc.UsageError, match="not the state of an AdaScale"):
         opt.load_state_dict(broken)
     assert opt.progress == progress
@@ -593,7 +593,7 @@ def test_state_of_another_kind_is_refused_and_nothing_changes(team):
 def test_ranks_that_load_different_averages_are_told(several):
     _, opt = trained(several)
     state = opt.state_dict()
-    state["adascale"]["progress"] += several.rank
+    state["extrapcomm"]["adascale"]["progress"] += several.rank
     with pytest.raises(xc.MismatchError):
         opt.load_state_dict(state)
     opt.close()

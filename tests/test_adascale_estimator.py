@@ -94,6 +94,16 @@ def test_gain_of_four_orthogonal_gradients_is_the_scale(scale):
     assert step(AdaScale(scale), *sums(grads)) == ((4.0 if scale is None else scale),)
 
 
+@pytest.mark.parametrize(("dimensions", "gain"), [(10, 3.49), (100, 3.82), (1000, 3.94)])
+def test_clipped_samples_lower_the_gain_where_few_dimensions_are_noisy(dimensions, gain):
+    """Four gradients of nothing but noise, whose true gain is 4: samples of mu^2 below 0 count as 0."""
+    random, adascale, gains = np.random.default_rng(0), AdaScale(), []
+    for _ in range(4000):
+        grads = random.normal(size=(4, dimensions))
+        gains += step(adascale, *sums(list(grads)))
+    assert np.mean(gains[1000:]) == pytest.approx(gain, abs=0.03)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_gain_of_orthogonal_gradients_stays_two(steps):
     adascale = AdaScale(averaging="debiased")

@@ -30,6 +30,7 @@ def test_info_names_mpi_build_and_every_rank(capfd):
     facts = json.loads(printed)
     assert [member["rank"] for member in facts["team"]] == list(range(COMM.size))
     assert all(member["cores"] for member in facts["team"])
+    assert facts["build"]["store_bytes"] in ("16", "32", "64")
     assert facts["mpi"] and facts["build"]["instruction_set"] and facts["packages"]["mpi4py"]
     assert facts["limits"]["memory_available"] > 0
 

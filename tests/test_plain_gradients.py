@@ -469,7 +469,7 @@ def test_so_it_is_with_an_older_torch(worlds, without_table, wrong):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_tensor_of_the_engine_that_got_other_data_is_replaced(worlds, mode):
-    """What a user does to the tensors that zero_grad() left must not change where later gradients go."""
+    """Changes that a user makes to the tensors that zero_grad() left must not change where later gradients go."""
     params, opt, twin = made("SGD", torch.float32, mode, worlds(1))
     for step in range(4):
         opt.zero_grad(False)
@@ -542,4 +542,17 @@ def test_the_engine_refuses_a_gradient_of_another_number_of_bytes(worlds):
         xc.UsageError, match="gradient of parameter '0.1' has 8 bytes, and the parameter has 48"
     ):
         binding.core.gather(0, sources, binding.present[0])
+    opt.close()
+
+
+def test_gradients_that_nobody_keeps_stay_in_their_place(worlds):
+    """A tensor that is taken for somebody else's would be copied at every step."""
+    params, opt, _ = made("SGD", torch.float32, "copy", worlds(1))
+    backward(params, 0)
+    opt.step()
+    gradients = opt._binding.gradients
+    shown = list(map(id, gradients._shown[0]))
+    backward(params, 1)
+    opt.step()
+    assert list(map(id, gradients._shown[0])) == shown
     opt.close()

@@ -210,7 +210,7 @@ def test_between_averages_everything_that_is_saved_is_the_last_average(team, pai
         p.step()
     saved = p.opt.state_dict()
     for i, (w, slots) in enumerate(zip(p.shared.w, p.shared.slots, strict=True)):
-        assert_same_bits(saved["state"][i]["master"].numpy(), w)
+        assert_same_bits(saved["extrapcomm"]["master"][i].numpy(), w)
         assert_same_bits(saved["state"][i]["momentum_buffer"].numpy(), slots[0])
         assert saved["state"][i]["step"] == 4
     with p.opt.master_weights():

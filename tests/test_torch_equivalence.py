@@ -20,6 +20,12 @@ OPTIMIZERS = {
     "adam-decayed": ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}),
     "adamw": ("AdamW", {"lr": 0.01}),
     "adamw-decayed": ("AdamW", {"lr": 0.01, "weight_decay": 0.3}),
+    "sgd-maximized": ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "maximize": True}),
+    "adam-amsgrad": ("Adam", {"lr": 0.01, "betas": (0.8, 0.6), "weight_decay": 0.05, "amsgrad": True}),
+    "adamw-amsgrad-maximized": (
+        "AdamW",
+        {"lr": 0.01, "betas": (0.8, 0.6), "amsgrad": True, "maximize": True},
+    ),
 }
 SCHEDULES = {
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t)),

@@ -57,6 +57,106 @@ def test_lans_example(team):
     np.testing.assert_allclose(train(team, "lans", [one, two]), (2.915725832, 4.023636595), rtol=1e-7)
 
 
+def timms_lars(steps, w, decay, momentum, coefficient, always_adapt):
+    """The update of timm's Lars without dampening and Nesterov momentum, for one layer."""
+    w, buffer = np.array(w), np.zeros(len(w))
+    for gradient, lr in steps:
+        g = np.array(gradient)
+        if decay != 0 or always_adapt:
+            w_norm, g_norm = np.linalg.norm(w), np.linalg.norm(g)
+            ratio = coefficient * w_norm / (g_norm + w_norm * decay + 1e-8) if w_norm and g_norm else 1.0
+            g = (g + decay * w) * ratio
+        buffer = momentum * buffer + g
+        w = w - lr * buffer
+    return w
+
+
+@pytest.mark.parametrize("always_adapt", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_is_timms_with_and_without_adapting_always(team, decay, always_adapt):
+    steps = [((0.6, 0.8), 0.5), ((0.0, 2.0), 1.0), ((1.0, -0.5), 0.25)]
+    hyper = {"momentum": 0.9, "trust_coefficient": 0.01, "weight_decay": decay}
+    got = train(team, "lars", steps, trust_in_buffer=True, always_adapt=always_adapt, **hyper)
+    wanted = timms_lars(steps, (3.0, 4.0), decay, 0.9, 0.01, always_adapt)
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_lars_adapts_without_decay_unless_told_otherwise(team):
+    steps = [((0.6, 0.8), 0.5)]
+    hyper = {"momentum": 0.0, "trust_coefficient": 0.01, "eps": 0.0}
+    np.testing.assert_allclose(train(team, "lars", steps, **hyper), (2.985, 3.98), rtol=1e-12)
+    plain = train(team, "lars", steps, always_adapt=False, **hyper)
+    np.testing.assert_allclose(plain, (2.7, 3.6), rtol=1e-12)
+
+
+def timms_lamb(steps, w, decay, trust_clip):
+    """The update of timm's Lamb without its clipping of the gradient, for one layer; apex has no trust_clip."""
+    w, mean, square = np.array(w), np.zeros(len(w)), np.zeros(len(w))
+    for t, (gradient, lr) in enumerate(steps, 1):
+        g = np.array(gradient)
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
+        update = (mean / (1 - 0.9**t)) / (np.sqrt(square) / np.sqrt(1 - 0.999**t) + 1e-6) + decay * w
+        ratio = 1.0
+        if decay != 0:
+            w_norm, u_norm = np.linalg.norm(w), np.linalg.norm(update)
+            ratio = w_norm / u_norm if w_norm and u_norm else 1.0
+            ratio = min(ratio, 1.0) if trust_clip else ratio
+        w = w - lr * ratio * update
+    return w
+
+
+@pytest.mark.parametrize("trust_clip", [False, True])
+@pytest.mark.parametrize("w", [(3.0, 4.0), (0.03, 0.04)], ids=["above one", "below one"])
+def test_lamb_is_timms_with_and_without_clipped_ratios(team, w, trust_clip):
+    steps = [((0.6, -0.8), 0.01), ((0.1, 0.2), 0.01), ((-0.5, 0.3), 0.01)]
+    got = train(team, "lamb", steps, w=w, trust_clip=trust_clip)
+    np.testing.assert_allclose(got, timms_lamb(steps, w, 0.01, trust_clip), rtol=1e-9)
+
+
+@pytest.mark.parametrize("rule", ["lars", "clars", "lamb", "vrlars", "vrlamb"])
+def test_clipped_ratio_is_in_the_step_and_in_the_displacement(team, rule):
+    """The ratio 5 / 0.5 is held to 1, and both are as with `adapt=False`."""
+    w, gradient = np.array([3.0, 4.0]), np.array([0.3, 0.4])
+    lars = {"trust_coefficient": 1.0, "momentum": 0.0} if "lars" in rule else {}
+    points = []
+    for held in ({"trust_clip": True}, {"adapt": False}, {}):
+        engine = xc.Engine(team, w, rule, lr=0.1, extrapolation="local", inner_lr=0.5, **lars, **held)
+        for worker in engine.workers:
+            worker.grads[:] = gradient
+        engine.step()
+        points.append(np.stack([engine.master(), *(worker.weights for worker in engine.workers)]))
+        engine.close()
+    assert_same_bits(points[0], points[1])
+    assert np.abs(points[2] - points[0]).min() > 0.01
+
+
+@pytest.mark.parametrize("rule", ["lars", "lamb"])
+def test_clipped_ratios_below_one_stay(team, rule):
+    steps = [((0.6, -0.8), 0.1)]
+    hyper = {"trust_coefficient": 1e-3} if rule == "lars" else {}
+    free, held = (
+        train(team, rule, steps, w=(0.03, 0.04), trust_clip=clip, **hyper) for clip in (False, True)
+    )
+    assert_same_bits(free, held)
+
+
+@pytest.mark.parametrize("rule", ["LARS", "CLARS", "LAMB"])
+def test_clipping_of_ratios_is_per_group(team, rule):
+    torch = pytest.importorskip("torch")
+    params = [torch.nn.Parameter(torch.full((4,), 100.0)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "trust_clip": True}]
+    own = {} if rule == "LAMB" else {"trust_coefficient": 1.0}
+    opt = getattr(xc, rule)(groups, lr=0.01, **own, world=team)
+    for v in range(team.workers):
+        with opt.worker(v):
+            for p in params:
+                p.grad = torch.ones(4)
+    opt.step()
+    assert (100.0 - opt.master(0) > 0.5).all()
+    assert (100.0 - opt.master(1) < 0.05).all()
+    opt.close()
+
+
 def test_clars_example(virtual):
     """By hand: worker gradients (1, 0), (0, 1), (-1, 1); the ratio is .005 / ((1 + 1 + sqrt 2) / 3)."""
     engine = xc.Engine(virtual(3), np.array([3.0, 4.0]), "clars", lr=1.0, trust_outside=True, eps=0.0)

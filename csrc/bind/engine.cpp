@@ -35,10 +35,12 @@ std::vector<LayerSpec> layers_from(const std::vector<LayerTuple>& tuples) {
   return layers;
 }
 
-// (flags as bits, hyper-parameters)
-std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::vector<double>>>& pairs) {
+// (flags as bits, hyper-parameters, whether gradients are negated)
+using GroupTuple = std::tuple<unsigned, std::vector<double>, bool>;
+
+std::vector<GroupSpec> groups_from(const std::vector<GroupTuple>& tuples) {
   std::vector<GroupSpec> groups;
-  for (const auto& [flags, hyper] : pairs) groups.push_back({flags, hyper});
+  for (const auto& [flags, hyper, maximize] : tuples) groups.push_back({flags, hyper, maximize});
   return groups;
 }
 
@@ -46,11 +48,10 @@ std::vector<GroupSpec> groups_from(const std::vector<std::pair<unsigned, std::ve
 using ExtrapolationTuple = std::tuple<std::string, bool, bool, std::uint64_t>;
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
-                                    const std::vector<std::pair<unsigned, std::vector<double>>>& groups,
-                                    const std::string& rule, const ExtrapolationTuple& extrapolation,
-                                    std::int64_t tile, const std::string& version,
-                                    std::optional<bool> streaming, std::int64_t bucket,
-                                    std::shared_ptr<Device> device) {
+                                    const std::vector<GroupTuple>& groups, const std::string& rule,
+                                    const ExtrapolationTuple& extrapolation, std::int64_t tile,
+                                    const std::string& version, std::optional<bool> streaming,
+                                    std::int64_t bucket, std::shared_ptr<Device> device) {
   const auto specs = layers_from(layers);
   const auto& [name, scaled, clipped, seed] = extrapolation;
   const EngineOptions options{.rule = rule,
@@ -197,7 +198,7 @@ void load(Engine& engine, const std::vector<SavedTuple>& tuples, std::uint64_t h
     const std::size_t layer = layers.size();
     Engine::Saved saved{checked(engine, weights, layer), {}, updates};
     for (const auto& slot : slots) saved.slots.push_back(checked(engine, slot, layer));
-    if (static_cast<int>(saved.slots.size()) != engine.slots())
+    if (static_cast<int>(saved.slots.size()) != (updates < 0 ? 0 : engine.slots()))
       throw UsageError("a checkpoint has other slots");
     layers.push_back(std::move(saved));
   }
@@ -275,6 +276,11 @@ void register_engine_class(py::module_& module) {
           "show_master", [](Engine& e, int v) { e.show_master(checked_worker(e, v)); }, Free())
       .def("hide_master", &Engine::hide_master, Free())
       .def("keep_master", &Engine::keep_master)
+      .def("watch_writes", &Engine::watch_writes)
+      .def(
+          "written", [](const Engine& e, int v) { return e.written(checked_worker(e, v)); },
+          py::arg("worker"), "The first layer in which somebody else was seen to write, or None.")
+      .def("displaced", &Engine::displaced, py::arg("layer"))
       .def("updates", &Engine::updates, py::arg("layer"), Free())
       .def_property_readonly("most_updates", py::cpp_function(&Engine::most_updates, Free()))
       .def_property_readonly("slots", &Engine::slots)

@@ -45,11 +45,11 @@ bool same_layout(const dlpack::Tensor& tensor, const Layer& layer) {
   return true;
 }
 
-// Whether anybody but the list has a reference to its i-th tensor, if that is not the gradient.
+// Returns true if somebody beside the list holds its i-th tensor, which is not the gradient. The list holds
+// one reference; an accessor of pybind11 would hold another.
 bool is_held(const py::list& shown, std::size_t i, py::handle grad) {
-  PyObject* const tensor =
-      PyList_GET_ITEM(shown.ptr(), static_cast<py::ssize_t>(i));  // no reference of our own
-  return tensor != grad.ptr() && Py_REFCNT(tensor) > 1;
+  const PyObject* const tensor = PyList_GET_ITEM(shown.ptr(), static_cast<py::ssize_t>(i));
+  return tensor != grad.ptr() && Py_REFCNT(const_cast<PyObject*>(tensor)) > 1;
 }
 
 const dlpack::ExchangeTable* table_of(py::handle tensor_type) {
@@ -172,8 +172,8 @@ void register_gradients(py::module_& module) {
       .def("read", &GradientReader::read, py::arg("worker"), py::arg("params"), py::arg("shown"),
            py::arg("sources").noconvert(),
            "(gradients, indices of the odd ones, indices of shown tensors that others hold and whose memory "
-           "will be "
-           "written); fills a row for each gradient that is not odd.")
+           "is "
+           "written next); fills a row for each gradient that is not odd.")
       .def("strays", &GradientReader::strays, py::arg("worker"), py::arg("tensors"),
            "Indices of tensors that are not the worker's gradient memory as the parameters see it.");
 }

@@ -4,6 +4,7 @@
 #include "bind/register.hpp"
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
+#include "core/streaming.hpp"
 #include "rules/extrapolation.hpp"
 #include "stages/tables.hpp"
 
@@ -68,6 +69,7 @@ void register_stages(py::module_& module) {
     py::dict info;
     info["compiler"] = "C++ compiler " __VERSION__;
     info["instruction_set"] = std::string(instruction_set());
+    info["store_bytes"] = std::to_string(static_cast<int>(usual_store()));
     return info;
   });
   module.def("rules", &describe_rules, "Rule name to its hyper-parameters with presets, flags and slots.");

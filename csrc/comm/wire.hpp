@@ -27,6 +27,8 @@ class Wire {
   virtual bool done(Transfer transfer) = 0;
   // Moves what is under way.
   virtual void progress() = 0;
+  // True if nothing can be begun any more: the program has ended the library below.
+  virtual bool ended() const { return false; }
 
   // A word to another rank outside of all order, which needs no answer.
   static constexpr std::size_t kNoticeBytes = 576;

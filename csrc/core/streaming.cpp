@@ -1,6 +1,11 @@
 #include "core/streaming.hpp"
 
+#include <algorithm>
+#include <cstdlib>
 #include <fstream>
+#include <string_view>
+
+#include "core/clones.hpp"
 
 namespace xc {
 namespace {
@@ -14,6 +19,23 @@ std::int64_t last_level_cache_bytes() {
 }
 
 }  // namespace
+
+StoreWidth widest_store() {
+  const std::string_view clone = chosen_clone();
+  if (clone == "x86-64-v4") return StoreWidth::bytes64;
+  return clone == "x86-64-v3" ? StoreWidth::bytes32 : StoreWidth::bytes16;
+}
+
+StoreWidth usual_store() {
+  static const StoreWidth kUsual = [] {
+    const char* const asked = std::getenv("XC_STORE");
+    const int bytes = asked ? std::atoi(asked) : 0;
+    for (const StoreWidth width : {StoreWidth::bytes16, StoreWidth::bytes32})
+      if (bytes == static_cast<int>(width)) return std::min(width, widest_store());
+    return widest_store();
+  }();
+  return kUsual;
+}
 
 bool exceeds_cache(std::int64_t bytes) {
   static const std::int64_t kCache = last_level_cache_bytes();

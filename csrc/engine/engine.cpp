@@ -25,6 +25,7 @@
 #include "engine/signature.hpp"
 #include "engine/state.hpp"
 #include "engine/step.hpp"
+#include "engine/write_check.hpp"
 
 namespace xc {
 namespace {
@@ -75,6 +76,7 @@ class EngineOf final : public Engine {
         stepper_(plan_, arenas_, *storage_, runs_, *hands_.walker, *hands_.mover, hands_.judge.get(),
                  rails_.get(), overlap_.get(), tile_, streaming_),
         updates_(plan_.layers.size(), 0),
+        displaced_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
   const Plan& plan() const override { return plan_; }
@@ -124,7 +126,18 @@ class EngineOf final : public Engine {
   }
   void show_master(int v) override;
   void hide_master(int v) override;
-  void keep_master(int v) override { hidden_.erase(v); }
+  void keep_master(int v) override {
+    hidden_.erase(v);
+    if (write_check_) write_check_->forget(static_cast<std::size_t>(v));
+  }
+  void watch_writes() override;
+  std::optional<std::size_t> written(int v) const override {
+    if (!write_check_ || closed_ || exchange_.unsettled() || hidden_.count(v) > 0) return std::nullopt;
+    return write_check_->written(static_cast<std::size_t>(v));
+  }
+  bool displaced(std::size_t layer) const override {
+    return local_ ? local_->touched().at(layer) : displaced_.at(layer);
+  }
   void collect_state(std::optional<int> only_rank) override;
   void forget_collected() override { state_.forget_collected(); }
   void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const override {
@@ -160,6 +173,9 @@ class EngineOf final : public Engine {
   Outcome run(const Step& step, const LayerMarks& marks);
   LocalPhase<T>& local();
   void finish_round(std::span<const std::uint8_t> touched);
+  void published();
+  void published_undisplaced();
+  void note_displacements(const std::vector<Run<T>>& runs, bool may_be_skipped);
 
   std::shared_ptr<Device> device_;
   std::shared_ptr<Storage> storage_;
@@ -178,7 +194,9 @@ class EngineOf final : public Engine {
   Hands hands_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;  // per layer
+  std::vector<std::int64_t> updates_;    // per layer
+  std::vector<std::uint8_t> displaced_;  // per layer: outside the local phase, X may differ from w
+  std::optional<WriteCheck> write_check_;
   Declarations declared_{};
   Outcome outcome_;  // of the last step,
   std::optional<std::vector<std::uint8_t>>
@@ -309,11 +327,13 @@ void EngineOf<T>::adopt(int root_worker) {
   });
   stepper_.forget();
   if (local_) local_->begin_round();
+  published_undisplaced();
 }
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  collective({Operation::load, steps_, hash}, [&](const Agreed&) {
+  const Declarations assigned = {declared_[static_cast<std::size_t>(Declared::assigned_state)]};
+  collective({Operation::load, steps_, hash, {}, {}, assigned}, [&](const Agreed&) {
     settle();
     for (std::size_t i = 0; i < layers.size(); ++i) {
       if (layers[i].weights) state_.write(i, 0, layers[i].weights);
@@ -326,7 +346,41 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   storage_->finish();  // a checkpoint may lie in pinned memory
   stepper_.forget();
   local_.reset();
-  for (std::size_t i = 0; i < layers.size(); ++i) updates_[i] = layers[i].updates;
+  for (std::size_t i = 0; i < layers.size(); ++i)
+    if (layers[i].updates >= 0) updates_[i] = layers[i].updates;
+  published_undisplaced();
+}
+
+template <class T>
+void EngineOf<T>::watch_writes() {
+  if (device_) return;
+  std::vector<const std::byte*> all;
+  for (int v = 0; v < team().workers_per_rank(); ++v) all.push_back(weights(v).get());
+  write_check_.emplace(plan_, std::move(all));
+  write_check_->record();
+}
+
+// Every X of this rank holds what the engine has put there. Other ranks write into it during a collective
+// call, so this comes after its end.
+template <class T>
+void EngineOf<T>::published() {
+  if (write_check_) write_check_->record();
+}
+
+template <class T>
+void EngineOf<T>::published_undisplaced() {
+  std::fill(displaced_.begin(), displaced_.end(), 0);
+  published();
+}
+
+// Layers outside all runs keep their X. If the step may be skipped, a layer that was displaced may still be.
+template <class T>
+void EngineOf<T>::note_displacements(const std::vector<Run<T>>& runs, bool may_be_skipped) {
+  for (const Run<T>& run : runs) {
+    const bool displaces = run.extrapolation && run.extrapolation->direction != Direction::none;
+    for (std::size_t i = run.layer; i < plan_.layers.size() && plan_.layers[i].begin < run.end; ++i)
+      displaced_[i] = displaces || (may_be_skipped && displaced_[i]);
+  }
 }
 
 // What a worker has no gradient for counts as zeros if another has one. Zeros stay zeros, so they are written
@@ -380,7 +434,9 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
                if (device_) recording_.took(look_of(stepper_.runs(), step));
              });
   stepper_.read_sums(step, {present, updates_}, outcome_);
+  if (!outcome_.skipped) note_displacements(stepper_.runs(), stepper_.judges(step));
   conclude(step, present);
+  published();
   last_step_ = std::chrono::steady_clock::now() - start;
   return outcome_;
 }
@@ -438,6 +494,7 @@ void EngineOf<T>::prepare_replay(const Step& step) {
   recording_.require_replayable(look_of(runs, step));
   hands_.walker->prepare_replay(runs, bounds_of(step));
   outcome_ = {};
+  note_displacements(runs, stepper_.judges(step));
   conclude(step, layers);
 }
 
@@ -469,6 +526,7 @@ void EngineOf<T>::begin_local() {
   local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
   collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
+  published_undisplaced();
 }
 
 template <class T>
@@ -485,6 +543,7 @@ void EngineOf<T>::local_step(const Step& step) {
   local().step(step);
   outcome_ = {};
   ++steps_;
+  published();
   last_step_ = std::chrono::steady_clock::now() - start;
 }
 
@@ -503,6 +562,7 @@ void EngineOf<T>::averaging_step(const Step& step) {
                finish_round(agreed.present);
              });
   ++steps_;
+  published();
   last_step_ = std::chrono::steady_clock::now() - start;
 }
 
@@ -514,6 +574,7 @@ void EngineOf<T>::average() {
   none.local_steps = local().steps();
   collective({Operation::average, steps_, 0, numbers_of(none), local_->touched()},
              [&](const Agreed& agreed) { finish_round(agreed.present); });
+  published();
 }
 
 template <class T>

@@ -23,10 +23,12 @@ using Revise = std::function<std::vector<double>(std::span<const double>, std::s
 // When statistics of the gradients are taken.
 enum class Observe { nothing, before, along };
 
-// One group of layers: its flags are fixed, its hyper-parameters may change every step.
+// One group of layers: its flags are fixed, its hyper-parameters may change every step. A group that
+// maximizes takes the negative of every worker's gradient wherever it reads one.
 struct GroupSpec {
   unsigned flags = 0;
   std::vector<double> hyper;
+  bool maximize = false;
 };
 
 // What displaces the weights, beside each group's inner rate.
@@ -103,7 +105,8 @@ class Engine {
   virtual void adopt(int root_worker) = 0;
 
   // One layer of a checkpoint: arrays of the master type in the order of memory, of w and of the rule's
-  // slots. A null array stands for zeros, null weights for those that are there.
+  // slots. A null array stands for zeros, null weights for those that are there. Negative updates leave slots
+  // and updates as they are.
   struct Saved {
     const void* weights;
     std::vector<const void*> slots;
@@ -183,12 +186,20 @@ class Engine {
   virtual void hide_master(int v) = 0;
   // Forgets what hide_master would restore: what X holds now stays.
   virtual void keep_master(int v) = 0;
+  // From now on copies some elements of X after each publish, so that written() can tell whether somebody
+  // else has changed one since; never on a device.
+  virtual void watch_writes() = 0;
+  // Returns the first layer of worker v's X that was seen to be written by somebody else. Returns none while
+  // X shows the master weights or is to be adopted.
+  virtual std::optional<std::size_t> written(int v) const = 0;
+  // Returns true if X of this layer may differ from w in the parameter's type on some worker of this rank.
+  virtual bool displaced(std::size_t layer) const = 0;
   // Collective, with several teams: brings the other teams' part of the state to all ranks, or to one, for
   // read() to find until it is forgotten. With one team nothing is missing and nothing is done.
   virtual void collect_state(std::optional<int> only_rank) = 0;
   virtual void forget_collected() = 0;
   // Copies a layer's elements from, ..., to - 1 into `out`, an array of the master type: of w (slot 0) or of
-  // the rule's slots (1, 2).
+  // the rule's slots (1, 2, 3).
   virtual void read(std::size_t layer, int slot, std::int64_t from, std::int64_t to, void* out) const = 0;
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.

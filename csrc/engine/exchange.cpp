@@ -32,6 +32,8 @@ std::uint64_t hash_of_bytes(const void* at, std::size_t bytes) {
   return hash_of({static_cast<const char*>(at), bytes});
 }
 
+constexpr std::size_t kRangeSize = 4;
+
 // Adds a number so that its largest and its smallest value over all ranks can be told: in halves, as doubles.
 void add_range(std::vector<double>& numbers, std::uint64_t value) {
   for (const std::uint64_t half : {value & 0xffffffffu, value >> 32}) {
@@ -40,9 +42,16 @@ void add_range(std::vector<double>& numbers, std::uint64_t value) {
   }
 }
 
-constexpr std::size_t kRangeSize = 4;
+// A range that every value fits.
+void add_open_range(std::vector<double>& numbers) {
+  numbers.insert(numbers.end(), kRangeSize, -std::numeric_limits<double>::infinity());
+}
 
-bool is_one_value(std::span<const double> range) { return range[0] == -range[1] && range[2] == -range[3]; }
+// Both halves' largest values are their smallest, or there is no value at all.
+bool is_one_value(std::span<const double> range) {
+  if (range[0] == -std::numeric_limits<double>::infinity()) return true;
+  return range[0] == -range[1] && range[2] == -range[3];
+}
 
 }  // namespace
 
@@ -73,6 +82,9 @@ std::vector<Post> Exchange::posts() const {
 void Exchange::require_open() const {
   team_->require_member();
   if (closed_) throw UsageError("this engine or array is closed");
+  if (const Wire* const wire = team_->wire(); wire && wire->ended())
+    throw UsageError(
+        "MPI was finalized, and steps between teams need it: call MPI.Finalize() after the last step");
 }
 
 void Exchange::meet_at_a(const Call& call) {
@@ -182,14 +194,18 @@ void Exchange::largest_of_all(std::vector<double>& numbers, std::int64_t step) {
 Exchange::Agreed Exchange::agree_over_wire(const Call& call, const Post& mine, bool complains) {
   std::vector<std::uint64_t> what = {std::uint64_t(call.operation), mine.header().sequence, call.hash,
                                      std::uint64_t(meeting_.channel())};
-  what.insert(what.end(), call.declared.begin(), call.declared.end());
+  Declarations strict = call.declared;
+  const std::uint64_t names = std::exchange(strict[static_cast<std::size_t>(Declared::attached_names)], 0);
+  what.insert(what.end(), strict.begin(), strict.end());
   std::vector<double> numbers = {complains ? 1.0 : 0.0};
   add_range(numbers, hash_of_bytes(what.data(), what.size() * sizeof what[0]));
   add_range(numbers, hash_of_bytes(call.doubles.data(), call.doubles.size_bytes()));
   add_range(numbers, hash_of_bytes(call.present.data(), call.present.size_bytes()));
+  names == 0 ? add_open_range(numbers) : add_range(numbers, names);
   largest_of_all(numbers, call.step);
   const std::span<const double> ranges = std::span(numbers).subspan(1);
-  if (numbers[0] > 0 || !is_one_value(ranges)) raise_disagreement(mine);
+  if (numbers[0] > 0 || !is_one_value(ranges) || !is_one_value(ranges.subspan(3 * kRangeSize)))
+    raise_disagreement(mine);
   Agreed agreed{{call.doubles.begin(), call.doubles.end()}, {call.present.begin(), call.present.end()}};
   if (!is_one_value(ranges.subspan(kRangeSize)) || !is_one_value(ranges.subspan(2 * kRangeSize)))
     settle_differences(call, mine, agreed);

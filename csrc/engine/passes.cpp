@@ -193,6 +193,7 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* mea
   const auto targets = static_cast<std::int64_t>(workers.targets.size());
   for (std::int64_t k = 0; k < targets; ++k) {
     Ahead ahead;
+    ahead.store = tile.store;
     std::int64_t read = k * reads / targets;
     for (int i = 0; i < 2 && read < (k + 1) * reads / targets; ++i, ++read)
       look_ahead(workers, tile, read, i, ahead);
@@ -203,7 +204,6 @@ void stream_and_observe(const Workers& workers, const Tile<T>& tile, double* mea
     tile.run->stream(tile.w, displacement_of(workers, tile, worker),
                      workers.targets[worker] + tile.first_byte, tile.count, ahead, observed);
   }
-  finish_streaming();
 }
 
 template <class T>
@@ -241,6 +241,7 @@ Tile<T> make_tile(const Run<T>& run, const Shard<T>& shard, std::int64_t first, 
   tile.factor = kept.factor ? kept.factor + place : buffers.factor();
   tile.received = kept.received ? kept.received + place : nullptr;
   tile.noise = buffers.noise();
+  tile.store = buffers.store();
   tile.kept = &kept;
   tile.scratch = buffers.scratch();
   tile.w = shard.w ? shard.w + place : tile.mean;
@@ -350,6 +351,7 @@ void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs
       first += count;
     }
   }
+  if (pass.weights == Pass::Weights::stream) finish_streaming();
 }
 
 #define XC_INSTANTIATE(T)                                                                      \

@@ -107,6 +107,7 @@ struct Tile {
   T* noise;
   T* scratch;
   const T* received;
+  StoreWidth store;  // if the weights are stored past the cache
   const Kept<T>* kept;
   Elements<T> elements() const { return {mean, extra, w, slots}; }
 };
@@ -180,9 +181,10 @@ Pass publish_pass();            // publish what w holds
 template <class T>
 class TileBuffers {
  public:
-  TileBuffers(std::int64_t tile, int source_count)
-      : tile_(tile), memory_(allocate(tile * (4 + reduce_scratch_tiles(source_count)))) {}
+  TileBuffers(std::int64_t tile, int source_count, StoreWidth store = usual_store())
+      : tile_(tile), store_(store), memory_(allocate(tile * (4 + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
+  StoreWidth store() const { return store_; }
   T* mean() { return memory_.get(); }
   T* extra() { return memory_.get() + tile_; }
   T* factor() { return memory_.get() + 2 * tile_; }
@@ -197,6 +199,7 @@ class TileBuffers {
     return new (std::align_val_t(kLine)) T[static_cast<std::size_t>(count)]();
   }
   std::int64_t tile_;
+  StoreWidth store_;
   std::unique_ptr<T[], Free> memory_;
 };
 
@@ -219,7 +222,8 @@ class Walker {
 template <class T>
 class TileWalker final : public Walker<T> {
  public:
-  TileWalker(std::int64_t tile, int source_count) : buffers_(tile, source_count) {}
+  TileWalker(std::int64_t tile, int source_count, StoreWidth store = usual_store())
+      : buffers_(tile, source_count, store) {}
   void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
             const Kept<T>& kept) override {
     xc::walk<T>(pass, workers, runs, shard, buffers_, kept);

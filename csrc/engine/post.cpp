@@ -23,20 +23,34 @@ std::string call(const Post& post) {
 
 void require_same_call(const Post& first, const Post& other, const std::string& rank) {
   const PostHeader &a = first.header(), &b = other.header();
+  if (a.declared[0] != b.declared[0])
+    throw MismatchError("rank 0 and " + rank +
+                        " have changed the optimizer's state by hand, but not alike: assign to opt.state, or "
+                        "call load_extra_state_dict(), with the same values on every rank");
   if (a.operation != b.operation || a.sequence != b.sequence)
     throw MismatchError("rank 0 is in " + call(first) + " but " + rank + " is in " + call(other) +
                         "; every rank must make the same collective calls in the same order");
   if (a.hash != b.hash)
     throw MismatchError("rank 0 and " + rank + " call " + call(first) + " with different options");
-  if (a.declared[0] != b.declared[0])
-    throw MismatchError("rank 0 and " + rank +
-                        " have changed the optimizer's state by hand, but not alike: make the same "
-                        "assignments to opt.state on every rank");
-  if (a.declared[1] != b.declared[1])
-    throw MismatchError(
-        "rank 0 and " + rank +
-        " have attached models that name the optimizer's parameters in different orders, so "
-        "layers would be exchanged: hand the parameters over in the same order on every rank");
+}
+
+// Ranks that have attached no model have declared nothing.
+void require_same_names(std::span<const Post> posts, const Topology& topology) {
+  const Post* first = nullptr;
+  const auto name = [&](const Post& post) {
+    return topology.name_of(static_cast<int>(&post - posts.data()));
+  };
+  for (const Post& post : posts) {
+    const std::uint64_t names = declared_names(post.header().declared);
+    if (names == 0) continue;
+    if (!first) first = &post;
+    if (names != declared_names(first->header().declared))
+      throw MismatchError(
+          name(*first) + " and " + name(post) +
+          " have attached models that name the optimizer's parameters in different orders, so "
+          "layers would be exchanged: hand the parameters over in the same order on every "
+          "rank, as model.parameters() gives them; a set has another order in every process");
+  }
 }
 
 void require_same_doubles(const Post& first, const Post& other, const std::string& rank,
@@ -86,6 +100,7 @@ void require_agreement(std::span<const Post> posts, std::span<const std::string>
     if (posts[r].header().complaint_size > 0)
       throw UsageError((posts.size() > 1 ? name(r) + ": " : "") + posts[r].complaint());
   for (std::size_t r = 1; r < posts.size(); ++r) require_same_call(posts[0], posts[r], name(r));
+  require_same_names(posts, topology);
   for (std::size_t r = 1; r < posts.size(); ++r) require_same_doubles(posts[0], posts[r], name(r), names);
 }
 

@@ -34,9 +34,14 @@ const char* name_of(Operation operation);
 inline constexpr std::size_t kComplaintBytes = 480;
 
 // Digests that every rank declares with a step, and that must be equal on all ranks: of rule state that was
-// assigned by hand, and of the names that attached models give to the parameters. 0: nothing is declared.
+// assigned by hand, and of the names that attached models give to the parameters. 0: nothing is declared;
+// ranks that have attached no model agree with all others.
 enum class Declared : std::uint32_t { assigned_state, attached_names, count };
 using Declarations = std::array<std::uint64_t, static_cast<std::size_t>(Declared::count)>;
+
+inline std::uint64_t declared_names(const Declarations& declared) {
+  return declared[static_cast<std::size_t>(Declared::attached_names)];
+}
 
 struct PostHeader {
   std::uint64_t sequence;

@@ -53,6 +53,7 @@ RunMaker<T>::RunMaker(const Plan& plan, const EngineOptions& options, int worker
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   for (const GroupSpec& group : options.groups) {
     flags_.push_back(group.flags);
+    signs_.push_back(group.maximize ? -1.0 : 1.0);
     const RuleKernel<T>& kernel = rule_kernel<T>(family_, family.member(group.flags, group.hyper));
     slots_ = std::max(slots_, kernel.slots);
     measures_ = std::max(measures_, kernel.measures);
@@ -94,8 +95,8 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   kernel.prepare(numbers, updates, run.scalars);
   run.kernel = &kernel;
   run.clip = T(1);
-  run.scale = T(1.0 / (worker_count_ * step.divisor));
-  run.own = T(1.0 / step.divisor);
+  run.scale = T(signs_[group] / (worker_count_ * step.divisor));
+  run.own = T(signs_[group] / step.divisor);
   run.decay = kernel.own_decay ? kernel.own_decay(run.scalars) : T(0);
   run.spread = spread_kernel<T>(spec.dtype);
   run.own_squares = own_squares_kernel<T>(spec.dtype, run.decay != T(0));
@@ -108,7 +109,7 @@ void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double in
                                    const Engine::Step& step) const {
   const int wanted = T(inner) != T(0) ? extrapolation_index(options_.name) : 0;
   run.extrapolation = &kExtrapolations[static_cast<std::size_t>(wanted)];
-  run.own_rate = T(inner / step.divisor);
+  run.own_rate = T(signs_[static_cast<std::size_t>(spec.group)] * inner / step.divisor);
   run.shared_rate = T(inner);
   if (options_.clipped)
     run.clipped = Clipped::own_rate;

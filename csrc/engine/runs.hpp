@@ -54,6 +54,7 @@ class RunMaker {
   int measures_ = 0;
   bool measures_workers_ = false;
   std::vector<unsigned> flags_;  // of each group
+  std::vector<double> signs_;    // that each group's gradients are multiplied with
 };
 
 }  // namespace xc

@@ -9,12 +9,14 @@
 namespace xc {
 namespace {
 
-// Flags, and whether there is momentum: both decide which state arrays a group has.
+// Flags, and whether there is momentum: both decide which state arrays a group has. The direction of the
+// steps is compared as well.
 std::string member_line(const EngineOptions& options, std::size_t group) {
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_index(options.rule))];
   const GroupSpec& spec = options.groups[group];
   return "parameter group " + std::to_string(group) + " with flags " + std::to_string(spec.flags) +
-         ", kernel " + std::to_string(family.member(spec.flags, spec.hyper));
+         ", kernel " + std::to_string(family.member(spec.flags, spec.hyper)) +
+         (spec.maximize ? ", maximized" : "");
 }
 
 std::string line_of(const ExtrapolationOptions& options) {

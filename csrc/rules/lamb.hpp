@@ -26,7 +26,8 @@ struct LambRule {
         epsilon(T(h[3])),
         decay(T(h[4])),
         lr(h[0]),
-        adapts(h[5] != 0 && (kAlways || h[4] != 0)) {
+        adapts(h[5] != 0 && (kAlways || h[4] != 0)),
+        most(h[6] != 0 ? 1.0 : kUnbounded) {
     const double t = static_cast<double>(updates + 1);
     unbias1 = T(1.0 / (1.0 - std::pow(h[1], t)));
     unbias2 = T(1.0 / std::sqrt(1.0 - std::pow(h[2], t)));
@@ -51,7 +52,7 @@ struct LambRule {
 
   void settle(int, const double* sums, std::int64_t) {
     const double w = std::sqrt(sums[0]), u = std::sqrt(sums[1]);
-    const double ratio = adapts && w > 0 && u > 0 ? w / u : 1.0;
+    const double ratio = bounded(adapts && w > 0 && u > 0 ? w / u : 1.0, most);
     trust = T(ratio);
     rate = T(lr * ratio);
   }
@@ -65,13 +66,15 @@ struct LambRule {
   T beta1, beta2, fresh1, fresh2, epsilon, decay, unbias1, unbias2, trust = T(1), rate = T(0);
   double lr;
   bool adapts;
+  double most;  // that the ratio may be
 };
 
 struct LambFamily {
   static constexpr std::string_view kName = "lamb";
   static constexpr std::array kParameters = {Parameter{"lr", 1e-3},           Parameter{"beta1", 0.9},
                                              Parameter{"beta2", 0.999},       Parameter{"eps", 1e-6},
-                                             Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0}};
+                                             Parameter{"weight_decay", 0.01}, Parameter{"adapt", 1.0},
+                                             Parameter{"trust_clip", 0.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"coupled_weight_decay", "always_adapt"};
   static constexpr std::array<std::string_view, 2> kSlotNames = {"exp_avg", "exp_avg_sq"};
 

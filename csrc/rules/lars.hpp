@@ -23,7 +23,12 @@ struct LarsRule {
   static constexpr bool kNeedsGradient = true;
 
   LarsRule(Hyper h, std::int64_t)
-      : lr(T(h[0])), momentum(T(h[1])), decay(T(h[2])), given{h[0], h[2], h[3], h[4]}, adapts(h[5] != 0) {}
+      : lr(T(h[0])),
+        momentum(T(h[1])),
+        decay(T(h[2])),
+        given{h[0], h[2], h[3], h[4]},
+        adapts(h[5] != 0 && (h[6] != 0 || h[2] != 0)),
+        most(h[7] != 0 ? 1.0 : kUnbounded) {}
 
   template <int>
   XC_HOST_DEVICE void measure(T g, double* term, T& w, T&) const {
@@ -33,8 +38,11 @@ struct LarsRule {
 
   void settle(int, const double* sums, std::int64_t) {
     const double w = std::sqrt(sums[0]), g = std::sqrt(sums[1]);
-    const double ratio =
-        adapts && w > 0 && g > 0 ? given.coefficient * w / (g + given.decay * w + given.epsilon) : 1.0;
+    take(adapts && w > 0 && g > 0 ? given.coefficient * w / (g + given.decay * w + given.epsilon) : 1.0);
+  }
+
+  void take(double ratio) {
+    ratio = bounded(ratio, most);
     trust = T(ratio);
     rate = T(given.lr * ratio);
   }
@@ -61,6 +69,7 @@ struct LarsRule {
   } given;
   T trust = T(1), rate = T(0);
   bool adapts;
+  double most;  // that the ratio may be
 };
 
 // CLARS (Huo, Gu & Huang 2020, arXiv:2002.01576): the ratio's denominator is the mean of the norms of the
@@ -80,11 +89,9 @@ struct ClarsRule : LarsRule<T, kTrust> {
 
   void settle(int, const double* sums, std::int64_t) {
     const double w = std::sqrt(sums[0]), mean_norm = sums[kMaxSums - 1];
-    const double ratio = this->adapts && w > 0 && mean_norm > 0
-                             ? this->given.coefficient * w / (mean_norm + this->given.epsilon)
-                             : 1.0;
-    this->trust = T(ratio);
-    this->rate = T(this->given.lr * ratio);
+    this->take(this->adapts && w > 0 && mean_norm > 0
+                   ? this->given.coefficient * w / (mean_norm + this->given.epsilon)
+                   : 1.0);
   }
 };
 
@@ -93,7 +100,8 @@ struct LarsFamily {
   static constexpr std::array kParameters = {
       Parameter{"lr", 0.1},           Parameter{"momentum", 0.9},
       Parameter{"weight_decay", 0.0}, Parameter{"trust_coefficient", 1e-3},
-      Parameter{"eps", 1e-8},         Parameter{"adapt", 1.0}};
+      Parameter{"eps", 1e-8},         Parameter{"adapt", 1.0},
+      Parameter{"always_adapt", 1.0}, Parameter{"trust_clip", 0.0}};
   static constexpr std::array<std::string_view, 2> kFlags = {"trust_in_buffer", "trust_outside"};
   static constexpr std::array<std::string_view, 1> kSlotNames = {"momentum_buffer"};
 

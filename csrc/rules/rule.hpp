@@ -3,6 +3,7 @@
 #include <array>
 #include <concepts>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -66,6 +67,10 @@ XC_HOST_DEVICE double product(T a, T b) {
 template <class R, class T>
 concept Rule = std::constructible_from<R, Hyper, std::int64_t> && sizeof(R) <= kMaxScalarBytes &&
                R::kSlots <= kMaxSlots && std::is_trivially_copyable_v<R> && std::floating_point<T>;
+
+// A trust ratio that is held to `most`; NaN stays NaN.
+inline constexpr double kUnbounded = std::numeric_limits<double>::infinity();
+inline double bounded(double ratio, double most) { return ratio > most ? most : ratio; }
 
 // What a rule measured in one filter or layer, sum by sum.
 using TermSums = std::array<double, kMaxSums>;

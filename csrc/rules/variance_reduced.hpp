@@ -192,7 +192,7 @@ struct VarianceReducedFamily {
 struct VrSgdFamily : VarianceReducedFamily<SgdFamily, false> {
   static constexpr std::string_view kName = "vrsgd";
 };
-struct VrAdamFamily : VarianceReducedFamily<AdamFamily, true> {
+struct VrAdamFamily : VarianceReducedFamily<PlainAdamFamily, true> {
   static constexpr std::string_view kName = "vradam";
 };
 struct VrLarsFamily : VarianceReducedFamily<LarsFamily, false> {

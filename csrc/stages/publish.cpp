@@ -65,7 +65,8 @@ XC_CLONES void stream(const Master<E>* __restrict w, const Displacement<Master<E
   const E* __restrict own = reinterpret_cast<const E*>(by.own);
   const Master<E>* __restrict shared = by.shared;
   const Master<E>* __restrict factor = by.factor;
-  const std::int64_t blocks = is_streamable(x_bytes) ? count / kStreamBlock : 0;
+  const StoreWidth store = store_for(x_bytes, ahead.store);
+  const std::int64_t blocks = store == StoreWidth::none ? 0 : count / kStreamBlock;
   for (std::int64_t b = 0; b < blocks; ++b) {
     const std::int64_t i = b * kStreamBlock;
     fetch(ahead.at[0] + b * ahead.block_bytes[0], ahead.block_bytes[0]);
@@ -73,7 +74,7 @@ XC_CLONES void stream(const Master<E>* __restrict w, const Displacement<Master<E
     alignas(kLineBytes) E block[kStreamBlock];
     for (std::int64_t j = 0; j < kStreamBlock; ++j)
       block[j] = narrow<E>(displaced<kDirection, kScaled>(w[i + j], by, own, shared, factor, i + j));
-    store_past_cache<sizeof block>(block, x_bytes + i * static_cast<std::int64_t>(sizeof(E)));
+    store_past_cache<sizeof block>(block, x_bytes + i * static_cast<std::int64_t>(sizeof(E)), store);
     observe(observed, own, i, kStreamBlock);
   }
   observe(observed, own, blocks * kStreamBlock, count - blocks * kStreamBlock);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/dtype.hpp"
+#include "core/streaming.hpp"
 #include "rules/extrapolation.hpp"
 #include "rules/noise.hpp"
 #include "rules/rule.hpp"
@@ -62,11 +63,13 @@ struct Displacement {
 template <class T>
 using PublishFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, std::int64_t count);
 
-// Two arrays that the next tile will read, and how many bytes each has for a block of kStreamBlock elements.
+// Two arrays that the next tile will read, and how many bytes each has for a block of kStreamBlock elements;
+// and how the weights are stored meanwhile.
 inline constexpr std::int64_t kStreamBlock = 64;
 struct Ahead {
   const std::byte* at[2] = {};
   std::int64_t block_bytes[2] = {};
+  StoreWidth store = StoreWidth::bytes16;
 };
 
 // Squares to add up while weights are streamed, which hides them behind the stores: of the worker's own

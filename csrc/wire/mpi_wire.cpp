@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kNoticeTag = 32767;  // the largest that every MPI has
 
+constexpr char kFinalized[] = "MPI was finalized while messages between teams were still to be sent";
+
 // What MPI says of a code; nothing of success.
 std::string words_for(int code, const char* doing) {
   if (code == MPI_SUCCESS) return {};
@@ -60,6 +62,7 @@ class MpiWire final : public Wire {
     if (found == under_way_.end()) throw std::runtime_error("a transfer that is not under way was asked for");
     Pieces& pieces = found->second;
     int all = 0;
+    if (pieces.error.empty() && finalized()) pieces.error = kFinalized;
     if (pieces.error.empty())
       pieces.error = words_for(MPI_Testall(static_cast<int>(pieces.requests.size()), pieces.requests.data(),
                                            &all, MPI_STATUSES_IGNORE),
@@ -68,6 +71,8 @@ class MpiWire final : public Wire {
     if (all) under_way_.erase(found);
     return all != 0;
   }
+
+  bool ended() const override { return finalized(); }
 
   void progress() override {
     if (!finalized()) who_notifies();
@@ -122,7 +127,7 @@ class MpiWire final : public Wire {
 
   template <class Begin>
   Transfer begin(std::size_t bytes, int rank, Begin begin_piece) {
-    Pieces pieces{rank, {}, {}};
+    Pieces pieces{rank, {}, finalized() ? kFinalized : ""};
     for (std::size_t offset = 0; offset < bytes && pieces.error.empty(); offset += largest_)
       pieces.error = begin_piece(offset, static_cast<int>(std::min(bytes - offset, largest_)),
                                  &pieces.requests.emplace_back(MPI_REQUEST_NULL));

@@ -21,7 +21,7 @@ class Clipping:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer: Any = optimizer
-        self._norm = torch.tensor(math.nan)
+        self._norm = torch.tensor(math.nan, dtype=torch.float32, device="cpu")
         optimizer.register_step_post_hook(lambda *_: self._take_norm())
 
     def concerns(self, parameters: Iterable[torch.Tensor]) -> bool:

@@ -41,6 +41,7 @@ class FusedStrategy(SingleDeviceStrategy):
         self.global_rank = self.local_rank = rank_zero_only.rank = world.rank
         self._clippings: dict[int, Clipping] = {}
         self._shown: list[Any] = []
+        self._kept_in_place: list[Any] = []
 
     @property
     def is_global_zero(self) -> bool:
@@ -80,6 +81,24 @@ class FusedStrategy(SingleDeviceStrategy):
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm
         self.precision_plugin.clip_grad_by_value = refuse_clipping_by_value
 
+    # Lightning moves the optimizers' state to its device by reading and assigning every value. Here the state lies
+    # where the parameters do, so the optimizers are out of sight while it does that.
+
+    def setup(self, trainer: Any) -> None:
+        """Collective: as Lightning's, but the optimizers' state stays where it is."""
+        super().setup(trainer)
+        self.optimizers = self._kept_in_place
+
+    def setup_precision_plugin(self) -> None:
+        """As Lightning's; what follows it in `setup()` moves the optimizers' state."""
+        super().setup_precision_plugin()
+        self._kept_in_place, self.optimizers = self.optimizers, []
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Collective: give each optimizer its saved state."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
     def _clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
         self._clippings[id(unwrapped(optimizer))].by_norm(clip_val)
 
@@ -88,7 +107,9 @@ class FusedStrategy(SingleDeviceStrategy):
         self._hide_master_weights()
         for optimizer in self.optimizers:
             optimizer.close()
+        kept, self.optimizers = self.optimizers, []
         super().teardown()
+        self.optimizers = kept
 
     # -- Evaluation at the master weights ------------------------------------------------------------------------
 

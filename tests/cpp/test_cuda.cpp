@@ -131,12 +131,16 @@ struct Case {
   std::vector<double> hyper;
   const char* extrapolation = "local";
   double max_norm = 0;
+  unsigned flags = 0;
+  bool maximize = false;
 };
+
+constexpr unsigned kAmsgrad = 2;  // among the flags of "adam"
 
 const Case kSgd{"sgd", {0.1, 0.9, 0.0, 1e-3}};
 const Case kClipped{"sgd", {0.1, 0.0, 0.0, 0.0}, "global", 0.5};
 const Case kAdam{"adam", {0.01, 0.9, 0.999, 1e-8, 1e-2}, "anisotropic"};
-const Case kLars{"lars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0}};
+const Case kLars{"lars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0, 1.0, 0.0}};
 
 std::vector<LayerSpec> layers() {
   std::vector<LayerSpec> specs;
@@ -150,7 +154,7 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Cas
   EngineOptions options;
   options.rule = each.rule;
   options.extrapolation.name = each.extrapolation;
-  options.groups = {GroupSpec{0, each.hyper}};
+  options.groups = {GroupSpec{each.flags, each.hyper, each.maximize}};
   options.version = "cuda";
   return Engine::create(team, layers(), options, device);
 }
@@ -241,9 +245,11 @@ void a_gpu_gives_the_bits_of_the_cpu() {
                         kClipped,
                         kLars,
                         {"sgd", {0.1, 0.9, 0.0, 0.0}, "gaussian"},
-                        {"clars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0}},
-                        {"lamb", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}},
-                        {"lans", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}, "uniform"}};
+                        {"clars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0, 1.0, 0.0}},
+                        {"lamb", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0, 1.0}},
+                        {"lans", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}, "uniform"},
+                        {"adam", {0.01, 0.9, 0.999, 1e-8, 1e-2}, "local", 0.5, kAmsgrad, true},
+                        {"sgd", {0.1, 0.9, 0.0, 1e-3}, "anisotropic", 0, 0, true}};
   in_processes(1, [&](int, const TeamOf& team) {
     for (const Case& each : cases)
       for (const int workers : {1, 3, 4, 9}) {

@@ -21,7 +21,11 @@ struct Case {
   std::vector<double> hyper;
   const char* extrapolation = "local";
   double max_norm = 0;
+  unsigned flags = 0;
+  bool maximize = false;
 };
+
+constexpr unsigned kAmsgrad = 2;  // among the flags of "adam"
 
 std::vector<LayerSpec> layers() {
   std::vector<LayerSpec> specs;
@@ -33,7 +37,7 @@ std::vector<LayerSpec> layers() {
 EngineOptions options_of(const Case& each) {
   return {.rule = each.rule,
           .extrapolation = {each.extrapolation},
-          .groups = {GroupSpec{0, each.hyper}},
+          .groups = {GroupSpec{each.flags, each.hyper, each.maximize}},
           .version = "device"};
 }
 
@@ -84,10 +88,12 @@ void a_device_gives_the_bits_of_the_cpu() {
                         {"adam", {0.01, 0.9, 0.999, 1e-8, 1e-2}, "anisotropic"},
                         {"sgd", {0.1, 0.9, 0.0, 0.0}, "gaussian"},
                         {"sgd", {0.1, 0.0, 0.0, 0.0}, "global", 0.5},
-                        {"lars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0}},
-                        {"clars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0}},
-                        {"lamb", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}},
-                        {"lans", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}, "uniform"}};
+                        {"lars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0, 1.0, 0.0}},
+                        {"clars", {0.1, 0.9, 1e-3, 1e-3, 1e-8, 1.0, 1.0, 0.0}},
+                        {"lamb", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0, 1.0}},
+                        {"lans", {0.01, 0.9, 0.999, 1e-6, 0.01, 1.0}, "uniform"},
+                        {"adam", {0.01, 0.9, 0.999, 1e-8, 1e-2}, "local", 0.5, kAmsgrad, true},
+                        {"sgd", {0.1, 0.9, 0.0, 1e-3}, "anisotropic", 0, 0, true}};
   for (const Case& each : cases)
     for (const int workers : {1, 3, 4, 9}) {
       const Ranks one(1);

@@ -366,6 +366,7 @@ struct Case {
   std::vector<double> hyper;
   const char* extrapolation;
   double max_norm = 0;
+  bool maximize = false;
 };
 
 std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Case& each,
@@ -374,7 +375,7 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Cas
   EngineOptions options;
   options.rule = each.rule;
   options.extrapolation.name = each.extrapolation;
-  options.groups = {GroupSpec{0, each.hyper}};
+  options.groups = {GroupSpec{0, each.hyper, each.maximize}};
   options.version = "rails";
   return Engine::create(team, std::span(&layer, 1), options, std::move(device));
 }
@@ -422,6 +423,7 @@ void check_training(const Teams& teams, int workers, const Case& each) {
 
 void training_by_nccls_sums_is_that_by_trees_but_for_rounding() {
   const Case cases[] = {{"sgd", {0.1, 0.9, 0.0, 0.0}, "local"},
+                        {"sgd", {0.1, 0.9, 0.0, 0.0}, "anisotropic", 0, true},
                         {"adam", {0.01, 0.9, 0.999, 1e-3, 0.0}, "anisotropic"},
                         {"sgd", {0.1, 0.9, 0.0, 0.0}, "global", 0.5}};
   for (const Case& each : cases) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "core/streaming.hpp"
 #include "rules/all.hpp"
 #include "rules/extrapolation.hpp"
 #include "stages/tables.hpp"
@@ -82,9 +83,38 @@ void tables_hold_every_rule() {
   CHECK(family_index("nonsense") == -1 && extrapolation_index("nonsense") == -1);
 }
 
+// 200 elements are three blocks and a rest; the target begins at every alignment that floats may have.
+void streamed_weights_are_the_stored_ones_for_every_width_and_alignment() {
+  constexpr std::int64_t kLong = 200;
+  std::vector<float> w(kLong), own(kLong), expected(kLong);
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    w[i] = static_cast<float>(i) * 0.5f;
+    own[i] = 1.0f / static_cast<float>(i + 1);
+  }
+  const Displacement<float> by{reinterpret_cast<const std::byte*>(own.data()), nullptr, nullptr, 0.25f, 0.0f};
+  publish_kernel<float>(DType::f32, Direction::own, false)(
+      w.data(), by, reinterpret_cast<std::byte*>(expected.data()), kLong);
+  for (const StoreWidth width : {StoreWidth::bytes16, StoreWidth::bytes32, StoreWidth::bytes64}) {
+    if (width > widest_store()) continue;
+    for (std::size_t shift = 0; shift < 16; ++shift) {
+      alignas(64) float x[kLong + 32];
+      for (float& value : x) value = -1.0f;
+      Ahead ahead;
+      ahead.store = width;
+      stream_kernel<float>(DType::f32, Direction::own, false)(
+          w.data(), by, reinterpret_cast<std::byte*>(x + shift), kLong, ahead, {});
+      finish_streaming();
+      for (std::size_t i = 0; i < kLong; ++i) CHECK(x[shift + i] == expected[i]);
+      for (std::size_t i = 0; i < shift; ++i) CHECK(x[i] == -1.0f);
+      for (std::size_t i = shift + kLong; i < kLong + 32; ++i) CHECK(x[i] == -1.0f);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  streamed_weights_are_the_stored_ones_for_every_width_and_alignment();
   reduce_is_the_bottom_up_tree();
   nesterov_momentum_follows_the_worked_example();
   publishing_without_displacement_keeps_signs_and_nans_apart();

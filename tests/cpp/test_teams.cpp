@@ -27,6 +27,7 @@ struct Case {
   bool norms_first = false;
   double tolerance = 0;  // 0: the same bits
   double divisor = 1;
+  bool maximize = false;
 };
 
 // w of all layers, then X of every own worker.
@@ -34,7 +35,9 @@ using Result = std::vector<float>;
 
 std::vector<double> hyper_of(const Case& each) {
   if (std::strcmp(each.rule, "sgd") == 0) return {0.1, 0.9, 0.0, 1e-3};
-  return {0.01, 0.9, 0.999, 1e-8, 1e-2};
+  if (std::strcmp(each.rule, "adam") == 0) return {0.01, 0.9, 0.999, 1e-8, 1e-2};
+  if (std::strcmp(each.rule, "lamb") == 0) return {0.01, 0.9, 0.999, 1e-8, 1e-2, 1.0, 0.0};
+  return {0.01, 0.9, 0.999, 1e-8, 1e-2, 0.1, 0.1};
 }
 
 // In three filters, if that is possible.
@@ -49,7 +52,7 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<Team>& team, const Cas
   return Engine::create(team, layers,
                         {.rule = each.rule,
                          .extrapolation = {each.extrapolation},
-                         .groups = {GroupSpec{0, hyper_of(each)}},
+                         .groups = {GroupSpec{0, hyper_of(each), each.maximize}},
                          .tile = 256,
                          .version = "teams"});
 }
@@ -173,6 +176,16 @@ void rules_that_measure_do_not_change_a_bit() {
     compare(kPairs, each, alone);
     compare(kSingles, each, alone);
   }
+}
+
+void maximizing_does_not_change_a_bit() {
+  for (const char* extrapolation : {"local", "global"})
+    for (const double max_norm : {0.0, 1.0}) {
+      const Case each{.max_norm = max_norm, .extrapolation = extrapolation, .maximize = true};
+      const Result alone = train_alone(each);
+      compare(kPairs, each, alone);
+      compare(kSingles, each, alone);
+    }
 }
 
 void unequal_teams_give_the_right_numbers() {
@@ -352,6 +365,7 @@ void collectives_go_between_teams() {
 int main() {
   teams_do_not_change_a_bit();
   rules_that_measure_do_not_change_a_bit();
+  maximizing_does_not_change_a_bit();
   unequal_teams_give_the_right_numbers();
   chunks_and_windows_do_not_change_a_bit();
   halves_do_not_change_a_bit();

@@ -1,0 +1,295 @@
+"""`optimizer.state`: the rule's state as a mapping that reads from the engine, and stages what is written into it.
+
+Reading a value copies it out of the shards. Writing stages the value: the ranks compare what they have staged when the
+next step begins, and apply it there. The keys are known without any communication.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from .errors import UsageError
+from .state_entries import MASTER, Layer, StateEntries, digest_of, is_nothing
+
+__all__ = ["LiveState", "StateEntry"]
+
+Source = Callable[[], StateEntries]
+
+
+class _HandedOut:
+    """A copy that a user has, watched for in-place writes without keeping it in memory.
+
+    A detached alias shares the version counter. When the user's tensor goes, the alias tells whether it was written.
+    """
+
+    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+        self.name = name
+        self.tensor = weakref.ref(tensor, self._look)
+        self._alias: torch.Tensor | None = tensor.detach()
+        self._version = tensor._version
+        self._written = False
+
+    def _look(self, _: Any) -> None:
+        if self._alias is not None:
+            self._written = self._alias._version != self._version
+            self._alias = None
+
+    @property
+    def alive(self) -> bool:
+        """True if somebody still has the copy."""
+        return self._alias is not None
+
+    @property
+    def written(self) -> bool:
+        """True if somebody wrote into the copy."""
+        return self._written or (self._alias is not None and self._alias._version != self._version)
+
+
+class LiveState(MutableMapping[torch.Tensor, Any]):
+    """One entry for each parameter of the optimizer.
+
+    Args:
+        entries: gives the engine's present state; the engine may be replaced.
+        require_readable: raises UsageError where values cannot be read without other ranks.
+        require_writable: raises UsageError where nothing can be staged.
+        name: gives the name of parameter i, for errors.
+    """
+
+    def __init__(
+        self,
+        entries: Source,
+        require_readable: Callable[[], None],
+        require_writable: Callable[[], None],
+        name: Callable[[int], str],
+    ) -> None:
+        self._entries = entries
+        self._require_readable = require_readable
+        self._require_writable = require_writable
+        self._name = name
+        self._staged: dict[int, dict[str, Any]] = {}
+        self._handed_out: list[_HandedOut] = []
+
+    # -- The mapping ---------------------------------------------------------------------------------------------
+
+    def __getitem__(self, param: torch.Tensor) -> "StateEntry":
+        return StateEntry(self, self._index(param))
+
+    def __setitem__(self, param: torch.Tensor, entry: Mapping[str, Any]) -> None:
+        i = self._index(param)
+        if not isinstance(entry, Mapping):
+            raise UsageError(f"a parameter's state must be a mapping, not {type(entry).__name__}")
+        self._require_writable()
+        if isinstance(entry, StateEntry) and entry.belongs_to(self, i):
+            return
+        self._stage(
+            i, {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
+        )
+
+    def __delitem__(self, param: torch.Tensor) -> None:
+        i = self._index(param)
+        self._require_writable()
+        self._stage(i, {})
+
+    def clear(self) -> None:
+        """Stage a fresh start for every parameter."""
+        self._require_writable()
+        for i in range(len(self)):
+            self._stage(i, {})
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(list(self._entries().params))
+
+    def __len__(self) -> int:
+        return len(self._entries().params)
+
+    def __contains__(self, param: object) -> bool:
+        return id(param) in self._entries().index
+
+    def __repr__(self) -> str:
+        return f"<state of {len(self)} parameters>"
+
+    def replace(self, state: Any) -> None:
+        """Stage another state for all parameters: those that `state` lacks start afresh.
+
+        Raises:
+            UsageError: if it is no mapping of this optimizer's parameters.
+        """
+        if state is self:
+            return
+        if not isinstance(state, Mapping):
+            raise UsageError(f"an optimizer's state must be a mapping, not {type(state).__name__}")
+        given = {self._index(param): entry for param, entry in state.items()}
+        for i, param in enumerate(self):
+            if i in given:
+                self[param] = given[i]
+            else:
+                del self[param]
+
+    def _index(self, param: Any) -> int:
+        if id(param) not in self._entries().index:
+            raise KeyError("this tensor is no parameter of the optimizer")
+        return self._entries().index[id(param)]
+
+    # -- Values --------------------------------------------------------------------------------------------------
+
+    def keys_of(self, i: int) -> list[str]:
+        """The keys of parameter i's entry, whether it was updated or not."""
+        return self._entries().keys(i)
+
+    def value(self, i: int, key: str) -> Any:
+        """A copy of a value, as staged or as the engine has it; writes into the copy are noticed."""
+        self._require_readable()
+        tensor = self.read(i, key)
+        self._handed_out = [out for out in self._handed_out if out.alive or out.written]
+        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
+        return tensor
+
+    def read(self, i: int, key: str) -> torch.Tensor:
+        """A copy of a value, as staged or as the engine has it."""
+        if i in self._staged and key != MASTER:
+            value = self._staged[i].get(key)
+            return self._entries().fresh(i, key) if value is None else value.clone()
+        return self._entries().read(i, key)
+
+    def updated(self, i: int) -> bool:
+        """Return true if parameter i has been updated, or will have been when what is staged is applied."""
+        if i in self._staged:
+            return self._entries().layer(i, self._staged[i])[2] > 0
+        return self._entries().updates(i) > 0
+
+    def put(self, i: int, key: str, value: Any) -> None:
+        """Stage one value; the others of the parameter stay."""
+        self._require_writable()
+        if any(out.tensor() is value and not out.written for out in self._handed_out):
+            return
+        if key not in self.keys_of(i):
+            raise UsageError(f"the rule's state has no {key!r}; it has {', '.join(self.keys_of(i))}")
+        if self._is_present_master(i, key, value):
+            return
+        self._require_readable()
+        others = {name: self.read(i, name) for name in self.keys_of(i) if name not in (key, MASTER)}
+        self._stage(i, others | {key: value})
+
+    def drop(self, i: int, key: str) -> None:
+        """Stage zeros for one value."""
+        if key not in self.keys_of(i):
+            raise KeyError(key)
+        self.put(i, key, self._entries().fresh(i, key))
+
+    def _is_present_master(self, i: int, key: str, value: Any) -> bool:
+        """Returns true for the master weights that are there already; they are not part of the rule's state."""
+        if key != MASTER:
+            return False
+        here = self._entries().read(i, MASTER)
+        if (
+            isinstance(value, torch.Tensor)
+            and value.shape == here.shape
+            and torch.equal(value.to(here), here)
+        ):
+            return True
+        raise UsageError(
+            "master weights are not changed through opt.state: change the parameters in master_weights(write=True)"
+        )
+
+    # -- Staging -------------------------------------------------------------------------------------------------
+
+    def _stage(self, i: int, entry: Mapping[str, Any]) -> None:
+        unknown = [key for key in entry if key not in self.keys_of(i)]
+        if unknown:
+            raise UsageError(f"the rule's state has no {unknown[0]!r}; it has {', '.join(self.keys_of(i))}")
+        self._entries().layer(i, entry)  # raises if a value does not fit
+        own: dict[str, Any] = {key: value for key, value in entry.items() if not is_nothing(value)}
+        own.update(
+            {key: value.detach().clone() for key, value in own.items() if isinstance(value, torch.Tensor)}
+        )
+        if "step" in own and not isinstance(own["step"], torch.Tensor):
+            own["step"] = torch.tensor(float(own["step"]), dtype=torch.float32, device="cpu")
+        self._staged[i] = own
+
+    @property
+    def digest(self) -> int:
+        """A number that is alike on all ranks if they have staged the same; 0 if nothing is staged."""
+        if not self._staged:
+            return 0
+        where = hashlib.blake2b(repr(sorted(self._staged)).encode(), digest_size=8)
+        return (digest_of(self._staged_layers()) ^ int.from_bytes(where.digest(), "little")) or 1
+
+    def _staged_layers(self) -> list[Layer]:
+        return [self._entries().layer(i, self._staged[i]) for i in sorted(self._staged)]
+
+    def layers(self) -> dict[int, Layer]:
+        """The layers that are staged, by the parameter's number."""
+        return dict(zip(sorted(self._staged), self._staged_layers(), strict=True))
+
+    def forget(self) -> None:
+        """Forget what is staged and which copies are out."""
+        self._staged = {}
+        self._handed_out = []
+
+    def require_unwritten(self) -> None:
+        """Complain if somebody wrote into a copy.
+
+        Raises:
+            UsageError: it names the copy; the next call does not know of it any more.
+        """
+        written = next((out.name for out in self._handed_out if out.written), None)
+        self._handed_out = [out for out in self._handed_out if out.alive and not out.written]
+        if written is not None:
+            raise UsageError(
+                f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value) on every "
+                "rank, and the next step takes it"
+            )
+
+
+class StateEntry(MutableMapping[str, Any]):
+    """One parameter's state: `step`, the rule's slots, and for 16-bit parameters `master`.
+
+    Libraries that rebuild a mapping of this type from its items get a plain dictionary.
+    """
+
+    def __new__(cls, state: Any, i: int | None = None) -> Any:
+        """An entry of a `LiveState`, or a plain dictionary of one mapping's items."""
+        return dict(state) if i is None else super().__new__(cls)
+
+    def __init__(self, state: LiveState, i: int) -> None:
+        self._state = state
+        self._i = i
+
+    def belongs_to(self, state: LiveState, i: int) -> bool:
+        """Returns true if this is parameter i's entry of that state."""
+        return self._state is state and self._i == i
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._state.keys_of(self._i):
+            raise KeyError(key)
+        return self._state.value(self._i, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._state.put(self._i, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._state.drop(self._i, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state.keys_of(self._i))
+
+    def __len__(self) -> int:
+        return len(self._state.keys_of(self._i))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._state.keys_of(self._i)
+
+    def __repr__(self) -> str:
+        return f"<state: {', '.join(self)}>"
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return dict(self)
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)

@@ -1,0 +1,273 @@
+"""The model's weights in the workers' shared memory: which worker they show, and whether others wrote them."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch.autograd import graph
+
+from . import _core
+from .arrays import form_of, look_at
+from .errors import UsageError
+from .modes import outside_inference
+
+__all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "strided"]
+
+
+def bump_versions(tensors: list[torch.Tensor]) -> None:
+    """Tell autograd that these tensors were written."""
+    graph.increment_version(tensors)
+
+
+try:
+    bump_versions([torch.zeros(0, dtype=torch.float32, device="cpu")])
+except Exception:  # torch 2.4 takes one tensor at a time
+
+    def bump_versions(tensors: list[torch.Tensor]) -> None:
+        """Tell autograd that these tensors were written."""
+        for tensor in tensors:
+            graph.increment_version(tensor)
+
+
+@outside_inference
+def strided(flat: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    """An array in the order of memory as a tensor of the parameter's shape and strides."""
+    return torch.from_numpy(flat).as_strided(like.shape, like.stride())
+
+
+@outside_inference
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor's elements, as bytes. A view would need strides that a tensor of one element may not have."""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
+    return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
+
+
+class Views:
+    """Tensors that view one worker's arrays in an engine's memory.
+
+    `share_memory_()` and multiprocessing move a storage to other memory, and every tensor on that storage with it. The
+    engine's memory stays where it is, so such a view must be made anew.
+
+    Args:
+        view: returns the memory of the i-th parameter.
+        count: the number of parameters.
+
+    Attributes:
+        tensors: one for each parameter.
+    """
+
+    def __init__(self, view: Callable[[int], "_core.View"], count: int) -> None:
+        self._view = view
+        self.tensors: list[torch.Tensor] = [look_at(view(i), "torch") for i in range(count)]
+        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+
+    def moved(self, i: int) -> bool:
+        """Return true if a view's storage no longer lies in the engine's memory."""
+        return self.tensors[i].data_ptr() != self._addresses[i]
+
+    def renew(self) -> None:
+        """Make new views where a storage was moved."""
+        for i in range(len(self.tensors)):
+            if self.moved(i):
+                self.tensors[i] = look_at(self._view(i), "torch")
+
+
+class Ownership:
+    """Parameters that show the weights of one of this rank's workers, and were written by the engine last.
+
+    Args:
+        core: the engine.
+        params: the model's parameters in the engine's order.
+        names: the names that errors use.
+        workers: the number of workers of this rank.
+
+    Attributes:
+        bound: the worker that the parameters show.
+    """
+
+    def __init__(
+        self, core: "_core.Engine", params: list[torch.Tensor], names: list[str], workers: int
+    ) -> None:
+        self.core = core
+        self.params = params
+        self.names = names
+        self.bound = 0
+        self._views = [
+            Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
+            for v in range(workers)
+        ]
+        self._noticed: str | None = None
+        self._index = {id(param): i for i, param in enumerate(params)}
+        self.record()
+        _all.add(self)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The bound worker's weights in the engine's memory."""
+        return self._views[self.bound].tensors
+
+    # -- Which worker the model shows ----------------------------------------------------------------------------
+
+    def show(self, v: int) -> None:
+        """Let the model have worker v's weights."""
+        self.bound = v
+        for param, weights in zip(self.params, self.weights, strict=True):
+            param.data = weights
+        self.record()
+
+    def show_again(self) -> None:
+        """Let the model have the bound worker's weights where it had others, and forget what was written."""
+        self._noticed = None
+        self._views[self.bound].renew()
+        self.show(self.bound)
+
+    def copy_shown_to(self, v: int) -> None:
+        """Give worker v's weights the values that the first worker's have."""
+        torch._foreach_copy_(self._views[v].tensors, self._views[0].tensors)
+
+    def is_taken(self, param: torch.Tensor) -> bool:
+        """Return true if another optimizer has given the parameter its own memory since."""
+        others = (other for other in _all if other is not self and id(param) in other._index)
+        return any(param.is_set_to(other.weights[other._index[id(param)]]) for other in others)
+
+    def held(self) -> list[int]:
+        """Return the parameters that still have the bound worker's storage: no other optimizer has taken them."""
+        pairs = zip(self.params, self.weights, strict=True)
+        return [i for i, (param, mine) in enumerate(pairs) if param.is_set_to(mine)]
+
+    def show_first_of(self, held: Sequence[int]) -> None:
+        """Let these parameters have the first worker's weights."""
+        self.bound = 0
+        for i in held:
+            self.params[i].data = self.weights[i]
+
+    def end(self, held: Sequence[int]) -> None:
+        """Bring the engine's last weights to these parameters where their storage was moved; mark all as written."""
+        for i in held:
+            if self._views[0].moved(i):
+                self.params[i].data.copy_(look_at(self.core.weights(0, i), "torch"))
+        bump_versions([self.params[i] for i in held])
+
+    # -- Who writes the weights ----------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Remember the parameters' versions and addresses, to notice what others write into them."""
+        self._versions = [param._version for param in self.params]
+        self._addresses = [param.data_ptr() for param in self.params]
+
+    def mark_written(self) -> None:
+        """Tell autograd that the weights have changed, so that backward through an old graph raises."""
+        bump_versions(self.params)
+        self._versions = [param._version for param in self.params]
+
+    def adopted(self) -> None:
+        """Take the parameters as they are for the engine's own."""
+        self._noticed = None
+        self.mark_written()
+        self.record()
+
+    def is_own(self) -> bool:
+        """Return true if nobody else was seen to write or replace a parameter."""
+        return self._complaint([self.bound]) is None
+
+    def require_own(self, everywhere: bool = False) -> None:
+        """Complain if somebody else wrote or replaced a parameter.
+
+        Args:
+            everywhere: look at the weights of all workers of this rank, not only at the bound one's.
+
+        Raises:
+            UsageError: if so; it names the parameter.
+        """
+        if (text := self._complaint(range(len(self._views)) if everywhere else [self.bound])) is not None:
+            raise UsageError(text)
+
+    def notice(self) -> None:
+        """Keep a complaint about the bound worker, which the model is about to leave, for the next require_own()."""
+        self._noticed = self._complaint([self.bound])
+
+    def _complaint(self, workers: Sequence[int]) -> str | None:
+        if self._noticed is not None:
+            return self._noticed
+        if (changed := self._first_changed()) is not None:
+            return self._describe(changed, self.bound)
+        for v in workers:
+            if (written := self.core.written(v)) is not None:
+                return self._describe(written, v)
+        return None
+
+    def _describe(self, i: int, v: int) -> str:
+        worker = f" of worker {v}" if v else ""
+        return (
+            f"parameter {self.names[i]!r}{worker} was written or replaced outside the optimizer, and the next step "
+            "would lose that: call opt.adopt() after changing weights, change them in master_weights(write=True), or, "
+            "to have other weights for a while only, do so inside opt.kept_weights()"
+        )
+
+    def _first_changed(self) -> int | None:
+        """Return the first parameter that was replaced, or written and not restored to the engine's bits."""
+        versions = [param._version for param in self.params]
+        addresses = [param.data_ptr() for param in self.params]
+        if versions == self._versions and addresses == self._addresses:
+            return None
+        looks = zip(versions, self._versions, addresses, self._addresses, strict=True)
+        for i, (version, own, address, expected) in enumerate(looks):
+            if address != expected or (version != own and not self._has_master_bits(i)):
+                return i
+        self._versions = versions
+        return None
+
+    def _has_master_bits(self, i: int) -> bool:
+        """Return true if the engine's last weights were w in the parameter's type, and it has those bits."""
+        if self.core.displaced(i):
+            return False
+        master = strided(self.core.read(i, 0), self.params[i]).to(self.params[i].dtype)
+        return torch.equal(bytes_of(self.params[i]), bytes_of(master))
+
+    @contextmanager
+    def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:
+        """Afterwards these parameters, or all, have the values from before, also after an exception."""
+        kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
+        values = [param.detach().clone() for param in kept]
+        try:
+            yield
+        finally:
+            for param, value in zip(kept, values, strict=True):
+                param.data.copy_(value)
+
+    def copies(self) -> list[torch.Tensor]:
+        """Return copies of the bound worker's weights."""
+        return [weights.clone() for weights in self.weights]
+
+    def restore(self, values: list[torch.Tensor]) -> None:
+        """Give the bound worker's weights these values, and the model those weights."""
+        self._views[self.bound].renew()
+        torch._foreach_copy_(self.weights, values)
+        self.show(self.bound)
+        self.mark_written()
+
+    def take_over(self) -> None:
+        """Copy parameters that were replaced or moved by others into the bound worker's weights.
+
+        Raises:
+            UsageError: if one has another shape or type.
+        """
+        for views in self._views:
+            views.renew()
+        for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
+            if param.data_ptr() == mine.data_ptr():
+                continue
+            if (
+                param.shape != mine.shape
+                or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
+            ):
+                raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
+            mine.copy_(param.detach())
+            param.data = mine
+
+
+# All that are alive, to tell a parameter that a second optimizer has taken from one that was written.
+_all: "weakref.WeakSet[Ownership]" = weakref.WeakSet()

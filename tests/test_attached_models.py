@@ -1,0 +1,349 @@
+"""Attached models: copies in their state_dicts are not silently the weights, and their `zero_grad()` is complete."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+
+class Tied(torch.nn.Module):
+    """A parameter with two names in two modules, and one with two names in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Linear(4, 4)
+        self.decoder = torch.nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+        self.decoder.twin = self.decoder.bias
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).tanh())
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def attached(world, dtype=torch.float32, model=None, **options):
+    torch.manual_seed(0)
+    model = (Tied() if model is None else model).to(dtype)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=world, **options)
+    opt.attach(model)
+    backward(opt, model)
+    opt.step()
+    opt.zero_grad()
+    return opt, model
+
+
+def backward(opt, model, workers=None):
+    first = next(model.parameters())
+    for v in range(opt.world.workers) if workers is None else workers:
+        with opt.worker(v):
+            model(torch.full((1, 4), 1.0 + v, dtype=first.dtype)).sum().backward()
+
+
+def is_odd(world):
+    return world.rank == world.size - 1
+
+
+# -- state_dict ------------------------------------------------------------------------------------------------------
+
+WRITES = {
+    "copy": lambda tensor: tensor.copy_(torch.ones_like(tensor)),
+    "a part": lambda tensor: tensor.view(-1)[:1].zero_(),
+    "in place": lambda tensor: tensor.__imul__(2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_into_a_state_dict_on_one_rank_is_an_error_on_all(team, write, dtype):
+    opt, model = attached(team, dtype)
+    before = opt.master(0)
+    state = model.state_dict()
+    if is_odd(team):
+        WRITES[write](state["encoder.bias"])
+    backward(opt, model)
+    with pytest.raises(
+        xc.UsageError, match=r"'encoder\.bias' from model\.state_dict\(\) was written.*write=True"
+    ):
+        opt.step()
+    assert torch.equal(opt.master(0), before)
+    del state
+    opt.step()
+    opt.close()
+
+
+def test_older_state_dicts_are_remembered_as_long_as_they_live(world):
+    opt, model = attached(world)
+    old, new = model.state_dict(), model.state_dict()
+    old["decoder.bias"].zero_()
+    backward(opt, model)
+    with pytest.raises(xc.UsageError, match="was written"):
+        opt.step()
+    del old
+    opt.step()
+    new["encoder.weight"].zero_()
+    with pytest.raises(xc.UsageError, match="was written"):
+        opt.step()
+    opt.close()
+
+
+MEANT = {
+    "loaded": lambda opt, model, state: model.load_state_dict(state),
+    "adopted": lambda opt, model, state: opt.adopt(),
+    "clone": lambda opt, model, state: None,
+    "dropped": lambda opt, model, state: state.clear(),
+}
+
+
+@pytest.mark.parametrize("how", MEANT)
+def test_writes_that_are_meant_are_no_error(team, how):
+    opt, model = attached(team)
+    state = model.state_dict()
+    target = {k: v.clone() for k, v in state.items()} if how == "clone" else state
+    target["encoder.bias"].fill_(3.0)
+    MEANT[how](opt, model, state)
+    if how == "loaded":
+        assert model.encoder.bias.tolist() == [3.0] * 4
+    backward(opt, model)
+    opt.step()
+    opt.close()
+
+
+def test_buffers_and_unwritten_dicts_are_no_error(team):
+    opt, model = attached(team)
+    kept = [model.state_dict() for _ in range(3)]
+    saved = io.BytesIO()
+    torch.save(kept[0], saved)
+    kept.append(copy.deepcopy(kept[0]))
+    kept[-1]["encoder.bias"].zero_()
+    kept[0]["count"].add_(1)  # a buffer is the model's own
+    assert model.count.tolist() == [1.0, 1.0]
+    for _ in range(3):
+        opt.zero_grad()
+        backward(opt, model)
+        opt.step()
+    opt.close()
+
+
+def test_dicts_of_closed_and_shown_optimizers_are_the_models_own(world):
+    opt, model = attached(world)
+    with opt.master_weights(write=True):
+        model.state_dict()["encoder.bias"].fill_(2.0)
+    assert opt.master(1).tolist() == [2.0] * 4
+    opt.close()
+    model.state_dict()["encoder.bias"].fill_(3.0)
+    assert model.encoder.bias.tolist() == [3.0] * 4
+
+
+def test_keep_vars_gives_the_parameters(team):
+    opt, model = attached(team)
+    state = model.state_dict(keep_vars=True)
+    assert all(state[name] is param for name, param in model.named_parameters(remove_duplicate=False))
+    opt.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tied_weights_are_one_tensor_under_all_their_names(team, dtype):
+    opt, model = attached(team, dtype)
+    for _ in range(2):
+        state = model.state_dict()
+        assert state["encoder.weight"] is state["decoder.weight"]
+        assert state["decoder.bias"] is state["decoder.twin"]
+        assert state["encoder.bias"] is not state["decoder.bias"]
+        assert torch.equal(state["decoder.weight"], opt.master(0).to(dtype))
+        backward(opt, model)
+        opt.step()
+    again = model.state_dict(destination=state)
+    assert torch.equal(again["decoder.weight"], opt.master(0).to(dtype))
+    assert model.decoder.state_dict()["weight"] is not again["decoder.weight"]
+    opt.close()
+
+
+# -- zero_grad -------------------------------------------------------------------------------------------------------
+
+NETS = {
+    "tied": Tied,
+    "nested": lambda: torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
+@pytest.mark.parametrize("set_to_none", [None, True, False])
+@pytest.mark.parametrize("net", NETS)
+def test_zeroing_a_model_forgets_the_gradients_of_all_workers(team, net, set_to_none, gradients):
+    opt, model = attached(team, model=NETS[net](), gradients=gradients)
+    before = [opt.master(i) for i in range(len(list(model.parameters())))]
+    backward(opt, model)
+    model.zero_grad(*([] if set_to_none is None else [set_to_none]))
+    for p in model.parameters():
+        assert p.grad is None if set_to_none in (None, True) else not p.grad.any()
+    opt.step()
+    assert all(torch.equal(opt.master(i), before[i]) for i in range(len(before)))
+    opt.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_a_model_starts_the_count_of_micro_batches_again(team, set_to_none):
+    opt, model = attached(team)
+    opt_b, model_b = attached(team)
+    for optimizer, network, aborted in ((opt, model, True), (opt_b, model_b, False)):
+        if aborted:
+            with optimizer.no_sync():
+                backward(optimizer, network)
+            network.zero_grad(set_to_none=set_to_none)
+        backward(optimizer, network)
+        optimizer.step()
+    assert torch.equal(opt.master(0), opt_b.master(0))
+    opt.close()
+    opt_b.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_a_part_keeps_the_gradients_of_the_rest(team, set_to_none):
+    opt, model = attached(team, model=NETS["nested"]())
+    before = [opt.master(i) for i in range(4)]
+    backward(opt, model)
+    model[0].zero_grad(set_to_none)
+    assert model[1].weight.grad is not None
+    opt.step()
+    assert [torch.equal(opt.master(i), before[i]) for i in range(4)] == [True, True, False, False]
+    opt.close()
+
+
+def test_parameters_of_others_are_zeroed_as_usual(world):
+    model = NETS["nested"]()
+    opt = xc.SGD(model[0].parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad()
+    assert [p.grad for p in model.parameters()] == [None] * 4
+    model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in model.parameters())
+    opt.close()
+
+
+def test_one_model_may_have_two_optimizers_and_one_optimizer_two_models(team):
+    model = NETS["nested"]()
+    first, second = (xc.SGD(part.parameters(), lr=0.1, world=team) for part in model)
+    first.attach(model)
+    second.attach(model)
+    for v in range(team.workers):
+        with first.worker(v), second.worker(v):
+            model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad()
+    before = first.master(0), second.master(0)
+    first.step()
+    second.step()
+    assert torch.equal(first.master(0), before[0]) and torch.equal(second.master(0), before[1])
+    first.close()
+    second.close()
+
+    left, right = torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+    opt = xc.SGD([*left.parameters(), *right.parameters()], lr=0.1, world=team)
+    opt.attach(left)
+    opt.attach(right)
+    before = [opt.master(i) for i in range(4)]
+    for v in range(team.workers):
+        with opt.worker(v):
+            (left(torch.ones(1, 4)) + right(torch.ones(1, 4))).sum().backward()
+    left.zero_grad()
+    opt.step()
+    assert [torch.equal(opt.master(i), before[i]) for i in range(4)] == [True, True, False, False]
+    opt.close()
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled, saved_and_loaded])
+def test_zeroing_a_copy_leaves_the_model_and_its_optimizer_alone(world, copied):
+    opt, model = attached(world)
+    other = copied(model)
+    backward(opt, model)
+    other(torch.ones(1, 4)).sum().backward()
+    other.zero_grad()
+    other.encoder.zero_grad(set_to_none=False)
+    assert all(p.grad is None for p in other.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+    before = opt.master(0)
+    opt.step()
+    assert not torch.equal(opt.master(0), before)
+    again = copied(other)
+    again(torch.ones(1, 4)).sum().backward()
+    again.zero_grad()
+    assert all(p.grad is None for p in again.parameters())
+    opt.close()
+
+
+def test_zeroing_goes_on_without_the_optimizer(world):
+    opt, model = attached(world)
+    opt.close()
+    model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    opt, model = attached(world)
+    kept = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert kept() is None
+    model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    kept = weakref.ref(model)
+    del model
+    assert kept() is None  # no cycle that only the garbage collector could free
+
+
+class Counting(torch.nn.Linear):
+    """Has a `zero_grad` of its own."""
+
+    calls = 0
+
+    def zero_grad(self, set_to_none=True):
+        type(self).calls += 1
+        super().zero_grad(set_to_none)
+
+
+def test_zero_grad_of_the_users_own_is_still_called(world):
+    model = Counting(4, 4)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    opt.attach(model)
+    before, called = Counting.calls, []
+    model(torch.ones(1, 4)).sum().backward()
+    model.zero_grad()
+    assert Counting.calls == before + 1 and model.weight.grad is None
+    opt.close()
+    plain = torch.nn.Linear(4, 4)
+    plain.zero_grad = called.append
+    opt = xc.SGD(plain.parameters(), lr=0.1, world=world)
+    opt.attach(plain)
+    plain.zero_grad(set_to_none=False)
+    assert called == [False]
+    opt.close()
+
+
+def test_attached_models_can_be_traced_and_scripted(world):
+    opt, model = attached(world, model=NETS["nested"]())
+    x = torch.ones(1, 4)
+    for other in (torch.jit.script(model), torch.fx.symbolic_trace(model), torch.jit.trace(model, x)):
+        assert torch.equal(other(x), model(x))
+    opt.close()

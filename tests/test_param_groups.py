@@ -1,0 +1,144 @@
+"""param_groups that were edited by hand are an error on all ranks that names the group, and never train wrongly."""
+
+import copy
+
+import pytest
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+OPTIMIZERS = {
+    "SGD": lambda groups, world, **more: xc.SGD(groups, lr=0.1, momentum=0.9, world=world, **more),
+    "ExtrapSGD": lambda groups, world, **more: xc.ExtrapSGD(groups, lr=0.1, world=world, **more),
+    "Adam": lambda groups, world, **more: xc.Adam(groups, lr=0.1, world=world, **more),
+    "PostLocalSGD": lambda groups, world, **more: xc.PostLocalSGD(
+        groups, lr=0.1, local_steps=2, start=0, world=world, **more
+    ),
+}
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.full((n,), float(n))) for n in (4, 3, 4)]
+
+
+def groups_of(params):
+    return [{"params": params[:2]}, {"params": params[2:], "lr": 0.01}]
+
+
+def replace_first(groups):
+    groups[0]["params"][0] = torch.nn.Parameter(torch.zeros(4))
+
+
+def exchange(groups):
+    groups[0]["params"][0], groups[1]["params"][0] = groups[1]["params"][0], groups[0]["params"][0]
+
+
+def make_iterator(groups):
+    groups[1]["params"] = iter(groups[1]["params"])
+
+
+# The edits, each with the words of its error.
+EDITS = {
+    "reversed": (
+        lambda groups: groups.reverse(),
+        r"param_groups\[0\] has '1.0' of group 1 as its parameter 0",
+    ),
+    "popped": (lambda groups: groups.pop(), r"param_groups\[1\] is missing: there are 1 of 2 groups"),
+    "cleared": (lambda groups: groups.clear(), r"param_groups\[0\] is missing"),
+    "doubled": (lambda groups: groups.append(groups[0]), r"param_groups\[2\] was added by hand"),
+    "first twice": (
+        lambda groups: groups[0]["params"].__setitem__(1, groups[0]["params"][0]),
+        r"param_groups\[0\] has '0.0' of group 0 as its parameter 1",
+    ),
+    "replaced": (replace_first, r"param_groups\[0\] has a tensor that is not trained as its parameter 0"),
+    "exchanged": (exchange, r"param_groups\[0\] has '1.0' of group 1 as its parameter 0"),
+    "removed": (lambda groups: groups[0]["params"].pop(), r"param_groups\[0\] has 1 parameters instead of 2"),
+    "emptied": (
+        lambda groups: groups[1]["params"].clear(),
+        r"param_groups\[1\] has 0 parameters instead of 1",
+    ),
+    "appended": (
+        lambda groups: groups[1]["params"].append(torch.nn.Parameter(torch.ones(1))),
+        r"param_groups\[1\] has 2 parameters instead of 1",
+    ),
+    "iterator": (make_iterator, r"param_groups\[1\] has a list_iterator instead of a list as 'params'"),
+    "no params": (lambda groups: groups[1].pop("params"), r"param_groups\[1\] has no 'params'"),
+    "no dict": (lambda groups: groups.__setitem__(1, 5), r"param_groups\[1\] has no 'params'"),
+}
+
+
+def gradients(params, world, opt):
+    for v in range(world.workers):
+        with opt.worker(v):
+            for p in params:
+                p.grad = torch.ones_like(p)
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make(request):
+    return OPTIMIZERS[request.param]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_groups_are_refused_on_all_ranks_and_repaired_ones_train_on(team, make, edit):
+    change, text = EDITS[edit]
+    params = parameters()
+    opt = make(groups_of(params), team)
+    gradients(params, team, opt)
+    opt.step()
+    before = [opt.master(i) for i in range(3)]
+    whole = [{**group, "params": list(group["params"])} for group in opt.param_groups]
+    if team.rank == team.size - 1:
+        change(opt.param_groups)
+    with pytest.raises(xc.UsageError, match=text + r".*add_param_group\(\)"):
+        if getattr(opt, "local", False) and team.rank != team.size - 1:
+            opt.average()  # a local step meets nobody
+        else:
+            opt.step()
+    assert all(torch.equal(opt.master(i), w) for i, w in enumerate(before))
+    opt.param_groups = whole
+    gradients(params, team, opt)
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("edit", ["reversed", "replaced", "popped", "no params"])
+def test_edited_groups_are_neither_saved_nor_loaded_nor_enlarged(team, edit):
+    params = parameters()
+    opt = OPTIMIZERS["SGD"](groups_of(params), team)
+    gradients(params, team, opt)
+    opt.step()
+    saved, local = copy.deepcopy(opt.state_dict()), opt.local_state_dict()
+    change, text = EDITS[edit]
+    whole = [{**group, "params": list(group["params"])} for group in opt.param_groups]
+    change(opt.param_groups)
+    more = {"params": [torch.nn.Parameter(torch.ones(2))]}
+    for call in (
+        opt.state_dict,
+        opt.local_state_dict,
+        lambda: opt.load_state_dict(saved),
+        lambda: opt.load_local_state_dict(local),
+        lambda: opt.add_param_group(more),
+    ):
+        with pytest.raises(xc.UsageError, match=text):
+            call()
+    opt.param_groups = whole
+    opt.load_state_dict(saved)
+    opt.add_param_group(more)
+    gradients([*params, more["params"][0]], team, opt)
+    opt.step()
+    opt.close()
+
+
+def test_other_lists_and_dicts_of_the_same_parameters_are_fine(team):
+    params = parameters()
+    opt = OPTIMIZERS["SGD"](groups_of(params), team)
+    opt.param_groups = [{**group, "params": tuple(group["params"])} for group in opt.param_groups]
+    opt.param_groups[0]["lr"] = 1.0
+    gradients(params, team, opt)
+    opt.step()
+    with opt.master_weights():
+        assert params[0].tolist() == [3.0] * 4
+        torch.testing.assert_close(params[2].detach(), torch.full((4,), 4 - 0.01))
+    opt.close()

@@ -1,0 +1,553 @@
+"""State that leaves for torch.optim and comes back: no training is lost, whatever took the steps in between."""
+
+import copy
+import itertools
+import logging
+
+import pytest
+from conftest import COMM
+from test_ownership import net, train, values
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+RULES = {
+    "SGD": (xc.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "plain SGD": (xc.SGD, torch.optim.SGD, {"lr": 0.05}),
+    "Adam": (xc.Adam, torch.optim.Adam, {"lr": 0.01}),
+    "AdamW": (xc.AdamW, torch.optim.AdamW, {"lr": 0.01}),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHAINS = list(itertools.product(("ours", "torch"), repeat=3))
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    return RULES[request.param]
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return DTYPES[request.param]
+
+
+class Half(torch.nn.Module):
+    """A model with a parameter that no step ever updates."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.net = net(dtype=dtype)
+        self.rest = torch.nn.ParameterList([torch.ones(3, dtype=dtype)])
+
+    @property
+    def unused(self):
+        return self.rest[0]
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def make(who, rule, model, world):
+    ours, theirs, options = rule
+    if who == "torch":
+        return theirs(model.parameters(), **options)
+    opt = ours(model.parameters(), **options, world=world)
+    opt.attach(model)
+    return opt
+
+
+def finish(opt):
+    if hasattr(opt, "close"):
+        opt.close()
+
+
+def still(opt, model, world):
+    """A step of no length."""
+    rates = [group["lr"] for group in opt.param_groups]
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    train(model, opt, world, steps=1, start=50)
+    for group, rate in zip(opt.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def run_chain(chain, steps, rule, dtype, world, optimizer_first):
+    """The weights after the chain; each change of optimizer must leave them as they are."""
+    model, start, saved = Half(dtype), 0, None
+    for who, count in zip(chain, steps, strict=True):
+        fresh = Half(dtype)
+        opt = make(who, rule, fresh, world)
+        if saved is not None:
+            weights, state = saved
+            if optimizer_first:
+                opt.load_state_dict(state)
+            fresh.load_state_dict(weights)
+            if not optimizer_first:
+                opt.load_state_dict(state)
+            if who == "ours":
+                probe = make("ours", rule, other := Half(dtype), world)
+                probe.load_state_dict(state)
+                other.load_state_dict(weights)
+                still(probe, other, world)
+                probe.close()
+                for name, value in other.state_dict().items():
+                    assert torch.equal(value, weights[name]), name
+        model = fresh
+        train(model, opt, world, steps=count, start=start)
+        start += count
+        saved = (copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()))
+        finish(opt)
+    return values(model)
+
+
+@pytest.mark.parametrize("optimizer_first", [False, True], ids=["model first", "optimizer first"])
+@pytest.mark.parametrize("steps", [(0, 1, 7), (1, 7, 1), (7, 1, 0)], ids=str)
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+def test_chain_of_optimizers_trains_like_torch_alone(chain, steps, rule, world, optimizer_first):
+    got = run_chain(chain, steps, rule, torch.float32, world, optimizer_first)
+    wanted = run_chain(("torch",) * 3, steps, rule, torch.float32, world, False)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_first", [False, True], ids=["model first", "optimizer first"])
+@pytest.mark.parametrize("steps", [(1, 7, 1), (7, 1, 0)], ids=str)
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+def test_short_weights_of_a_chain_stay_near_float32s(chain, steps, rule, world, optimizer_first):
+    got = run_chain(chain, steps, rule, torch.bfloat16, world, optimizer_first)
+    wanted = run_chain(("torch",) * 3, steps, rule, torch.float32, world, False)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+def through_torch(model, state, rule, count):
+    """torch.optim's own steps after ours, on a copy of the model."""
+    other = copy.deepcopy(model)
+    opt = rule[1](other.parameters(), **rule[2])
+    opt.load_state_dict(state)
+    train(other, opt, None, steps=count, start=20)
+    return other, opt.state_dict()
+
+
+def test_training_by_torch_in_between_is_kept(rule, dtype, world, caplog):
+    model = net(dtype=dtype)
+    opt = make("ours", rule, model, world)
+    train(model, opt, world, steps=1)
+    other, state = through_torch(model, opt.state_dict(), rule, 5)
+    opt.close()
+    back = make("ours", rule, other, world)
+    back.load_state_dict(state)
+    before = values(other)
+    with caplog.at_level(logging.WARNING, logger="extrapcomm"):
+        still(back, other, world)
+    for p, was in zip(other.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    warned = [r for r in caplog.records if "master weights of parameter" in r.getMessage()]
+    assert len(warned) == (dtype == torch.bfloat16)
+    back.close()
+
+
+def test_masters_of_unknown_age_are_used_where_they_round_to_the_weights(world):
+    rule = RULES["Adam"]
+    model = net(dtype=torch.bfloat16)
+    opt = make("ours", rule, model, world)
+    train(model, opt, world, steps=3)
+    masters, state = [opt.master(i) for i in range(4)], opt.state_dict()
+    del state["extrapcomm"]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    opt.close()
+    other = net(1, dtype=torch.bfloat16)
+    back = make("ours", rule, other, world)
+    back.load_state_dict(state)
+    weights["2.bias"] += 1
+    other.load_state_dict(weights)
+    seen = back.state_dict()["extrapcomm"]["master"]
+    for i in range(3):
+        assert torch.equal(seen[i], masters[i])
+    still(back, other, world)
+    for i in range(3):
+        assert torch.equal(back.master(i), masters[i])
+    assert torch.equal(back.master(3), weights["2.bias"].float())
+    assert torch.equal(back.state_dict()["state"][0]["step"], torch.tensor(4.0))
+    back.close()
+
+
+def test_state_of_an_optimizer_without_steps_is_torchs(rule, dtype, world):
+    model = Half(dtype)
+    opt = make("ours", rule, model, world)
+    fresh = opt.state_dict()
+    assert fresh["state"] == {}
+    theirs = rule[1](copy.deepcopy(model).parameters(), **rule[2])
+    theirs.load_state_dict(fresh)
+    train(model, opt, world, steps=2)
+    saved = opt.state_dict()
+    assert list(saved["state"]) == [0, 1, 2, 3]
+    other = copy.deepcopy(model)
+    theirs = rule[1](other.parameters(), **rule[2])
+    theirs.load_state_dict(saved)
+    train(other, theirs, None, steps=1)
+    other.unused.grad = torch.ones(3, dtype=dtype)
+    theirs.step()
+    opt.close()
+
+
+def test_later_versions_and_broken_extras_are_refused(world):
+    model = net()
+    opt = make("ours", RULES["SGD"], model, world)
+    good = opt.state_dict()
+    for extra in ({"version": 2}, {"version": "1"}, 3, {"version": 1, "local_noise": 3}):
+        with pytest.raises(xc.UsageError, match="extrapcomm|local_noise"):
+            opt.load_state_dict(good | {"extrapcomm": extra if world.rank == 0 else good["extrapcomm"]})
+    opt.load_state_dict(good)
+    opt.close()
+
+
+def test_what_was_measured_travels_beside_other_checkpoints(world, caplog):
+    if world.K < 2:
+        pytest.skip("needs two workers")
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.1, gain=xc.AdaScale(), world=world)
+    train(model, opt, world)
+    state, extra, progress = opt.state_dict(), opt.extra_state_dict(), opt.progress
+    opt.close()
+    other = xc.SGD(net().parameters(), lr=0.1, gain=xc.AdaScale(), world=world)
+    with caplog.at_level(logging.WARNING, logger="extrapcomm"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "extrapcomm"})
+    assert "AdaScale" in caplog.text
+    other.load_extra_state_dict(extra)
+    assert other.progress == progress
+    other.close()
+
+
+def test_ranks_that_load_different_measurements_are_told(world):
+    if world.size < 2:
+        pytest.skip("needs two ranks to differ")
+    model = net()
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr="noise", world=world)
+    train(model, opt, world)
+    extra = opt.extra_state_dict()
+    if world.rank == 1:
+        extra["local_noise"]["square"] += 1.0
+    opt.load_extra_state_dict(extra)
+    for _ in range(2):
+        with pytest.raises(xc.MismatchError, match="load_extra_state_dict"):
+            train(model, opt, world, steps=1)
+    opt.load_extra_state_dict(opt.extra_state_dict() | {"local_noise": {"variance": 1.0, "square": 2.0}})
+    train(model, opt, world, steps=2)
+    opt.close()
+
+
+# -- torch's hooks ---------------------------------------------------------------------------------------------------
+
+
+def test_torchs_hooks_see_and_change_the_whole_dict(world):
+    model = net()
+    opt = make("ours", RULES["Adam"], model, world)
+    train(model, opt, world)
+    seen = []
+    opt.register_state_dict_pre_hook(lambda o: seen.append("pre"))
+    opt.register_state_dict_post_hook(lambda o, d: seen.append(sorted(d["state"][0])))
+    opt.register_state_dict_post_hook(lambda o, d: d | {"mine": 1})
+    saved = opt.state_dict()
+    assert seen == ["pre", ["exp_avg", "exp_avg_sq", "step"]]
+    assert saved["mine"] == 1
+
+    def first(o, d):
+        d = copy.deepcopy(d)
+        d["state"][0]["exp_avg"].fill_(7)
+        return d
+
+    opt.register_load_state_dict_pre_hook(first)
+    opt.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    opt.load_state_dict(saved)
+    assert seen[-1] == "loaded"
+    assert opt.state_dict()["state"][0]["exp_avg"].eq(7).all()
+    assert not saved["state"][0]["exp_avg"].eq(7).any()
+    opt.close()
+
+
+def test_hook_that_fails_on_one_rank_is_an_error_on_all_and_nothing_is_loaded(world):
+    model = net()
+    opt = make("ours", RULES["Adam"], model, world)
+    saved = opt.state_dict()
+    train(model, opt, world)
+    before = values(model)
+
+    def fail(o, d):
+        if world.rank == world.size - 1:
+            raise KeyError("no such thing")
+
+    handle = opt.register_load_state_dict_pre_hook(fail)
+    with pytest.raises((xc.UsageError, KeyError), match="no such thing"):
+        opt.load_state_dict(saved)
+    handle.remove()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    opt.load_state_dict(saved)
+    opt.close()
+
+
+# -- torch.distributed.checkpoint ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_dcp_brings_a_trained_optimizer_into_one_that_never_stepped(rule, dtype, world, flat):
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = Half(dtype)
+    opt = make("ours", rule, model, world)
+    train(model, opt, world)
+    weights = {k: v.clone() for k, v in dcp.get_model_state_dict(model).items()}
+    state = dcp.get_optimizer_state_dict(model, opt, options=options)
+    other = Half(dtype)
+    resumed = make("ours", rule, other, world)
+    template = dcp.get_optimizer_state_dict(other, resumed, options=options)
+    if flat:
+        assert {k for k in template if k.startswith("state.")} == {k for k in state if k.startswith("state.")}
+    else:
+        assert {k: set(v) for k, v in template["state"].items()} == {
+            k: set(v) for k, v in state["state"].items()
+        }
+    dcp.set_optimizer_state_dict(other, resumed, state, options=options)
+    dcp.set_model_state_dict(other, weights)
+    train(model, opt, world, steps=5, start=9)
+    train(other, resumed, world, steps=5, start=9)
+    for i in range(5):
+        assert torch.equal(resumed.master(i), opt.master(i)), i
+        assert torch.equal(list(other.parameters())[i], list(model.parameters())[i])
+    assert list(resumed.state_dict()["state"]) == [0, 1, 2, 3]
+    opt.close()
+    resumed.close()
+
+
+def test_dcp_on_one_rank_alone_takes_no_step(worlds):
+    world = worlds(1)
+    if len(world.teams) > 1:
+        pytest.skip("between hosts state_dict() is collective")
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = net()
+    opt = make("ours", RULES["Adam"], model, world)
+    if world.rank == 0:
+        assert dcp.get_optimizer_state_dict(model, opt)["state"]["0.weight"]["step"] == 0
+    assert opt._core.steps == 0
+    train(model, opt, world, steps=1)
+    opt.close()
+
+
+def test_dcp_files_are_loaded_into_an_optimizer_that_never_stepped(tmp_path, virtual):
+    import torch.distributed.checkpoint as files
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    world = virtual(1)
+    model = Half(torch.bfloat16)
+    opt = make("ours", RULES["Adam"], model, world)
+    train(model, opt, world)
+    weights, state = get_state_dict(model, opt)
+    files.save({"model": weights, "optim": state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    other = Half(torch.bfloat16)
+    resumed = make("ours", RULES["Adam"], other, world)
+    weights, state = get_state_dict(other, resumed)
+    files.load({"model": weights, "optim": state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+    train(model, opt, world, steps=2, start=9)
+    train(other, resumed, world, steps=2, start=9)
+    for i in range(5):
+        assert torch.equal(resumed.master(i), opt.master(i)), i
+    opt.close()
+    resumed.close()
+
+
+# -- optimizer.state -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(rule, world):
+    model = Half(torch.float32)
+    opt = make("ours", rule, model, world)
+    train(model, opt, world)
+    yield model, opt, world
+    opt.close()
+
+
+@pytest.fixture
+def adam(world):
+    model = Half(torch.float32)
+    opt = make("ours", RULES["Adam"], model, world)
+    train(model, opt, world)
+    yield model, opt, world
+    opt.close()
+
+
+def test_state_has_an_entry_for_each_parameter_without_any_communication(trained):
+    model, opt, _ = trained
+    params = list(model.parameters())
+    assert opt.state and len(opt.state) == 5
+    assert all(a is b for a, b in zip(opt.state, params, strict=True))
+    assert params[0] in opt.state and torch.ones(1) not in opt.state
+    assert "state" not in opt.__dict__
+    assert all("step" in entry for entry in map(opt.state.__getitem__, params))
+    with opt.collected_state():
+        assert opt.state[params[0]]["step"] == 3 and opt.state[model.unused]["step"] == 0
+        for name, value in opt.state[model.unused].items():
+            assert not value.any(), name
+        for i, param in enumerate(params[:4]):
+            for name, value in opt.state[param].items():
+                assert torch.equal(value, opt.state_dict()["state"][i][name])
+
+
+def test_state_is_read_inside_collected_state_on_several_hosts(adam):
+    model, opt, world = adam
+    if len(world.teams) < 2:
+        pytest.skip("needs several teams")
+    with pytest.raises(xc.UsageError, match="collected_state"):
+        opt.state[model.unused]["step"]
+
+
+def test_assigned_state_takes_effect_at_the_next_step(adam):
+    model, opt, world = adam
+    wanted = copy.deepcopy(model)
+    theirs = torch.optim.Adam(wanted.parameters(), **RULES["Adam"][2])
+    theirs.load_state_dict(opt.state_dict())
+    with opt.collected_state():
+        for o, m in ((opt, model), (theirs, wanted)):
+            p = next(iter(m.parameters()))
+            o.state[p]["exp_avg"] = torch.full_like(p, 0.5)
+            o.state[p]["step"] = torch.tensor(1.0)
+    assert opt.state_dict()["state"][0]["exp_avg"].eq(0.5).all()
+    train(model, opt, world, start=7)
+    train(wanted, theirs, None, start=7)
+    for a, b in zip(values(model), values(wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with opt.collected_state():
+        assert opt.state[next(iter(model.parameters()))]["step"] == 4
+
+
+FRESH = {
+    "clear": lambda opt, params: opt.state.clear(),
+    "an empty dict": lambda opt, params: setattr(opt, "state", {}),
+    "deletions": lambda opt, params: [opt.state.__delitem__(p) for p in params],
+    "pop": lambda opt, params: [opt.state.pop(p, None) for p in params],
+    "empty entries": lambda opt, params: [opt.state.__setitem__(p, {}) for p in params],
+}
+
+
+@pytest.mark.parametrize("how", FRESH)
+def test_state_that_is_cleared_starts_afresh(adam, how):
+    model, opt, world = adam
+    wanted = copy.deepcopy(model)
+    theirs = torch.optim.Adam(wanted.parameters(), **RULES["Adam"][2])
+    with opt.collected_state():
+        FRESH[how](opt, list(model.parameters()))
+    assert opt.state_dict()["state"] == {}
+    train(model, opt, world, start=7)
+    train(wanted, theirs, None, start=7)
+    for a, b in zip(values(model), values(wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_state_assigned_on_one_rank_is_a_mismatch_on_all(adam):
+    model, opt, world = adam
+    if world.size < 2:
+        pytest.skip("needs two ranks to differ")
+    before = values(model)
+    if world.rank == 1:
+        opt.state[model.unused] = {"step": torch.tensor(2.0)}
+    with pytest.raises(xc.MismatchError, match=r"opt\.state"):
+        train(model, opt, world, steps=1)
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    opt.state[model.unused] = {"step": torch.tensor(2.0)}
+    train(model, opt, world, steps=1)
+
+
+def test_copy_of_the_state_that_is_written_is_an_error_on_all_ranks(adam):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    with opt.collected_state():
+        for kept in (False, True):
+            value = opt.state[param]["exp_avg"]
+            if world.rank == world.size - 1:
+                value.zero_()
+            if not kept:
+                del value
+            with pytest.raises(xc.UsageError, match="it is a copy"):
+                train(model, opt, world, steps=1)
+    train(model, opt, world, steps=1)
+
+
+def test_values_that_do_not_fit_the_state_are_refused_at_once(adam):
+    model, opt, _ = adam
+    param = next(iter(model.parameters()))
+    cases = [
+        lambda: opt.state.__setitem__(param, {"exp_avg": torch.zeros(3)}),
+        lambda: opt.state.__setitem__(param, {"momentum_buffer": torch.zeros_like(param)}),
+        lambda: opt.state.__setitem__(param, {"step": torch.tensor(-1.0)}),
+        lambda: opt.state.__setitem__(param, {"step": "many"}),
+        lambda: opt.state.__setitem__(param, 3),
+        lambda: opt.state[param].__setitem__("max", torch.zeros_like(param)),
+        lambda: setattr(opt, "state", 3),
+    ]
+    for case in cases:
+        with pytest.raises(xc.UsageError):
+            case()
+    with pytest.raises(KeyError):
+        opt.state[torch.ones(1)]
+
+
+def test_moving_the_state_as_trainers_do_changes_nothing(adam):
+    model, opt, world = adam
+    with opt.collected_state():
+        for param, entry in opt.state.items():
+            for key, value in entry.items():
+                entry[key] = value.to("cpu")
+            opt.state[param] = entry
+    assert not opt._live.digest
+    copied = copy.deepcopy(dict(opt.state_dict()["state"]))
+    train(model, opt, world, steps=1)
+    assert sorted(copied) == [0, 1, 2, 3]
+
+
+def test_setstate_leaves_no_state_behind(adam):
+    _, opt, _ = adam
+    opt.__setstate__({"state": {}, "param_groups": opt.param_groups})
+    assert "state" not in opt.__dict__
+    assert len(opt.state) == 5
+
+
+def test_state_of_closed_optimizers_can_be_read(adam):
+    model, opt, world = adam
+    if len(world.teams) > 1:
+        pytest.skip("between hosts reading takes all ranks")
+    COMM.Barrier()
+    opt.close()
+    assert opt.state[next(iter(model.parameters()))]["step"] == 3
+    with pytest.raises(xc.UsageError, match="closed"):
+        opt.state.clear()
+
+
+def test_assigned_state_survives_a_new_group(adam):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    with opt.collected_state():
+        opt.state[param]["exp_avg"] = torch.full_like(param, 0.25)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert opt.state_dict()["state"][0]["exp_avg"].eq(0.25).all()
+    train(model, opt, world, steps=1)
+    with opt.collected_state():
+        assert opt.state[param]["step"] == 4
+        assert len(opt.state) == 6
+
+
+def test_state_is_assigned_in_the_fused_phase_of_local_steps_only(world):
+    model = net()
+    opt = xc.PostLocalSGD(model.parameters(), lr=0.1, momentum=0.9, local_steps=4, start=1, world=world)
+    param = next(iter(model.parameters()))
+    train(model, opt, world, steps=1)
+    with opt.collected_state():
+        opt.state[param] = {"momentum_buffer": torch.zeros_like(param), "step": torch.tensor(1.0)}
+    train(model, opt, world, steps=1)
+    with pytest.raises(xc.UsageError, match="local steps"):
+        opt.state.clear()
+    opt.average()
+    opt.close()
