@@ -509,6 +509,29 @@ def test_gradients_lie_in_shared_memory_as_early_as_the_mode_says(worlds, mode):
     opt.close()
 
 
+def test_tensors_of_the_engine_stay_where_nobody_kept_them(worlds):
+    for mode in MODES:
+        params, opt, _ = made("SGD", torch.float32, mode, worlds(2))
+        before = [list(shown) for shown in opt._binding.gradients._shown]
+        mended = [[tensor.data_ptr() for tensor in shown] for shown in before]
+        del before
+        for step in range(3):
+            opt.zero_grad(step == 1)
+            for v in range(2):
+                with opt.worker(v):
+                    backward(params, step)
+            opt.step()
+            held = opt._binding.gradients._reader.read(0, params, *reading(opt))[2]
+            assert held == []
+        assert mended == [[tensor.data_ptr() for tensor in shown] for shown in opt._binding.gradients._shown]
+        opt.close()
+
+
+def reading(opt):
+    gradients = opt._binding.gradients
+    return gradients._shown[0], np.zeros_like(gradients._sources)
+
+
 def test_the_engine_refuses_a_gradient_of_another_number_of_bytes(worlds):
     params, opt, _ = made("SGD", torch.float32, "copy", worlds(1))
     binding = opt._binding
