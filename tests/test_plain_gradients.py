@@ -543,16 +543,3 @@ def test_the_engine_refuses_a_gradient_of_another_number_of_bytes(worlds):
     ):
         binding.core.gather(0, sources, binding.present[0])
     opt.close()
-
-
-def test_gradients_that_nobody_keeps_stay_in_their_place(worlds):
-    """A tensor that is taken for somebody else's would be copied at every step."""
-    params, opt, _ = made("SGD", torch.float32, "copy", worlds(1))
-    backward(params, 0)
-    opt.step()
-    gradients = opt._binding.gradients
-    shown = list(map(id, gradients._shown[0]))
-    backward(params, 1)
-    opt.step()
-    assert list(map(id, gradients._shown[0])) == shown
-    opt.close()
