@@ -356,11 +356,12 @@ void gradients_that_lie_elsewhere_are_collected() {
     void* elsewhere = nullptr;
     CHECK(cudaMalloc(&elsewhere, bytes) == cudaSuccess);
     fill(*engine, static_cast<std::byte*>(elsewhere), 5);
-    std::vector<std::uintptr_t> addresses;
+    std::vector<Engine::Source> sources;
     for (const Layer& layer : engine->plan().layers)
-      addresses.push_back(reinterpret_cast<std::uintptr_t>(elsewhere) + std::size_t(layer.byte_begin));
-    std::vector<std::uint8_t> present(addresses.size());
-    engine->gather(0, addresses, present);
+      sources.push_back({static_cast<const std::byte*>(elsewhere) + layer.byte_begin,
+                         layer.count * size_of(layer.spec.dtype)});
+    std::vector<std::uint8_t> present(sources.size());
+    engine->gather(0, sources, present);
     std::vector<std::byte> seen(bytes);
     copy(*engine, seen.data(), engine->gradients(0).get(), bytes);
     const std::vector<std::byte> wanted = values(engine->plan(), 5);
