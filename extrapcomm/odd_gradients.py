@@ -109,7 +109,7 @@ def is_held(tensors: list[torch.Tensor], i: int) -> bool:
     return sys.getrefcount(tensors[i]) > _LISTED
 
 
-_LISTED = sys.getrefcount([torch.Tensor()][0])
+_LISTED = sys.getrefcount([object()][0])
 
 
 class Reader:
