@@ -285,6 +285,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core.show_master(self._binding.bound)
         self._showing = "master_weights"
         self._binding.mark_written()
+        torch.clear_autocast_cache()
         try:
             yield
         except BaseException as error:
@@ -380,6 +381,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._showing = ""
         self._core.hide_master(self._binding.bound)
         self._binding.mark_written()
+        torch.clear_autocast_cache()
 
     def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
         """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.

@@ -67,12 +67,15 @@ class Saving(Hook):
     @outside_inference
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """As torch calls it."""
-        optimizer = self.optimizer_of(module)
-        if optimizer is None or optimizer._to_adopt:
+        optimizer = self._reference()
+        if optimizer is None or optimizer._closed or optimizer._showing or optimizer._to_adopt:
             return
-        index = optimizer._binding.index
-        for name, param in module._parameters.items():
-            if param is None or id(param) not in index or state.get(key := prefix + name, param) is param:
+        index, ownership = optimizer._binding.index, optimizer._binding.ownership
+        # Parameters of submodules, too: some may have been added, or wrapped, since the hooks were installed.
+        for name, param in module.named_parameters(remove_duplicate=False):
+            if id(param) not in index or state.get(key := prefix + name, param) is param:
+                continue
+            if ownership.is_taken(param):
                 continue
             i, handed_out = index[id(param)], optimizer._handed_out
             if (tensor := handed_out.in_dict(i, state)) is None:  # not tied to one that is there already

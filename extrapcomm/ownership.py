@@ -117,6 +117,7 @@ class Ownership:
         for param, weights in zip(self.params, self.weights, strict=True):
             param.data = weights
         self.record()
+        torch.clear_autocast_cache()  # it knows the tensors, not their memory
 
     def show_again(self) -> None:
         """Let the model have the bound worker's weights where it had others, and forget what was written."""
@@ -157,6 +158,11 @@ class Ownership:
         """Remember the parameters' versions and addresses, to notice what others write into them."""
         self._versions = [param._version for param in self.params]
         self._addresses = [param.data_ptr() for param in self.params]
+        self._contiguous = [param.is_contiguous() for param in self.params]
+        # Strides of the others: of a contiguous tensor they follow from its shape, which autograd checks.
+        self._strides = [
+            (i, self.params[i].stride()) for i, plain in enumerate(self._contiguous) if not plain
+        ]
 
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
@@ -211,6 +217,8 @@ class Ownership:
         """Return the first parameter that was replaced, or written and not restored to the engine's bits."""
         versions = [param._version for param in self.params]
         addresses = [param.data_ptr() for param in self.params]
+        if (turned := self._first_turned()) is not None:
+            return turned
         if versions == self._versions and addresses == self._addresses:
             return None
         looks = zip(versions, self._versions, addresses, self._addresses, strict=True)
@@ -219,6 +227,14 @@ class Ownership:
                 return i
         self._versions = versions
         return None
+
+    def _first_turned(self) -> int | None:
+        """Return the first parameter that looks at its memory by other strides, as after `p.data = p.data.t()`."""
+        contiguous = [param.is_contiguous() for param in self.params]
+        if contiguous != self._contiguous:
+            pairs = zip(contiguous, self._contiguous, strict=True)
+            return next(i for i, (now, before) in enumerate(pairs) if now != before)
+        return next((i for i, strides in self._strides if self.params[i].stride() != strides), None)
 
     def _has_master_bits(self, i: int) -> bool:
         """Return true if the engine's last weights were w in the parameter's type, and it has those bits."""
@@ -258,14 +274,14 @@ class Ownership:
         for views in self._views:
             views.renew()
         for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
-            if param.data_ptr() == mine.data_ptr():
+            if param.data_ptr() == mine.data_ptr() and param.stride() == mine.stride():
                 continue
             if (
                 param.shape != mine.shape
                 or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
             ):
                 raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
-            mine.copy_(param.detach())
+            mine.copy_(param.detach().clone())  # it may be another look at the same memory
             param.data = mine
 
 

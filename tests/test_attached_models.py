@@ -347,3 +347,19 @@ def test_attached_models_can_be_traced_and_scripted(world):
     for other in (torch.jit.script(model), torch.fx.symbolic_trace(model), torch.jit.trace(model, x)):
         assert torch.equal(other(x), model(x))
     opt.close()
+
+
+def test_modules_that_are_added_or_wrapped_after_attaching_save_the_master_weights(world):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.5, inner_lr=0.25, world=world)
+    opt.attach(model)
+    model.append(torch.nn.Linear(2, 2))
+    opt.add_param_group({"params": list(model[2].parameters())})
+    torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(2, 2))
+    model[1] = torch.nn.Sequential(model[1], torch.nn.Identity())
+    model(torch.ones(2, 3)).square().sum().backward()
+    opt.step()
+    saved = model.state_dict()
+    for name, param in model.named_parameters():
+        assert torch.equal(saved[name], opt.master(opt._binding.index[id(param)])), name
+    opt.close()

@@ -255,3 +255,53 @@ def test_contexts_and_new_groups_do_not_hide_a_write(team, look):
     gradients(model, opt, team)
     opt.step()
     opt.close()
+
+
+TURNED = {
+    "data": lambda p: setattr(p, "data", p.data.t()),
+    "in place": lambda p: torch.no_grad()(p.t_)(),
+    "another memory format": lambda p: setattr(p, "data", p.data.as_strided((4, 4), (1, 4))),
+}
+
+
+@pytest.mark.parametrize("how", TURNED)
+@pytest.mark.parametrize("mode", ["copy", "hook", "view"])
+def test_parameter_that_looks_at_its_memory_by_other_strides_is_refused_and_can_be_adopted(team, mode, how):
+    start = torch.arange(16.0).reshape(4, 4)
+    param = torch.nn.Parameter(start.clone())
+    opt = xc.SGD([param], lr=1.0, gradients=mode, world=team)
+    TURNED[how](param)
+    with pytest.raises(xc.UsageError, match="written or replaced"):
+        opt.step()
+    opt.adopt()
+    assert torch.equal(param, start.t()) and param.is_contiguous()
+    weights = torch.arange(16.0).reshape(4, 4)
+    for v in range(team.workers):
+        with opt.worker(v):
+            (param * weights).sum().backward()
+    opt.step()
+    torch.testing.assert_close(param.detach(), start.t() - weights)
+    opt.close()
+
+
+def test_workers_and_master_weights_within_one_autocast_region_have_their_own_casts(virtual):
+    """Autocast keeps the casts of parameters by the tensor, whatever memory it has now."""
+    world = virtual(2)
+    results = []
+    for one_region in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        opt = xc.ExtrapSGD(model.parameters(), lr=0.5, inner_lr=0.5, world=world)
+        for step in range(3):
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=one_region):
+                for v in range(2):
+                    with opt.worker(v), torch.autocast("cpu", torch.bfloat16):
+                        model(torch.full((1, 3), float(v + step + 1))).square().sum().backward()
+                with opt.master_weights(), torch.autocast("cpu", torch.bfloat16):
+                    results.append(model(torch.ones(1, 3)).detach().clone())
+            opt.step()
+        results.append(opt.master(0))
+        opt.close()
+    for one, other in zip(results[:4], results[4:], strict=True):
+        assert torch.equal(one, other)
