@@ -93,6 +93,15 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_writable()
         self._stage(i, {})
 
+    def popitem(self) -> Any:
+        """Refuse: every parameter keeps its entry."""
+        raise UsageError("opt.state keeps an entry for each parameter: use clear(), or delete them by name")
+
+    def start_afresh(self, i: int) -> None:
+        """Stage a fresh start for parameter i."""
+        self._require_writable()
+        self._stage(i, {})
+
     def clear(self) -> None:
         """Stage a fresh start for every parameter."""
         self._require_writable()
@@ -272,6 +281,14 @@ class StateEntry(MutableMapping[str, Any]):
 
     def __delitem__(self, key: str) -> None:
         self._state.drop(self._i, key)
+
+    def clear(self) -> None:
+        """Stage a fresh start for the parameter. The keys stay, so the inherited loop would never end."""
+        self._state.start_afresh(self._i)
+
+    def popitem(self) -> Any:
+        """Refuse: the keys of a state stay."""
+        raise UsageError("opt.state keeps its keys: use clear(), or delete the entries by name")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state.keys_of(self._i))

@@ -158,8 +158,9 @@ class Ownership:
         """Remember the parameters' versions and addresses, to notice what others write into them."""
         self._versions = [param._version for param in self.params]
         self._addresses = [param.data_ptr() for param in self.params]
+        self._shapes = [param.shape for param in self.params]
         self._contiguous = [param.is_contiguous() for param in self.params]
-        # Strides of the others: of a contiguous tensor they follow from its shape, which autograd checks.
+        # Strides of the others: of a contiguous tensor they follow from its shape.
         self._strides = [
             (i, self.params[i].stride()) for i, plain in enumerate(self._contiguous) if not plain
         ]
@@ -229,7 +230,10 @@ class Ownership:
         return None
 
     def _first_turned(self) -> int | None:
-        """Return the first parameter that looks at its memory by other strides, as after `p.data = p.data.t()`."""
+        """Return the first parameter that looks at its memory in another form, as after `p.data = p.data.t()`."""
+        shapes = [param.shape for param in self.params]
+        if shapes != self._shapes:
+            return next(i for i, shape in enumerate(shapes) if shape != self._shapes[i])
         contiguous = [param.is_contiguous() for param in self.params]
         if contiguous != self._contiguous:
             pairs = zip(contiguous, self._contiguous, strict=True)
@@ -274,7 +278,8 @@ class Ownership:
         for views in self._views:
             views.renew()
         for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
-            if param.data_ptr() == mine.data_ptr() and param.stride() == mine.stride():
+            same_place = param.data_ptr() == mine.data_ptr() and param.stride() == mine.stride()
+            if same_place and param.shape == mine.shape:
                 continue
             if (
                 param.shape != mine.shape

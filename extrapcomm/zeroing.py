@@ -31,22 +31,23 @@ class ZeroGrad:
         if all(reference() is not optimizer for reference in self._optimizers):
             self._optimizers.append(weakref.ref(optimizer))
 
-    def __call__(self, set_to_none: bool = True) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Zero or drop the gradients of all parameters of the module, with every worker.
 
         Args:
-            set_to_none: drop them; otherwise they become zeros.
+            args, kwargs: those of the module's own method, which is called with them. `set_to_none=False` among them,
+                or as the first one, makes zeros of the optimizers' gradients; they are dropped otherwise.
         """
         if (module := self._module()) is None:
             return
         for reference in self._optimizers:
             optimizer = reference()
             if optimizer is not None and not optimizer._closed:
-                _zero(optimizer, module, set_to_none)
+                _zero(optimizer, module, bool(kwargs.get("set_to_none", args[0] if args else True)))
         if self._replaced is not None:
-            self._replaced(set_to_none)
+            self._replaced(*args, **kwargs)
         else:
-            type(module).zero_grad(module, set_to_none)
+            type(module).zero_grad(module, *args, **kwargs)
 
     def __reduce__(self) -> Any:
         return ZeroGrad, (self._module(), self._replaced)

@@ -333,7 +333,7 @@ def test_zero_grad_of_the_users_own_is_still_called(world):
     assert Counting.calls == before + 1 and model.weight.grad is None
     opt.close()
     plain = torch.nn.Linear(4, 4)
-    plain.zero_grad = called.append
+    plain.zero_grad = lambda set_to_none=True: called.append(set_to_none)
     opt = xc.SGD(plain.parameters(), lr=0.1, world=world)
     opt.attach(plain)
     plain.zero_grad(set_to_none=False)
@@ -363,3 +363,29 @@ def test_modules_that_are_added_or_wrapped_after_attaching_save_the_master_weigh
     for name, param in model.named_parameters():
         assert torch.equal(saved[name], opt.master(opt._binding.index[id(param)])), name
     opt.close()
+
+
+class OwnZeroGrad(torch.nn.Linear):
+    def zero_grad(self):
+        super().zero_grad()
+
+
+class KeywordZeroGrad(torch.nn.Linear):
+    def zero_grad(self, *, set_to_none=True):
+        super().zero_grad(set_to_none=set_to_none)
+
+
+@pytest.mark.parametrize("kind", [OwnZeroGrad, KeywordZeroGrad])
+def test_zero_grad_of_a_model_keeps_its_own_signature(world, kind):
+    model = kind(3, 2)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    model(torch.ones(1, 3)).sum().backward()
+    model.zero_grad()
+    assert model.weight.grad is None
+    if kind is KeywordZeroGrad:
+        model(torch.ones(1, 3)).sum().backward()
+        model.zero_grad(set_to_none=False)
+        assert not model.weight.grad.any()
+    opt.close()
+    model.zero_grad()

@@ -551,3 +551,15 @@ def test_state_is_assigned_in_the_fused_phase_of_local_steps_only(world):
         opt.state.clear()
     opt.average()
     opt.close()
+
+
+def test_one_parameters_state_is_cleared_and_keys_stay(adam):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    opt.state[param].clear()
+    for mapping in (opt.state, opt.state[param]):
+        with pytest.raises(xc.UsageError, match="keeps"):
+            mapping.popitem()
+    train(model, opt, world, steps=1)
+    with opt.collected_state():
+        assert opt.state[param]["step"] == 1

@@ -305,3 +305,15 @@ def test_workers_and_master_weights_within_one_autocast_region_have_their_own_ca
         opt.close()
     for one, other in zip(results[:4], results[4:], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_parameter_that_looks_at_a_part_of_its_memory_is_refused_also_by_adopt(team, rows):
+    param = torch.nn.Parameter(torch.ones(6, 2))
+    opt = xc.SGD([param], lr=1.0, world=team)
+    param.data = param.data[:rows]
+    with pytest.raises(xc.UsageError, match="written or replaced"):
+        opt.step()
+    with pytest.raises(xc.UsageError, match="another shape"):
+        opt.adopt()
+    opt.close()
