@@ -13,6 +13,7 @@ from . import _core
 from .arrays import form_of, look_at
 from .errors import UsageError
 from .modes import outside_inference
+from .odd_gradients import PLAIN_CLASSES
 
 __all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "strided"]
 
@@ -99,6 +100,8 @@ class Ownership:
             Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
             for v in range(workers)
         ]
+        # Absent with a torch without DLPack's table; then every parameter is looked at one by one.
+        self._reader = core.gradient_reader(PLAIN_CLASSES, torch.Tensor.is_neg)
         self._noticed: str | None = None
         self._index = {id(param): i for i, param in enumerate(params)}
         self.record()
@@ -158,12 +161,6 @@ class Ownership:
         """Remember the parameters' versions and addresses, to notice what others write into them."""
         self._versions = [param._version for param in self.params]
         self._addresses = [param.data_ptr() for param in self.params]
-        self._shapes = [param.shape for param in self.params]
-        self._contiguous = [param.is_contiguous() for param in self.params]
-        # Strides of the others: of a contiguous tensor they follow from its shape.
-        self._strides = [
-            (i, self.params[i].stride()) for i, plain in enumerate(self._contiguous) if not plain
-        ]
 
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
@@ -231,14 +228,10 @@ class Ownership:
 
     def _first_turned(self) -> int | None:
         """Return the first parameter that looks at its memory in another form, as after `p.data = p.data.t()`."""
-        shapes = [param.shape for param in self.params]
-        if shapes != self._shapes:
-            return next(i for i, shape in enumerate(shapes) if shape != self._shapes[i])
-        contiguous = [param.is_contiguous() for param in self.params]
-        if contiguous != self._contiguous:
-            pairs = zip(contiguous, self._contiguous, strict=True)
-            return next(i for i, (now, before) in enumerate(pairs) if now != before)
-        return next((i for i, strides in self._strides if self.params[i].stride() != strides), None)
+        if self._reader is not None and self._reader.all_in_form(self.params):
+            return None
+        pairs = zip(self.params, self.weights, strict=True)
+        return next((i for i, (param, mine) in enumerate(pairs) if _form(param) != _form(mine)), None)
 
     def _has_master_bits(self, i: int) -> bool:
         """Return true if the engine's last weights were w in the parameter's type, and it has those bits."""
@@ -278,8 +271,7 @@ class Ownership:
         for views in self._views:
             views.renew()
         for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
-            same_place = param.data_ptr() == mine.data_ptr() and param.stride() == mine.stride()
-            if same_place and param.shape == mine.shape:
+            if param.data_ptr() == mine.data_ptr() and _form(param) == _form(mine):
                 continue
             if (
                 param.shape != mine.shape
@@ -288,6 +280,10 @@ class Ownership:
                 raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
             mine.copy_(param.detach().clone())  # it may be another look at the same memory
             param.data = mine
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 # All that are alive, to tell a parameter that a second optimizer has taken from one that was written.

@@ -124,6 +124,21 @@ py::list GradientReader::strays(int v, const py::list& tensors) const {
   return strays;
 }
 
+bool GradientReader::all_in_form(const py::list& params) const {
+  const auto& layers = engine_->plan().layers;
+  if (params.size() != layers.size()) throw UsageError("a gradient reader takes every parameter");
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    dlpack::Tensor tensor;
+    if (table_->fill(PyList_GET_ITEM(params.ptr(), static_cast<py::ssize_t>(i)), &tensor) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!same_type(tensor.dtype, dlpack::type_of(layers[i].spec.dtype)) || !same_layout(tensor, layers[i]))
+      return false;
+  }
+  return true;
+}
+
 // All workers' G of this rank, and what lies between them.
 GradientReader::Memory GradientReader::gradient_memory() const {
   const auto& layers = engine_->plan().layers;
@@ -175,7 +190,9 @@ void register_gradients(py::module_& module) {
            "is "
            "written next); fills a row for each gradient that is not odd.")
       .def("strays", &GradientReader::strays, py::arg("worker"), py::arg("tensors"),
-           "Indices of tensors that are not the worker's gradient memory as the parameters see it.");
+           "Indices of tensors that are not the worker's gradient memory as the parameters see it.")
+      .def("all_in_form", &GradientReader::all_in_form, py::arg("params"),
+           "True if every parameter has its layer's type, shape and strides.");
 }
 
 }  // namespace xc::bind

@@ -42,6 +42,10 @@ class GradientReader {
   // out.
   py::list strays(int v, const py::list& tensors) const;
 
+  // Returns true if every parameter has its layer's type, shape and strides, wherever it lies. False may also
+  // mean that a tensor cannot be read.
+  bool all_in_form(const py::list& params) const;
+
  private:
   GradientReader(const Engine& engine, const dlpack::ExchangeTable& table, py::tuple types, py::object is_neg)
       : engine_(&engine),
