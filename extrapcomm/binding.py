@@ -121,7 +121,7 @@ class Binding:
         """Complain if somebody else wrote or replaced a parameter, of the bound worker or of all."""
         self.ownership.require_own(everywhere)
 
-    def kept(self, which: Sequence[int] | None = None) -> AbstractContextManager[None]:
+    def kept(self, which: Sequence[int] | None = None) -> AbstractContextManager[list[torch.Tensor]]:
         """Afterwards these parameters, or all, have the values from before, also after an exception."""
         return self.ownership.kept(which)
 

@@ -19,6 +19,7 @@ from .members import Members
 from .micro_batches import MicroBatches
 from .observed import Numbers
 from .order import AttachedModels, Fingerprint, fingerprints
+from .ownership import forget_derived
 from .replay import Captured
 from .world import World
 
@@ -59,6 +60,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _closed: bool
     _showing: str  # the open context that has other weights in the model; empty if none
     _to_adopt: bool
+    _saving: bool  # a state_dict() is being made, and the model has the master weights meanwhile
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
@@ -271,7 +273,8 @@ class BoundOptimizer(torch.optim.Optimizer):
             write: collective then: on leaving, rank 0's weights become the master weights of all.
 
         Raises:
-            UsageError: if somebody else wrote or replaced a parameter; on every rank with `write`.
+            UsageError: if somebody else wrote or replaced a parameter before, on every rank with `write`; or inside,
+                without `write`, as that would be lost.
         """
         self._require_open()
         self._require_outside("master_weights()")
@@ -285,7 +288,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._core.show_master(self._binding.bound)
         self._showing = "master_weights"
         self._binding.mark_written()
-        torch.clear_autocast_cache()
+        forget_derived()
         try:
             yield
         except BaseException as error:
@@ -295,7 +298,14 @@ class BoundOptimizer(torch.optim.Optimizer):
             raise
         if write and not self._closed:
             self._commit()
-        else:
+            return
+        try:
+            if self._showing:
+                self._binding.ownership.require_master()
+        except UsageError:
+            self._binding.ownership.show_again()
+            raise
+        finally:
             self._hide_master()
 
     def _require_showable(self, write: bool) -> None:
@@ -328,10 +338,12 @@ class BoundOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _kept_to_adopt(self, context: str) -> Iterator[None]:
         """Afterwards the model holds again what the next step adopts."""
-        with self._binding.kept():
+        with self._binding.kept() as values:
             self._showing = context
             try:
                 yield
+                if context == "master_weights":
+                    self._binding.ownership.require_values(values)
             finally:
                 self._showing = ""
 
@@ -381,7 +393,27 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._showing = ""
         self._core.hide_master(self._binding.bound)
         self._binding.mark_written()
-        torch.clear_autocast_cache()
+        forget_derived()
+
+    @contextmanager
+    def _shown_for_saving(self) -> Iterator[None]:
+        """Within the context the model holds the master weights, as it does without a displacement anyway.
+
+        Autograd is not told, because nothing but saving happens meanwhile.
+        """
+        displaced = any(self._core.displaced(i) for i in range(len(self._binding.params)))
+        others = self._showing or self._to_adopt or self._saving
+        if others or not displaced or not self._binding.ownership.is_own():
+            yield
+            return
+        self._core.show_master(self._binding.bound)
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+            if not self._closed:
+                self._core.hide_master(self._binding.bound)
 
     def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
         """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.

@@ -201,7 +201,7 @@ class Checkpoints(BoundOptimizer):
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         super()._bind(core, layers, groups)
-        self._entries = StateEntries(core, self._rule, self._binding.params)
+        self._entries = StateEntries(core, self._rule, self._binding.params, self._binding.names)
         if self._live is None:
             self._found_masters = {}
             self._live = LiveState(

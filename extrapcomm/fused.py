@@ -82,7 +82,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         mine = world if isinstance(world, World) else World()
         self._owns_world = mine is not world
         self.world = mine
-        self._built = self._closed = self._to_adopt = False
+        self._built = self._closed = self._to_adopt = self._saving = False
         self._showing = ""
         self._warned: set[str] = set()
         self._handed_out = HandedOut()
@@ -296,12 +296,13 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._handed_out.require_unwritten()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
-            if self._rule.extrapolation.name == "filter":
+        if not self._core.captures or self._table is None:  # a recording gets its numbers before each replay
+            self._table = self._rule.table(self.param_groups, self.world.K)
+        if self._rule.extrapolation.name == "filter":
+            for group in self.param_groups:
                 for param in group["params"]:
                     shape, strides = param.shape, param.stride()
                     self._rule.check_filters("of this group", shape, strides, group["inner_lr"])
-        if not self._core.captures or self._table is None:  # a recording gets its numbers before each replay
-            self._table = self._rule.table(self.param_groups, self.world.K)
         return self._table
 
     def _prepared_step(self) -> Callable[[], tuple[Any, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from . import _core
 from .arrays import look_at
@@ -22,6 +23,8 @@ __all__ = ["MANNERS", "Gradients"]
 # The modes in which gradients reach shared memory: copied in one batch when the step begins; copied by a hook as soon
 # as autograd has each one; or accumulated there by autograd, into zeros that zero_grad() left.
 MANNERS = ("copy", "hook", "view")
+
+SAMPLES = 64  # elements of a gradient at most, which tell whether it was scaled
 
 
 class Gradients:
@@ -81,9 +84,11 @@ class Gradients:
         self._odd: list[int] = []  # at the last collect()
         # Gradients of workers that are not bound, of another type than the parameter's: they go on being summed in it.
         self._wide: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
-        self._finished: tuple[torch.Tensor, int] | None = None
+        self._finished: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
         self._rescaled = False
-        self._watched = next((i for i, param in enumerate(params) if param.requires_grad), -1)
+        trained = [i for i, param in enumerate(params) if param.requires_grad] or [-1]
+        self._watched, self._last = trained[0], trained[-1]
+        self._micro_batches = micro_batches
         self._watch_all = Watch(core, self._places, micro_batches) if overlapped else None
         self._hooks = self._install_hooks(everywhere=manner == "hook" or overlapped)
         self.witnesses = Witnesses(params, workers, micro_batches)
@@ -273,18 +278,20 @@ class Gradients:
     # -- What autograd tells -------------------------------------------------------------------------------------
 
     def _install_hooks(self, everywhere: bool) -> list[Any]:
-        """On every parameter, or on the one that is watched."""
+        """On every parameter, or on the first and the last one that are trained."""
         mine = weakref.ref(self)
         return [
             param.register_post_accumulate_grad_hook(_finisher(mine, i, everywhere))  # type: ignore[no-untyped-call]
             for i, param in enumerate(self._params)
-            if param.requires_grad and (everywhere or i == self._watched)
+            if param.requires_grad and (everywhere or i in (self._watched, self._last))
         ]
 
     def finish(self, i: int, param: torch.Tensor, copy: bool) -> None:
         """Autograd has accumulated into this parameter's gradient."""
         if param.grad is None or os.getpid() != self._pid:
             return  # a forked process has gradients of its own
+        if i in (self._watched, self._last):
+            self._micro_batches.passed(self.bound, i)
         shown = self._shown[self.bound]
         if copy and param.grad is not shown[i] and self._moves(i, param):
             place = self._places[self.bound][i]
@@ -344,7 +351,8 @@ class Gradients:
         self.witnesses.note(self.bound)
 
     def _watch(self, grad: torch.Tensor | None) -> None:
-        self._finished = None if grad is None or grad.is_inference() else (grad, grad._version)
+        plain = grad is not None and not grad.is_inference()
+        self._finished = (grad, grad._version, _sample(grad)) if grad is not None and plain else None
 
     def watch_again(self) -> None:
         """Take all writes into the gradients until now as intended."""
@@ -357,10 +365,10 @@ class Gradients:
         self._rescaled = False
 
     def was_rescaled(self) -> bool:
-        """Return true if somebody wrote into a gradient after autograd had finished it."""
+        """Return true if somebody wrote into a gradient after autograd had finished it, and not just zeros."""
         if self._finished is not None:
-            grad, version = self._finished
-            self._rescaled |= grad._version != version
+            grad, version, before = self._finished
+            self._rescaled |= grad._version != version and _is_other(before, _sample(grad))
         return self._rescaled
 
     def remove_hooks(self) -> None:
@@ -377,6 +385,22 @@ def _range_of(views: Callable[[int, int], "_core.View"], workers: int, layers: i
     return range(views(0, 0).address, last.address + bytes_of_last)
 
 
+def _sample(grad: torch.Tensor) -> torch.Tensor | None:
+    """A copy of a few elements. A device is not asked, because the host would wait for it."""
+    if grad.device.type != "cpu" or not is_plain_class(grad) or grad.layout != torch.strided:
+        return None
+    if not grad.is_contiguous() or grad.numel() == 0 or not grad.untyped_storage().data_ptr():
+        return None
+    return grad.detach().view(-1)[:: -(-grad.numel() // SAMPLES)].clone()
+
+
+def _is_other(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
+    """Return true if elements have become others than zero, or if that is not known."""
+    if before is None or now is None or before.shape != now.shape:
+        return True
+    return bool(((before != now) & (now != 0)).any())
+
+
 def _apart_from_graph(grad: torch.Tensor) -> torch.Tensor:
     """The gradient itself, after what torch's own zero_grad() does to one of a graph."""
     return grad.detach_() if grad.grad_fn is not None else grad.requires_grad_(False)
@@ -390,4 +414,4 @@ def _finisher(gradients: "weakref.ref[Gradients]", i: int, copy: bool) -> Callab
         if mine is not None:
             mine.finish(i, param, copy)
 
-    return finish
+    return unserializable_hook(finish)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,16 +1,19 @@
 """How a torch model learns of the master weights: hooks on saving and loading, and its buffers."""
 
 import weakref
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .errors import UsageError
+from .model_methods import forward_methods
 from .modes import outside_inference
 from .ownership import bytes_of
 from .world import World
-from .zeroing import forward_zero_grad
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
@@ -29,27 +32,22 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
         module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
         module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
-    forward_zero_grad(optimizer, model)
+    forward_methods(optimizer, model)
     optimizer._attached.add(model)
     optimizer._declare_names()
 
 
-def _nothing(*_: Any) -> None:
-    """The hook of a copy: a copied model has no optimizer."""
-
-
-def _inert() -> Any:
-    return _nothing
-
-
 class Hook:
-    """On a module, for an optimizer that it does not keep alive. Copies and pickles of it do nothing."""
+    """On a module, for an optimizer that it does not keep alive. Copies and pickles of it do nothing.
+
+    Those are what Python itself has that does nothing, so that a model can be unpickled without this library.
+    """
 
     def __init__(self, optimizer: "BoundOptimizer") -> None:
         self._reference = weakref.ref(optimizer)
 
     def __reduce__(self) -> Any:
-        return _inert, ()
+        return getattr, (nullcontext(), "__exit__")
 
     def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
         """The optimizer, if it is in use and trains a parameter of this very module that no other one has taken."""
@@ -82,6 +80,23 @@ class Saving(Hook):
                 tensor = optimizer.master(i).to(param.dtype)
                 handed_out.add(i, tensor, key)
             state[key] = tensor
+        for key in [key for key in state if key.startswith(prefix)]:
+            state[key] = tree_map_only(torch.Tensor, partial(_apart, optimizer, key), state[key])
+
+
+def _apart(optimizer: "BoundOptimizer", key: str, value: torch.Tensor) -> torch.Tensor:
+    """Another look at a parameter, which a module saves under a name of its own: the same look at a copy of w."""
+    if id(value) in optimizer._binding.index or value.layout != torch.strided:
+        return value
+    i = optimizer._binding.ownership.parameter_at(value.data_ptr())
+    if i is None or optimizer._binding.ownership.is_taken(param := optimizer._binding.params[i]):
+        return value
+    storage = optimizer.master(i).to(param.dtype).untyped_storage()
+    offset = (value.data_ptr() - param.data_ptr()) // value.element_size()
+    look = torch.empty(0, dtype=value.dtype, device="cpu")
+    look.set_(storage, offset, value.shape, value.stride())
+    optimizer._handed_out.add(i, look, key)
+    return look
 
 
 class BeforeLoading(Hook):
@@ -90,6 +105,11 @@ class BeforeLoading(Hook):
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
+            if torch.__future__.get_swap_module_params_on_conversion():
+                raise UsageError(
+                    "load_state_dict() would exchange the parameters for other tensors, because "
+                    "torch.__future__.set_swap_module_params_on_conversion(True) was called: set it to False first"
+                )
             optimizer._begin_loading()
 
 

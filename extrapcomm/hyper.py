@@ -112,7 +112,7 @@ class Rule:
         """Everything about a group that is settled when the engine is built: its flags, then `maximize`."""
         bits = 0
         for i, flag in enumerate(self.fixed):
-            if group[flag]:
+            if _value(group, flag):
                 bits |= 1 << i
         return bits
 
@@ -125,7 +125,7 @@ class Rule:
         """
         refuse_switches(group, self.name, self.flags)
         flags = self.flag_bits(group) & ((1 << len(self.flags)) - 1)
-        return flags, self.numbers(group, workers, place)[:-1], bool(group["maximize"])
+        return flags, self.numbers(group, workers, place)[:-1], bool(_value(group, "maximize"))
 
     def numbers(self, group: Mapping[str, Any], workers: int, place: int) -> list[float]:
         """A group's hyper-parameters in the engine's order, then the inner learning rate.
@@ -144,7 +144,7 @@ class Rule:
             for name, size in zip(self.parameters, sizes, strict=True)
         ]
         self._check_momentum(group)
-        inner = self._inner_rate(group["inner_lr"], numbers[0], workers, inner_size)
+        inner = self._inner_rate(_value(group, "inner_lr"), numbers[0], workers, inner_size)
         return [*numbers, inner]
 
     def took(self) -> None:
@@ -196,7 +196,7 @@ class Rule:
     def follows_noise(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether an inner rate of theirs goes by the workers' noise, which then must be measured."""
         return self.extrapolation.name != "none" and any(
-            isinstance(group["inner_lr"], str) and group["inner_lr"] == "noise" for group in groups
+            isinstance(inner := group.get("inner_lr"), str) and inner == "noise" for group in groups
         )
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ Reading a value copies it out of the shards. Writing stages the value: the ranks
 next step begins, and apply it there. The keys are known without any communication.
 """
 
+import copy
 import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -31,6 +32,11 @@ class _HandedOut:
         self._alias: torch.Tensor | None = tensor.detach()
         self._version = tensor._version
         self._written = False
+
+    def assigned(self) -> None:
+        """What was written until now has been staged."""
+        if self._alias is not None:
+            self._version, self._written = self._alias._version, False
 
     def _look(self, _: Any) -> None:
         if self._alias is not None:
@@ -119,6 +125,20 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
 
     def __repr__(self) -> str:
         return f"<state of {len(self)} parameters>"
+
+    def plain(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """All entries as dictionaries of copies, which nobody watches."""
+        self._require_readable()
+        return {param: {key: self.read(i, key) for key in self.keys_of(i)} for i, param in enumerate(self)}
+
+    def __reduce__(self) -> Any:
+        return dict, (self.plain(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __copy__(self) -> Any:
+        return self.plain()
 
     def replace(self, state: Any) -> None:
         """Stage another state for all parameters: those that `state` lacks start afresh.
@@ -217,6 +237,10 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         if "step" in own and not isinstance(own["step"], torch.Tensor):
             own["step"] = torch.tensor(float(own["step"]), dtype=torch.float32, device="cpu")
         self._staged[i] = own
+        values = {id(value) for value in entry.values()}
+        for out in self._handed_out:
+            if id(out.tensor()) in values:  # as after opt.state[p][key] *= 2
+                out.assigned()
 
     @property
     def digest(self) -> int:

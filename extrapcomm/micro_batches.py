@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from .errors import UsageError
 
@@ -23,18 +24,26 @@ class MicroBatches:
         self._how = how
         self._before_last = [0] * workers
         self._seen: set[int] = set()
+        self._passes: dict[tuple[int, int], int] = {}  # by worker and parameter, within the present no_sync()
+        self._most_passes = 1
         self._squares: MicroSquares | None = None
         self.open = False
 
     def reset(self) -> None:
         """All counts start again."""
         self._before_last = [0] * len(self._before_last)
+        self._most_passes = 1
         if self._squares is not None:
             self._squares.reset()
 
     def saw(self, worker: int) -> None:
         """The user bound this worker."""
         self._seen.add(worker)
+
+    def passed(self, worker: int, i: int) -> None:
+        """A backward pass has brought a gradient of parameter i, one of those that are watched."""
+        if self.open:
+            self._passes[worker, i] = self._passes.get((worker, i), 0) + 1
 
     def before_last(self, worker: int) -> int:
         """The number of micro-batches of this worker that were announced."""
@@ -45,7 +54,7 @@ class MicroBatches:
         """A micro-batch of the workers that are bound within the context, or of the one that is bound anyway."""
         if self.open:
             raise UsageError("no_sync() is already open: leave it after each micro-batch")
-        self._seen = set()
+        self._seen, self._passes = set(), {}
         self.open = True
         try:
             yield
@@ -53,6 +62,9 @@ class MicroBatches:
             self.open = False
         for worker in self._seen or {bound}:
             self._before_last[worker] += 1
+            # A part of the model may have several passes of its own: count those that reached all that is watched.
+            passes = [number for (who, _), number in self._passes.items() if who == worker]
+            self._most_passes = max(self._most_passes, min(passes, default=1))
         if self._squares is not None:
             self._squares.next()
 
@@ -60,8 +72,15 @@ class MicroBatches:
         """How many micro-batches each worker has.
 
         Raises:
-            UsageError: if the workers have different numbers.
+            UsageError: if the workers have different numbers, or if the mean is asked for and a no_sync() had several
+                backward passes.
         """
+        if self._most_passes > 1 and self._how == "mean":
+            raise UsageError(
+                f"{self._most_passes} backward passes came within one no_sync(), which is one micro-batch of the mean: "
+                "open no_sync() for each micro-batch by itself. For several losses of one micro-batch, add them "
+                'up and call backward() once, or take accumulation="sum"'
+            )
         if len(set(self._before_last)) > 1:
             raise UsageError(
                 f"this rank's workers have accumulated {[n + 1 for n in self._before_last]} micro-batches; "
@@ -168,4 +187,4 @@ def _watcher(squares: "weakref.ref[MicroSquares]", i: int) -> Callable[[torch.Te
         if mine is not None:
             mine.see(i, grad)
 
-    return watch
+    return unserializable_hook(watch)  # type: ignore[no-any-return, no-untyped-call]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch.autograd import graph
+from torch.nn.utils import parametrize
 
 from . import _core
 from .arrays import form_of, look_at
@@ -15,7 +16,7 @@ from .errors import UsageError
 from .modes import outside_inference
 from .odd_gradients import PLAIN_CLASSES
 
-__all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "strided"]
+__all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "forget_derived", "strided"]
 
 
 def bump_versions(tensors: list[torch.Tensor]) -> None:
@@ -46,6 +47,12 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return flat.copy_(tensor.detach().reshape(-1)).view(torch.uint8)
 
 
+def forget_derived() -> None:
+    """Drop what torch has computed from weights and keeps by the tensor, although its memory has others now."""
+    torch.clear_autocast_cache()
+    getattr(parametrize, "_cache", {}).clear()  # of parametrize.cached()
+
+
 class Views:
     """Tensors that view one worker's arrays in an engine's memory.
 
@@ -58,16 +65,17 @@ class Views:
 
     Attributes:
         tensors: one for each parameter.
+        addresses: where each of them begins, in ascending order.
     """
 
     def __init__(self, view: Callable[[int], "_core.View"], count: int) -> None:
         self._view = view
         self.tensors: list[torch.Tensor] = [look_at(view(i), "torch") for i in range(count)]
-        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def moved(self, i: int) -> bool:
         """Return true if a view's storage no longer lies in the engine's memory."""
-        return self.tensors[i].data_ptr() != self._addresses[i]
+        return self.tensors[i].data_ptr() != self.addresses[i]
 
     def renew(self) -> None:
         """Make new views where a storage was moved."""
@@ -104,6 +112,7 @@ class Ownership:
         self._reader = core.gradient_reader(PLAIN_CLASSES, torch.Tensor.is_neg)
         self._noticed: str | None = None
         self._index = {id(param): i for i, param in enumerate(params)}
+        self._impls = [param._cdata for param in params]
         self.record()
         _all.add(self)
 
@@ -120,7 +129,7 @@ class Ownership:
         for param, weights in zip(self.params, self.weights, strict=True):
             param.data = weights
         self.record()
-        torch.clear_autocast_cache()  # it knows the tensors, not their memory
+        forget_derived()
 
     def show_again(self) -> None:
         """Let the model have the bound worker's weights where it had others, and forget what was written."""
@@ -235,21 +244,51 @@ class Ownership:
 
     def _has_master_bits(self, i: int) -> bool:
         """Return true if the engine's last weights were w in the parameter's type, and it has those bits."""
-        if self.core.displaced(i):
+        return not self.core.displaced(i) and self._shows_master(i)
+
+    def require_master(self) -> None:
+        """Complain if the model, which was given the master weights, does not hold them any more.
+
+        Raises:
+            UsageError: naming the parameter.
+        """
+        seen = self.core.written(self.bound)
+        looks = zip(self.params, self._versions, self._addresses, strict=True)
+        for i, (param, version, address) in enumerate(looks):
+            own = param._version == version and param.data_ptr() == address
+            if (i == seen or not own) and not self._shows_master(i):
+                raise UsageError(_lost(self.names[i]))
+
+    def require_values(self, values: list[torch.Tensor]) -> None:
+        """As require_master(), if the model was given these values."""
+        for name, param, value in zip(self.names, self.params, values, strict=True):
+            if param.shape != value.shape or not torch.equal(bytes_of(param), bytes_of(value)):
+                raise UsageError(_lost(name))
+
+    def _shows_master(self, i: int) -> bool:
+        if self.params[i].shape != self.weights[i].shape:
             return False
         master = strided(self.core.read(i, 0), self.params[i]).to(self.params[i].dtype)
         return torch.equal(bytes_of(self.params[i]), bytes_of(master))
 
     @contextmanager
-    def kept(self, which: Sequence[int] | None = None) -> Iterator[None]:
-        """Afterwards these parameters, or all, have the values from before, also after an exception."""
+    def kept(self, which: Sequence[int] | None = None) -> Iterator[list[torch.Tensor]]:
+        """Afterwards these parameters, or all, have the values from before, also after an exception: a copy of them."""
         kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
         values = [param.detach().clone() for param in kept]
         try:
-            yield
+            yield values
         finally:
             for param, value in zip(kept, values, strict=True):
                 param.data.copy_(value)
+
+    def parameter_at(self, address: int) -> int | None:
+        """Return the parameter in whose memory, with the bound worker, this address is."""
+        begins, sizes = self._views[self.bound].addresses, [mine.nbytes for mine in self.weights]
+        if not begins[0] <= address < begins[-1] + sizes[-1]:
+            return None
+        looks = enumerate(zip(begins, sizes, strict=True))
+        return next((i for i, (begin, size) in looks if begin <= address < begin + size), None)
 
     def copies(self) -> list[torch.Tensor]:
         """Return copies of the bound worker's weights."""
@@ -273,6 +312,12 @@ class Ownership:
         for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
             if param.data_ptr() == mine.data_ptr() and _form(param) == _form(mine):
                 continue
+            if param._cdata != self._impls[i]:
+                raise UsageError(
+                    f"parameter {self.names[i]!r} was exchanged for another tensor by torch.utils.swap_tensors, as a "
+                    "module's conversion does after torch.__future__.set_swap_module_params_on_conversion(True): make "
+                    "a new optimizer"
+                )
             if (
                 param.shape != mine.shape
                 or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
@@ -280,6 +325,14 @@ class Ownership:
                 raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
             mine.copy_(param.detach().clone())  # it may be another look at the same memory
             param.data = mine
+
+
+def _lost(name: str) -> str:
+    return (
+        f"parameter {name!r} was written or replaced inside master_weights(), which restores what was there before: "
+        "take master_weights(write=True) to change the master weights, or kept_weights() for other weights that are "
+        "not to stay"
+    )
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

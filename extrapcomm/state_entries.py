@@ -52,11 +52,17 @@ class StateEntries:
         core: the engine.
         rule: its rule.
         params: the parameters in the engine's order.
+        names: their names in errors.
     """
 
-    def __init__(self, core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor], names: Sequence[str]
+    ) -> None:
         self._core = core
+        self._rule = rule.name
         self._slots = list(rule.slots[: core.slots])
+        self._known = {"step", MASTER, *rule.slots}
+        self._names = list(names)
         self.params = list(params)
         self.index = {id(param): i for i, param in enumerate(self.params)}
 
@@ -87,12 +93,29 @@ class StateEntries:
         """The arrays that the engine loads for an entry without master weights.
 
         Raises:
-            UsageError: if a value has another shape or is no tensor or number.
+            UsageError: if the entry is of another rule or incomplete, or if a value has another shape or is no tensor
+                or number.
         """
+        self._require_fitting(i, {key for key, value in entry.items() if not is_nothing(value)})
         slots = [flat_master(entry.get(name), self.params[i]) for name in self._slots]
         if is_nothing(step := entry.get("step")):
             return None, slots, int(any(slot is not None for slot in slots))
         return None, slots, step_count(step)
+
+    def _require_fitting(self, i: int, keys: set[str]) -> None:
+        """Complain about an entry of another rule, or with something missing; one without any values is a fresh start.
+
+        torch's SGD and its kin keep nothing but a momentum buffer, and that only once there is momentum.
+        """
+        place = f"the state of parameter {self._names[i]!r}"
+        if unknown := sorted(keys - self._known):
+            raise UsageError(
+                f"{place} has {unknown[0]!r}, which rule {self._rule!r} does not know: it has "
+                f"{', '.join(['step', *self._slots])}. Is the state another optimizer's?"
+            )
+        needed = {"step", *self._slots} if len(self._slots) > 1 else set()
+        if (lacking := sorted(needed - keys)) and keys & {"step", *self._slots}:
+            raise UsageError(f"{place} has no {lacking[0]!r}, which rule {self._rule!r} needs")
 
 
 @outside_inference

@@ -4,13 +4,15 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.hooks import unserializable_hook
 
 from .errors import UsageError
 from .micro_batches import MicroBatches
 
 __all__ = ["Witnesses"]
 
-WITNESSES = 3
+PARTS = 3  # of the model, each with two witnesses
+SAMPLES = 1024  # elements of a gradient at most
 
 
 class Witnesses:
@@ -18,10 +20,11 @@ class Witnesses:
 
     `model.zero_grad()` reaches the gradients of the worker that the model shows. Those of this rank's other workers,
     and the counts of micro-batches, stay; so the next step would add old gradients to new ones, or divide by too
-    much. A few parameters are the witnesses, one in each part of the model, and the smallest there, because somebody
-    may drop the gradients of some layers for good reasons. A witness's gradient vanished if it is None now, or if
-    the same tensor, which held something, is all zeros. Just before autograd adds to it is the last moment to see
-    that. A worker whose gradients are dropped in its own turn, as others' were, has lost nothing.
+    much. A few parameters are the witnesses, the smallest and the largest in each part of the model, because somebody
+    may drop the gradients of some layers, or of all biases, for good reasons. A witness's gradient vanished if it is
+    None now, or if the same tensor, which held something, was made all zeros by others than autograd. Just before
+    autograd adds to it is the last moment to see that. A worker whose gradients are dropped in its own turn, as
+    others' were, has lost nothing.
 
     Args:
         params: the parameters.
@@ -34,7 +37,8 @@ class Witnesses:
         self._micro_batches = micro_batches
         self._bound = 0
         self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
-        self._noted: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
+        # Their gradients, each with the version that it has as long as nobody but autograd writes into it.
+        self._noted: list[dict[int, tuple[torch.Tensor, int]]] = [{} for _ in range(workers)]
         self.forget()
 
     def forget(self) -> None:
@@ -59,9 +63,10 @@ class Witnesses:
 
     def note(self, v: int) -> None:
         """Remember that worker v, which is bound, has gradients, if it has."""
-        chosen = [i for part in self._parts() if (i := min(part, key=self._size_of, default=-1)) >= 0]
+        chosen = {pick(part, key=self._size_of) for part in self._parts() if part for pick in (min, max)}
+        grads = {i: self._params[i].grad for i in chosen}
         self._noted[v] = {
-            i: grad for i in chosen if (grad := self._params[i].grad) is not None and _holds(grad)
+            i: (grad, _version(grad)) for i, grad in grads.items() if grad is not None and _holds(grad)
         }
         self._vanished[v].clear()
         for i in self._noted[v].keys() - self._hooks.keys():
@@ -70,22 +75,26 @@ class Witnesses:
 
     def _parts(self) -> list[list[int]]:
         """The indices of the parameters that have a gradient, in parts."""
-        there = [i for i, param in enumerate(self._params) if param.grad is not None]
-        size = -(-len(there) // WITNESSES)
-        return [there[k * size : (k + 1) * size] for k in range(WITNESSES)]
+        there = [i for i, param in enumerate(self._params) if param.numel() > 0 and param.grad is not None]
+        size = -(-len(there) // PARTS)
+        return [there[k * size : (k + 1) * size] for k in range(PARTS)]
 
     def _size_of(self, i: int) -> int:
-        return self._params[i].numel() or 1 << 62
+        return self._params[i].numel()
 
     def rebind(self, v: int) -> None:
         """The model shows worker v: its gradients are other tensors now."""
         self._bound = v
         grads = {i: self._params[i].grad for i in self._noted[v]}
-        self._noted[v] = {i: grad for i, grad in grads.items() if grad is not None}
+        self._noted[v] = {i: (grad, _version(grad)) for i, grad in grads.items() if grad is not None}
 
     def see(self, i: int) -> None:
         """Autograd is about to add to this parameter's gradient."""
         self._look([i])
+        noted = self._noted[self._bound]
+        if i in noted and i not in self._vanished[self._bound]:
+            grad, _ = noted[i]
+            noted[i] = grad, _version(grad) + 1
 
     def check(self) -> None:
         """Look for the bound worker's gradients now."""
@@ -99,9 +108,11 @@ class Witnesses:
         if noted and len(vanished) == len(noted):
             self._drop(v)
 
-    def _has_vanished(self, i: int, noted: torch.Tensor) -> bool:
-        grad = self._params[i].grad
-        return grad is None or (grad is noted and not _holds(grad))
+    def _has_vanished(self, i: int, noted: tuple[torch.Tensor, int]) -> bool:
+        grad, (before, version) = self._params[i].grad, noted
+        if grad is None:
+            return True
+        return grad is before and _version(grad) != version and not _holds(grad)
 
     def _drop(self, v: int) -> None:
         """All of worker v's witnesses agree."""
@@ -140,11 +151,18 @@ class Witnesses:
         self._hooks.clear()
 
 
+def _version(grad: torch.Tensor) -> int:
+    return 0 if grad.is_inference() else grad._version
+
+
 def _holds(grad: torch.Tensor) -> bool:
-    """Return true if a gradient is not all zeros. A device is not asked, because the host would wait for it."""
+    """Return true if some elements of a gradient are not all zeros. A device is not asked: the host would wait."""
     if grad.device.type != "cpu" or grad.layout != torch.strided:
         return True
-    return grad.numel() > 0 and bool(grad.detach().any())
+    elements = grad.detach()
+    if grad.is_contiguous():
+        elements = elements.view(-1)[:: -(-grad.numel() // SAMPLES)]
+    return grad.numel() > 0 and bool(elements.any())
 
 
 def _seer(witnesses: "weakref.ref[Witnesses]", i: int) -> Callable[[torch.Tensor], None]:
@@ -155,4 +173,4 @@ def _seer(witnesses: "weakref.ref[Witnesses]", i: int) -> Callable[[torch.Tensor
         if mine is not None:
             mine.see(i)
 
-    return see
+    return unserializable_hook(see)  # type: ignore[no-any-return, no-untyped-call]

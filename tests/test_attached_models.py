@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -389,3 +391,242 @@ def test_zero_grad_of_a_model_keeps_its_own_signature(world, kind):
         assert not model.weight.grad.any()
     opt.close()
     model.zero_grad()
+
+
+# -- Modules that save themselves in their own way ------------------------------------------------------------------
+
+
+class Own(torch.nn.Linear):
+    """Saves what it has, and what it computes from it, under names of its own."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "kernel"] = self.weight.detach()
+        destination[prefix + "first row"] = self.weight.detach()[0]
+        destination[prefix + "transposed"] = self.weight.data.t()
+        destination[prefix + "doubled"] = 2 * self.weight.detach()
+        destination[prefix + "nested"] = {"bias": [self.bias.detach(), 3]}
+
+
+class Extra(torch.nn.Linear):
+    """Has an extra state that it computes from its weights."""
+
+    fails = False
+
+    def get_extra_state(self):
+        if self.fails:
+            raise ZeroDivisionError
+        return {"sum": self.weight.detach().double().sum(), "bias": self.bias.detach()}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def in_a_model(kind):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Tanh(), kind(4, 3)))
+
+
+def test_modules_that_save_themselves_under_other_names_save_the_master_weights(team):
+    opt, model = attached(team, model=in_a_model(Own))
+    weight, bias = opt.master(2), opt.master(3)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = model.state_dict()
+    assert torch.equal(state["1.1.kernel"], weight)
+    assert torch.equal(state["1.1.first row"], weight[0])
+    assert torch.equal(state["1.1.transposed"], weight.t())
+    assert torch.equal(state["1.1.doubled"], 2 * weight)
+    assert torch.equal(state["1.1.nested"]["bias"][0], bias)
+    assert state["1.1.nested"]["bias"][1] == 3
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    backward(opt, model)
+    opt.step()
+    assert torch.equal(state["1.1.kernel"], weight)  # it is a copy
+    state["1.1.nested"]["bias"][0].zero_()
+    with pytest.raises(xc.UsageError, match="is a copy of the master weights"):
+        opt.step()
+    opt.close()
+
+
+def test_extra_state_is_of_the_master_weights(team):
+    opt, model = attached(team, model=in_a_model(Extra))
+    for v in range(team.workers):
+        with opt.worker(v):
+            extra = model.state_dict()["1.1._extra_state"]
+            assert extra["sum"] == opt.master(2).double().sum()
+            assert torch.equal(extra["bias"], opt.master(3))
+            assert torch.equal(model[1].state_dict()["1._extra_state"]["bias"], opt.master(3))
+    opt.close()
+
+
+def test_a_state_dict_that_fails_leaves_the_workers_weights(team):
+    opt, model = attached(team, model=in_a_model(Extra))
+    before = [p.detach().clone() for p in model.parameters()]
+    model[1][1].fails = True
+    with pytest.raises(ZeroDivisionError):
+        model.state_dict()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    backward(opt, model)
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_that_rename_and_compute_see_the_master_weights(team, when):
+    def rename(module, state, prefix, _):
+        state[prefix + "kernel"] = state.pop(prefix + "weight")
+        state[prefix + "scale"] = module.weight.detach().abs().max()
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    if when == "before":
+        model[0]._register_state_dict_hook(rename)
+    opt, model = attached(team, model=model)
+    if when == "after":
+        model[0]._register_state_dict_hook(rename)
+    state = model.state_dict()
+    assert sorted(state) == ["0.bias", "0.kernel", "0.scale"]
+    assert torch.equal(state["0.kernel"], opt.master(0))
+    assert state["0.scale"] == opt.master(0).abs().max()
+    opt.close()
+
+
+def test_saving_between_forward_and_backward_does_no_harm(team):
+    opt, model = attached(team)
+    loss = model(torch.ones(1, 4)).sum()
+    model.state_dict()
+    loss.backward()
+    opt.step()
+    opt.close()
+
+
+def test_a_module_that_is_wrapped_later_saves_the_master_weights(team):
+    opt, model = attached(team, model=in_a_model(Own))
+    assert torch.equal(torch.nn.Sequential(model).state_dict()["0.1.1.doubled"], 2 * opt.master(2))
+    opt.close()
+
+
+def test_saved_parameters_themselves_stay_parameters(team):
+    opt, model = attached(team)
+    state = model.state_dict(keep_vars=True)
+    assert state["encoder.weight"] is model.encoder.weight
+    opt.close()
+
+
+# -- Copies of attached models --------------------------------------------------------------------------------------
+
+
+def test_a_shallow_copy_acts_on_the_model_that_it_copies(world):
+    opt, model = attached(world)
+    other = copy.copy(model)
+    backward(opt, model)
+    other.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(other.state_dict()["encoder.bias"], opt.master(1))
+    opt.close()
+
+
+def test_a_shallow_copy_of_a_model_that_is_gone_must_be_attached(world):
+    opt, model = attached(world)
+    model = copy.copy(model)
+    gc.collect()
+    for call in (model.zero_grad, model.state_dict, lambda: pickle.dumps(model)):
+        with pytest.raises(xc.UsageError, match=r"attach\(copy\)"):
+            call()
+    opt.attach(model)
+    backward(opt, model)
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model.state_dict()["encoder.bias"], opt.master(1))
+    opt.close()
+
+
+def test_a_saved_model_is_loaded_without_this_library(world, tmp_path):
+    opt, model = attached(world, model=torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()))
+    with opt.master_weights():
+        torch.save(model, tmp_path / "model.pt")
+        wanted = model(torch.ones(1, 4)).tolist()
+    opt.close()
+    script = (
+        "import sys, torch; sys.modules['extrapcomm'] = None\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "out = model(torch.ones(1, 4)); out.sum().backward(); model.zero_grad()\n"
+        "assert all(p.grad is None for p in model.parameters())\n"
+        "model.load_state_dict(model.state_dict())\n"
+        "print(out.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str(wanted), done.stderr
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
+def test_a_method_that_the_user_put_there_is_kept_in_copies(world, copied):
+    model = torch.nn.Linear(4, 4)
+    model.zero_grad = noted
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    other = copied(model)
+    assert other.zero_grad is noted
+    opt.close()
+
+
+def noted(*_, **__):
+    """What a user has put in place of `zero_grad`."""
+
+
+# -- Parameters that are exchanged ----------------------------------------------------------------------------------
+
+
+def test_loading_by_exchanging_the_parameters_is_refused(world):
+    opt, model = attached(world)
+    state = model.state_dict()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(xc.UsageError, match="set_swap_module_params_on_conversion"):
+            model.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    backward(opt, model)
+    opt.step()
+    opt.close()
+
+
+def test_parameters_that_were_exchanged_are_not_adopted(world):
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = xc.SGD([param], lr=0.1, world=world)
+    opt.zero_grad()
+    torch.utils.swap_tensors(param, torch.nn.Parameter(torch.zeros(4)))
+    with pytest.raises(xc.UsageError, match="exchanged"):
+        opt.adopt()
+    opt.close()
+
+
+# -- Weights that torch keeps for several workers -------------------------------------------------------------------
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_cached_parametrizations_are_computed_anew_for_each_worker(worlds):
+    world, parametrize = worlds(2), torch.nn.utils.parametrize
+    model = torch.nn.Linear(4, 1, bias=False)
+    parametrize.register_parametrization(model, "weight", Scaled())
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.5, world=world)
+    for v in range(2):
+        with opt.worker(v):
+            model(torch.full((1, 4), 1.0 + v)).sum().backward()
+    opt.step()
+    with parametrize.cached():
+        seen = []
+        for v in range(2):
+            with opt.worker(v):
+                seen.append(model.weight.detach().clone())
+                assert torch.equal(seen[v], 2 * model.parametrizations.weight.original)
+        assert not torch.equal(*seen)
+        with opt.master_weights():
+            assert torch.equal(model.weight, 2 * opt.master(0))
+        assert torch.equal(model.weight, seen[0])
+    opt.close()

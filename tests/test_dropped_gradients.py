@@ -261,3 +261,107 @@ def test_a_closed_optimizer_leaves_no_hooks(worlds):
     opt.step()
     opt.close()
     assert not any(param._backward_hooks or param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["None", "zeros"])
+@pytest.mark.parametrize("which", ["biases", "weights", "first layer"])
+def test_gradients_of_some_parameters_may_be_dropped_after_a_micro_batch(worlds, which, zeros):
+    model, opt = started(worlds, 1)
+    opt.zero_grad()
+    with opt.no_sync():
+        backward(model, 1)
+    chosen = {
+        "biases": [model[0].bias, model[2].bias],
+        "weights": [model[0].weight, model[2].weight],
+        "first layer": list(model[0].parameters()),
+    }
+    for param in chosen[which]:
+        if zeros:
+            param.grad.zero_()
+        else:
+            param.grad = None
+    backward(model, 2)
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("batches", [2, 3])
+def test_gradients_that_cancel_were_not_dropped(worlds, batches):
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = xc.SGD([param], lr=0.1, world=worlds(1))
+    for sign in (1, -1, 1)[: batches - 1]:
+        with opt.no_sync():
+            (sign * param).sum().backward()
+    (-param).sum().backward()
+    opt.step()
+    wanted = 1 - 0.1 * {2: 0, 3: -1}[batches] / batches
+    torch.testing.assert_close(opt.master(0), torch.full((4,), wanted))
+    opt.close()
+
+
+# -- Several backward passes in one micro-batch ---------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_micro_batches_in_one_no_sync_are_an_error_on_all_ranks(worlds, mode, workers):
+    model, opt = started(worlds, workers, mode)
+    opt.zero_grad()
+    with opt.no_sync():
+        for part in range(3 if COMM.rank == COMM.size - 1 else 1):
+            iterate(model, opt, workers, part)
+    iterate(model, opt, workers, 3)
+    assert_refused_until_zero_grad(model, opt, workers, "3 backward passes came within one no_sync")
+
+
+def test_their_sum_needs_no_number_of_micro_batches(worlds):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(1), accumulation="sum")
+    other = net()
+    with opt.no_sync():
+        for part in range(3):
+            backward(model, part)
+            backward(other, part)
+    backward(model, 3)
+    backward(other, 3)
+    opt.step()
+    with torch.no_grad():
+        for i, p in enumerate(other.parameters()):
+            torch.testing.assert_close(opt.master(i), p - 0.1 * p.grad)
+    opt.close()
+
+
+def test_losses_that_share_a_part_of_the_model_are_one_micro_batch(worlds):
+    torch.manual_seed(0)
+    trunk, heads = torch.nn.Linear(5, 8), torch.nn.ModuleList([torch.nn.Linear(8, 1) for _ in range(2)])
+    opt = xc.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1, world=worlds(1))
+    for last in (False, True):
+        with contextlib.nullcontext() if last else opt.no_sync():
+            for head in heads:
+                head(trunk(torch.ones(2, 5))).sum().backward()
+    opt.step()
+    opt.close()
+
+
+# -- Gradients that were changed by hand ----------------------------------------------------------------------------
+
+CHANGES = {
+    "one element zeroed": (lambda grad: grad[0].zero_(), False),
+    "masked": (lambda grad: grad.mul_((grad > 0).float()), False),
+    "clipped": (lambda grad: grad.mul_(0.5), True),
+    "noise": (lambda grad: grad.add_(0.1), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_gradients_that_were_scaled_draw_a_warning(worlds, caplog, change):
+    make, warns = CHANGES[change]
+    model, opt = started(worlds, 2)
+    opt.zero_grad()
+    for v in range(2):
+        with opt.worker(v):
+            backward(model, v)
+            make(model[0].weight.grad)
+    opt.step()
+    assert ("changed between backward() and step()" in caplog.text) is warns
+    opt.close()

@@ -142,3 +142,21 @@ def test_other_lists_and_dicts_of_the_same_parameters_are_fine(team):
         assert params[0].tolist() == [3.0] * 4
         torch.testing.assert_close(params[2].detach(), torch.full((4,), 4 - 0.01))
     opt.close()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_group_that_lost_a_number_is_an_error_on_all_ranks(world, optimizer):
+    params = parameters()
+    opt = OPTIMIZERS[optimizer](groups_of(params), world)
+    needed = set(opt.defaults) - {"foreach", "fused", "capturable", "differentiable"}
+    for name in sorted(needed):
+        kept = opt.param_groups[0][name]
+        if world.rank == world.size - 1:
+            del opt.param_groups[0][name]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with pytest.raises(xc.UsageError, match=f"has no '{name}'|betas must be numbers"):
+            opt.step()
+        opt.param_groups[0][name] = kept
+    opt.step()
+    opt.close()

@@ -1,5 +1,6 @@
 """Any tensor that torch's optimizers could use as a gradient gives torch's result here, or an error on all ranks."""
 
+import io
 import itertools
 
 import numpy as np
@@ -542,4 +543,18 @@ def test_the_engine_refuses_a_gradient_of_another_number_of_bytes(worlds):
         xc.UsageError, match="gradient of parameter '0.1' has 8 bytes, and the parameter has 48"
     ):
         binding.core.gather(0, sources, binding.present[0])
+    opt.close()
+
+
+@pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
+def test_saving_plain_leaves_draws_no_warning_of_hooks(worlds, gradients, recwarn):
+    leaf = torch.ones(4, requires_grad=True)
+    opt = xc.SGD([leaf], lr=0.1, world=worlds(2), gradients=gradients)
+    for _ in range(2):
+        for v in range(2):
+            with opt.worker(v):
+                leaf.sum().backward()
+        opt.step()
+    torch.save(leaf, io.BytesIO())
+    assert not [warning for warning in recwarn if "hook" in str(warning.message)]
     opt.close()

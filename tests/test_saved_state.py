@@ -1,6 +1,7 @@
 """State that leaves for torch.optim and comes back: no training is lost, whatever took the steps in between."""
 
 import copy
+import io
 import itertools
 import logging
 
@@ -451,13 +452,14 @@ def test_state_assigned_on_one_rank_is_a_mismatch_on_all(adam):
     if world.size < 2:
         pytest.skip("needs two ranks to differ")
     before = values(model)
+    entry = {"step": torch.tensor(2.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     if world.rank == 1:
-        opt.state[model.unused] = {"step": torch.tensor(2.0)}
+        opt.state[model.unused] = entry
     with pytest.raises(xc.MismatchError, match=r"opt\.state"):
         train(model, opt, world, steps=1)
     for p, was in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, was)
-    opt.state[model.unused] = {"step": torch.tensor(2.0)}
+    opt.state[model.unused] = entry
     train(model, opt, world, steps=1)
 
 
@@ -484,6 +486,7 @@ def test_values_that_do_not_fit_the_state_are_refused_at_once(adam):
         lambda: opt.state.__setitem__(param, {"momentum_buffer": torch.zeros_like(param)}),
         lambda: opt.state.__setitem__(param, {"step": torch.tensor(-1.0)}),
         lambda: opt.state.__setitem__(param, {"step": "many"}),
+        lambda: opt.state.__setitem__(param, {"step": torch.tensor(2.0)}),
         lambda: opt.state.__setitem__(param, 3),
         lambda: opt.state[param].__setitem__("max", torch.zeros_like(param)),
         lambda: setattr(opt, "state", 3),
@@ -493,6 +496,110 @@ def test_values_that_do_not_fit_the_state_are_refused_at_once(adam):
             case()
     with pytest.raises(KeyError):
         opt.state[torch.ones(1)]
+
+
+def test_values_that_were_changed_in_place_and_assigned_are_taken(adam):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    with opt.collected_state():
+        before = {key: value.clone() for key, value in opt.state[param].items()}
+        opt.state[param]["exp_avg"] *= 0.5
+        opt.state[param]["step"] += 1
+        entry = dict(opt.state[param])
+        entry["exp_avg_sq"].mul_(2)
+        opt.state[param] = entry
+        assert torch.equal(opt.state[param]["exp_avg"], before["exp_avg"] / 2)
+        assert torch.equal(opt.state[param]["exp_avg_sq"], before["exp_avg_sq"] * 2)
+        train(model, opt, world, steps=1)
+        assert opt.state[param]["step"] == before["step"] + 2
+        value = opt.state[param]["exp_avg"]
+        opt.state[param]["exp_avg"] = value.mul_(2)
+        value.mul_(2)  # after the assignment: lost
+        with pytest.raises(xc.UsageError, match="it is a copy"):
+            train(model, opt, world, steps=1)
+
+
+def copied_by_pickle(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, copied_by_pickle])
+def test_copies_of_the_state_are_plain_dictionaries(adam, copied):
+    model, opt, world = adam
+    with opt.collected_state():
+        mine, other = opt.state, copied(opt.state)
+        assert type(other) is dict and len(other) == 5
+        for (param, entry), own in zip(other.items(), mine.values(), strict=True):
+            assert type(entry) is dict and isinstance(param, torch.nn.Parameter)
+            assert sorted(entry) == sorted(own)
+            assert all(torch.equal(entry[key], own[key]) for key in own)
+        if copied is copy.copy:
+            other[next(iter(model.parameters()))]["exp_avg"].zero_()  # nobody's mistake
+    train(model, opt, world, steps=1)
+
+
+def misfits():
+    """State that does not belong to a rule: its optimizer, and what is done to the saved state of parameter 0."""
+    full = {"step": torch.tensor(3.0), "exp_avg": torch.ones(5, 4), "exp_avg_sq": torch.ones(5, 4)}
+    without = {f"Adam without {key}": (xc.Adam, {k: v for k, v in full.items() if k != key}) for key in full}
+    return without | {
+        "SGD's into Adam": (xc.Adam, {"momentum_buffer": torch.ones(5, 4)}),
+        "Adam's into SGD": (xc.SGD, full),
+        "Adam's into LARS": (xc.LARS, full),
+        "misspelt": (xc.SGD, {"momentum_bufer": torch.ones(5, 4)}),
+        "misspelt beside the right ones": (xc.Adam, full | {"exp_avg_squared": torch.ones(5, 4)}),
+        "AMSGrad without its maximum": (xc.Adam, full),
+    }
+
+
+@pytest.mark.parametrize("case", misfits())
+@pytest.mark.parametrize("everywhere", [True, False], ids=["all ranks", "one rank"])
+def test_state_of_another_rule_is_an_error_on_all_ranks(world, case, everywhere):
+    make, entry = misfits()[case]
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 5)
+    options = {"momentum": 0.9} if make is not xc.Adam else {"amsgrad": case.startswith("AMSGrad")}
+    opt = make(model.parameters(), lr=0.1, world=world, **options)
+    saved = opt.state_dict()
+    if everywhere or world.rank == world.size - 1:
+        saved["state"] = {0: entry}
+    before = values(model)
+    with pytest.raises(xc.UsageError, match="the state of parameter '0.0' has"):
+        opt.load_state_dict(saved)
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    opt.close()
+
+
+LEGAL = {
+    "nothing": {},
+    "None for all": dict.fromkeys(("step", "momentum_buffer")),
+    "empty mappings": {"step": {}, "momentum_buffer": {}},
+    "torch's SGD before its first step with momentum": {"momentum_buffer": None},
+    "plain SGD's": {"step": torch.tensor(3.0)},
+    "torch's SGD": {"momentum_buffer": torch.ones(5, 4)},
+}
+
+
+@pytest.mark.parametrize("case", LEGAL)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_that_torch_itself_would_have_is_taken(world, case, momentum):
+    model = torch.nn.Linear(4, 5)
+    opt = xc.SGD(model.parameters(), lr=0.1, momentum=momentum, world=world)
+    opt.load_state_dict(opt.state_dict() | {"state": {0: LEGAL[case]}})
+    opt.close()
+
+
+def test_a_maximum_that_the_rule_does_not_use_is_taken(world):
+    model = torch.nn.Linear(4, 5)
+    opt = xc.Adam(model.parameters(), lr=0.1, world=world)
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    entry = {"step": torch.tensor(3.0)} | {name: torch.ones(5, 4) for name in names}
+    opt.load_state_dict(opt.state_dict() | {"state": {0: entry}})
+    opt.close()
 
 
 def test_moving_the_state_as_trainers_do_changes_nothing(adam):

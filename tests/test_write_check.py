@@ -154,7 +154,7 @@ def test_own_writes_are_no_false_alarm(team, dtype, extrapolation):
     assert opt.skipped
     step()
     with opt.master_weights():
-        model[0].weight.data.zero_()
+        model(torch.ones(2, 7, dtype=dtype))
     step()
     with opt.master_weights(write=True), torch.no_grad():
         model[0].weight.mul_(0.5)
@@ -316,4 +316,59 @@ def test_parameter_that_looks_at_a_part_of_its_memory_is_refused_also_by_adopt(t
         opt.step()
     with pytest.raises(xc.UsageError, match="another shape"):
         opt.adopt()
+    opt.close()
+
+
+REPLACED = {
+    "in place": lambda model: model[0].weight.mul_(2),
+    "through .data": lambda model: model[0].weight.data.mul_(2),
+    "replaced data": lambda model: setattr(model[0].weight, "data", torch.ones(50, 7)),
+    "loaded": lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["", "loaded before"])
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("extrapolation", ["none", "local"])
+def test_writes_inside_master_weights_are_an_error_and_restored(team, how, extrapolation, pending):
+    model, opt = trained(team, extrapolation=extrapolation)
+    opt.attach(model)
+    if pending:
+        model.load_state_dict(model.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    with (
+        pytest.raises(xc.UsageError, match=r"'0\.0' was written or replaced inside master_weights"),
+        opt.master_weights(),
+        torch.no_grad(),
+    ):
+        REPLACED[how](model)
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was)
+    if pending and how == "replaced data":
+        return
+    gradients(model, opt, team)
+    opt.step()
+    opt.close()
+
+
+def test_weights_that_were_put_back_inside_master_weights_are_no_error(team):
+    model, opt = trained(team)
+    with opt.master_weights(), torch.no_grad():
+        kept = [p.clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.zero_()
+        for p, was in zip(model.parameters(), kept, strict=True):
+            p.copy_(was)
+    gradients(model, opt, team)
+    opt.step()
+    opt.close()
+
+
+def test_an_error_inside_master_weights_is_not_hidden_by_what_was_written(team):
+    model, opt = trained(team)
+    with pytest.raises(ZeroDivisionError), opt.master_weights():
+        model[0].weight.data.zero_()
+        raise ZeroDivisionError
+    gradients(model, opt, team)
+    opt.step()
     opt.close()

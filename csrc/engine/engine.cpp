@@ -132,7 +132,9 @@ class EngineOf final : public Engine {
   }
   void watch_writes() override;
   std::optional<std::size_t> written(int v) const override {
-    if (!write_check_ || closed_ || exchange_.unsettled() || hidden_.count(v) > 0) return std::nullopt;
+    if (!write_check_ || closed_ || exchange_.unsettled()) return std::nullopt;
+    if (const auto shown = hidden_.find(v); shown != hidden_.end())
+      return shown->second.check ? shown->second.check->written(0) : std::nullopt;
     return write_check_->written(static_cast<std::size_t>(v));
   }
   bool displaced(std::size_t layer) const override {
@@ -203,7 +205,12 @@ class EngineOf final : public Engine {
       undecided_;  // unless it updated these layers or was skipped, and nobody asked
   Recording recording_;
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
-  std::map<int, std::shared_ptr<std::byte>> hidden_;  // X of workers that show the master weights
+  struct Hidden {
+    std::shared_ptr<std::byte> weights;
+    std::optional<WriteCheck> check;  // of the master weights that are shown in their place
+  };
+  std::map<int, Hidden> hidden_;  // X of workers that show the master weights
+  std::uint64_t shows_ = 0;
   std::int64_t steps_ = 0;
   std::chrono::duration<double> last_step_{0};
   bool closed_ = false;
@@ -598,9 +605,12 @@ void EngineOf<T>::show_master(int v) {
   require_settled();
   std::byte* x = weights(v).get();
   const auto bytes = static_cast<std::size_t>(plan_.bytes);
-  const auto hidden = hidden_.emplace(v, storage_->allocate(bytes)).first;
-  storage_->copy(hidden->second.get(), x, bytes);
+  const auto hidden = hidden_.emplace(v, Hidden{storage_->allocate(bytes), {}}).first;
+  storage_->copy(hidden->second.weights.get(), x, bytes);
   stepper_.publish_to(x, runs_.plain());
+  if (!write_check_) return;
+  hidden->second.check.emplace(plan_, std::vector<const std::byte*>{x}, ++shows_);
+  hidden->second.check->record();
 }
 
 template <class T>
@@ -608,7 +618,7 @@ void EngineOf<T>::hide_master(int v) {
   team().require_own_process();
   const auto found = hidden_.find(v);
   if (found == hidden_.end() || plan_.bytes == 0) return;
-  storage_->copy(weights(v).get(), found->second.get(), static_cast<std::size_t>(plan_.bytes));
+  storage_->copy(weights(v).get(), found->second.weights.get(), static_cast<std::size_t>(plan_.bytes));
   hidden_.erase(found);
 }
 

@@ -189,8 +189,8 @@ class Engine {
   // From now on copies some elements of X after each publish, so that written() can tell whether somebody
   // else has changed one since; never on a device.
   virtual void watch_writes() = 0;
-  // Returns the first layer of worker v's X that was seen to be written by somebody else. Returns none while
-  // X shows the master weights or is to be adopted.
+  // Returns the first layer of worker v's X that was seen to be written by somebody else, also since it shows
+  // the master weights. Returns none while X is to be adopted.
   virtual std::optional<std::size_t> written(int v) const = 0;
   // Returns true if X of this layer may differ from w in the parameter's type on some worker of this rank.
   virtual bool displaced(std::size_t layer) const = 0;

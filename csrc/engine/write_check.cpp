@@ -33,8 +33,8 @@ std::uint64_t bits_at(const std::byte* at, std::int64_t size) {
 
 }  // namespace
 
-WriteCheck::WriteCheck(const Plan& plan, std::vector<const std::byte*> weights)
-    : plan_(plan), weights_(std::move(weights)), copies_(weights_.size()) {}
+WriteCheck::WriteCheck(const Plan& plan, std::vector<const std::byte*> weights, std::uint64_t records)
+    : plan_(plan), weights_(std::move(weights)), copies_(weights_.size()), records_(records) {}
 
 WriteCheck::Samples WriteCheck::samples_of(std::size_t worker, std::size_t layer) const {
   const Layer& l = plan_.layers[layer];

@@ -17,8 +17,9 @@ namespace xc {
 // positions, is noticed with a probability of 1 - (1 - f)^4 for that layer and step.
 class WriteCheck {
  public:
-  // The host's memory that holds each worker's weights, and outlives this object.
-  WriteCheck(const Plan& plan, std::vector<const std::byte*> weights);
+  // The host's memory that holds each worker's weights, and outlives this object. Objects with different
+  // `records` look at different elements.
+  WriteCheck(const Plan& plan, std::vector<const std::byte*> weights, std::uint64_t records = 0);
 
   // Copies anew from the weights of all workers.
   void record();
@@ -36,7 +37,7 @@ class WriteCheck {
   const Plan& plan_;
   std::vector<const std::byte*> weights_;
   std::vector<std::vector<Samples>> copies_;  // per worker and layer; empty after forget()
-  std::uint64_t records_ = 0;
+  std::uint64_t records_;
 };
 
 }  // namespace xc
