@@ -26,6 +26,12 @@ class Problem:
     rank: int
     ranks: int
     workers: int
+    displaced: bool = True
+
+    @property
+    def gamma(self) -> float:
+        """The extrapolation's step; 0 without one."""
+        return GAMMA if self.displaced else 0.0
 
     @property
     def all_workers(self) -> int:
@@ -103,7 +109,7 @@ def count_wrong(problem: Problem, steps: int, master: torch.Tensor, points: Iter
     reference = problem.reference(steps)
     wrong = count_beyond(master, reference, allowed)
     for point, g in zip(points, problem.grads, strict=True):
-        wrong += count_beyond(point, reference - GAMMA * in_double(g), allowed + eps * bound)
+        wrong += count_beyond(point, reference - problem.gamma * in_double(g), allowed + eps * bound)
     return wrong
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from problem import GAMMA, LR, MOMENTUM, Problem
+from problem import LR, MOMENTUM, Problem
 
 import extrapcomm as xc
 
@@ -45,7 +45,8 @@ class Fused(Contestant):
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
         rule = {"rule": "sgd", "lr": LR, "momentum": MOMENTUM}
-        self.engine = xc.Engine(world, problem.weights, extrapolation="local", inner_lr=GAMMA, **rule)
+        kind = "local" if problem.displaced else "none"
+        self.engine = xc.Engine(world, problem.weights, extrapolation=kind, inner_lr=problem.gamma, **rule)
         for worker, g in zip(self.engine.workers, problem.grads, strict=True):
             worker.grads.copy_(g)
 
@@ -78,7 +79,8 @@ class Separate(Contestant):
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
         self.comm, self.grads = world.comm, problem.grads
-        self.x = [problem.weights.clone() for _ in self.grads]
+        self.gamma = problem.gamma
+        self.x = [problem.weights.clone() for _ in self.grads] if problem.displaced else []
         self.total = torch.zeros_like(problem.weights)
         self.weights = problem.weights.to(problem.master, copy=True)
         self.weights.grad = self.total.to(problem.master)
@@ -88,7 +90,7 @@ class Separate(Contestant):
         add_up(self.grads, self.total)
         self.reduce()
         self.optimizer.step()
-        displace(self.weights, self.grads, self.x)
+        displace(self.weights, self.grads, self.x, self.gamma)
 
     def reduce(self) -> None:
         """`weights.grad` becomes the sum of `total` over the ranks."""
@@ -98,7 +100,7 @@ class Separate(Contestant):
         return self.weights
 
     def points(self) -> Sequence[torch.Tensor]:
-        return self.x
+        return self.x or [self.weights]
 
 
 class MpiTorch(Separate):
@@ -130,7 +132,8 @@ class MpiZero1(Contestant):
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
         self.comm, self.grads, self.count = world.comm, problem.grads, problem.count
-        self.x = [problem.weights.clone() for _ in self.grads]
+        self.gamma = problem.gamma
+        self.x = [problem.weights.clone() for _ in self.grads] if problem.displaced else []
         self.total = self.grads[0] if len(self.grads) == 1 else torch.empty_like(self.grads[0])
         block = -(-problem.count // problem.ranks)
         self.counts = [min(block, max(0, problem.count - r * block)) for r in range(problem.ranks)]
@@ -148,13 +151,13 @@ class MpiZero1(Contestant):
         self.comm.Reduce_scatter(self.send, self.receive, self.counts)
         self.optimizer.step()
         self.comm.Allgather(MPI.IN_PLACE, self.gathered)
-        displace(self.master(), self.grads, self.x)
+        displace(self.master(), self.grads, self.x, self.gamma)
 
     def master(self) -> torch.Tensor:
         return self.padded[: self.count]
 
     def points(self) -> Sequence[torch.Tensor]:
-        return self.x
+        return self.x or [self.master()]
 
 
 class MpiAllReduce(Contestant):
@@ -214,10 +217,12 @@ def add_up(grads: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         out.add_(g)
 
 
-def displace(weights: torch.Tensor, grads: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    """x_k = w - gamma * g_k for the rank's own workers."""
-    for g, x in zip(grads, out, strict=True):
-        torch.sub(weights, g, alpha=GAMMA, out=x)
+def displace(
+    weights: torch.Tensor, grads: Sequence[torch.Tensor], out: Sequence[torch.Tensor], gamma: float
+) -> None:
+    """x_k = w - gamma * g_k for the rank's own workers; without places for them, nothing: the model has w."""
+    for g, x in zip(grads, out, strict=False):
+        torch.sub(weights, g, alpha=gamma, out=x)
 
 
 def start_gloo(comm: MPI.Comm) -> None:

@@ -22,6 +22,7 @@ import table
 import torch
 import torch.distributed as dist
 import train
+from hand_written import HAND_WRITTEN, why_not
 from mpi4py import MPI
 from problem import Problem, count_wrong
 from race import available_bytes, describe, race, share_cores
@@ -29,6 +30,7 @@ from rivals import RIVALS, Contestant, Fused, Memcpy, Solver, start_gloo, why_ab
 
 import extrapcomm as xc
 
+ALL = RIVALS | HAND_WRITTEN
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
@@ -56,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-c", "--check", type=int, choices=(0, 1), default=1, help="compare all results with float64")
     add("-d", "--datatype", choices=DTYPES, default="float32", help="type of weights and gradients")
     add("-J", "--json", type=Path, help="write the figures to this file too")
-    add("--rivals", type=rival_list, default=list(RIVALS), help=f"some of {','.join(RIVALS)}, or none")
+    add("--rivals", type=rival_list, default=list(ALL), help=f"some of {','.join(ALL)}, or none")
+    add("--plain", action="store_true", help="without the displacement: what is published is w itself")
     add("--workers", type=at_least(1), default=1, help="workers per rank")
     shape = ("DEPTH", "WIDTH", "BATCH")
     add("--perceptron", type=int, nargs=3, default=train.PERCEPTRON, metavar=shape, help="of --train")
@@ -95,9 +98,9 @@ def at_least(smallest: int) -> Any:
 def rival_list(text: str) -> list[str]:
     names = [] if text == "none" else text.split(",")
     for name in names:
-        if name not in RIVALS:
-            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(RIVALS)}")
-    return [name for name in RIVALS if name in names]
+        if name not in ALL:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(ALL)}")
+    return [name for name in ALL if name in names]
 
 
 def complain_about(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -139,7 +142,7 @@ def bytes_needed(problem: Problem, contestants: int) -> int:
 def sweep(args: argparse.Namespace, comm: MPI.Comm) -> list[Problem]:
     dtype = DTYPES[args.datatype]
     return [
-        Problem(bytes_ // dtype.itemsize, dtype, comm.rank, comm.size, args.workers)
+        Problem(bytes_ // dtype.itemsize, dtype, comm.rank, comm.size, args.workers, not args.plain)
         for bytes_ in powers(args.minbytes, args.maxbytes, args.stepfactor)
     ]
 
@@ -152,8 +155,8 @@ def powers(smallest: int, largest: int, factor: int) -> Iterator[int]:
 
 def measure(problem: Problem, args: argparse.Namespace, world: xc.World) -> table.Result:
     """All contestants at one size, then the check of all who made the whole step."""
-    present = [rival for rival in args.rivals if not why_absent(rival, problem.dtype)]
-    makers = {"fused": Fused, "memcpy": Memcpy} | {rival: RIVALS[rival] for rival in present}
+    present = [rival for rival in args.rivals if not reason_without(rival, args)]
+    makers = {"fused": Fused, "memcpy": Memcpy} | {rival: ALL[rival] for rival in present}
     with ExitStack() as stack:
         contestants = {
             name: stack.enter_context(closing(make(problem, world))) for name, make in makers.items()
@@ -192,9 +195,15 @@ def run_sweep(args: argparse.Namespace, world: xc.World, header: dict[str, Any])
     return 1 if any(r.nwrong for r in results) else 0
 
 
+def reason_without(rival: str, args: argparse.Namespace) -> str:
+    """Why a rival cannot run, or nothing."""
+    dtype = DTYPES[args.datatype]
+    return why_not(rival, dtype, args.workers) if rival in HAND_WRITTEN else why_absent(rival, dtype)
+
+
 def print_absent(args: argparse.Namespace) -> None:
     for rival in args.rivals:
-        if reason := why_absent(rival, DTYPES[args.datatype]):
+        if reason := reason_without(rival, args):
             print(f"# {rival}: {reason}")
 
 

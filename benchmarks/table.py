@@ -9,7 +9,9 @@ from typing import Any, TextIO
 
 import numpy as np
 from problem import Problem
-from rivals import RIVALS, dtype_name
+from rivals import dtype_name
+
+OWN = ("fused", "memcpy")
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Result:
             return None
         return 1e6 * float(np.median(self.seconds[contestant]))
 
-    @property
-    def p95(self) -> float:
-        return 1e6 * float(np.percentile(self.seconds["fused"], 95))
+    def percentile(self, of: float) -> float:
+        """Of the fused step's microseconds."""
+        return 1e6 * float(np.percentile(self.seconds["fused"], of))
 
     def gigabytes_per_second(self, size: float, contestant: str = "fused") -> float:
         return size / float(np.median(self.seconds[contestant])) / 1e9
@@ -58,12 +60,17 @@ class Result:
             return None
         return float(np.median(self.seconds[rival]) / np.median(self.seconds["fused"]))
 
+    def tails(self) -> dict[str, float]:
+        return {f"p{of}_us": self.percentile(of) for of in (95, 99)}
+
     def as_json(self) -> dict[str, Any]:
         return {
             "count": self.problem.count,
-            "fused": {"time_us": self.microseconds("fused"), "p95_us": self.p95, "floor_gbps": self.floor},
+            "fused": {"time_us": self.microseconds("fused"), **self.tails(), "floor_gbps": self.floor},
             "memcpy_gbps": self.memcpy,
-            "baselines": {rival: {"time_us": self.microseconds(rival)} for rival in RIVALS},
+            "baselines": {
+                rival: {"time_us": self.microseconds(rival)} for rival in self.seconds if rival not in OWN
+            },
             "nwrong": self.nwrong,
         }
 
@@ -89,7 +96,8 @@ def step_columns(rivals: Sequence[str]) -> list[Column]:
         Column("count", "(elements)", 11, lambda r: str(r.problem.count)),
         Column("type", "", 8, lambda r: dtype_name(r.problem.dtype)),
         Column("time", "(us)", 9, lambda r: number(r.microseconds("fused"), 1)),
-        Column("p95", "(us)", 9, lambda r: number(r.p95, 1)),
+        Column("p95", "(us)", 9, lambda r: number(r.percentile(95), 1)),
+        Column("p99", "(us)", 9, lambda r: number(r.percentile(99), 1)),
         Column("floor", "(GB/s)", 7, lambda r: number(r.floor)),
         Column("algbw", "(GB/s)", 7, lambda r: number(r.algbw)),
         Column("busbw", "(GB/s)", 7, lambda r: number(r.busbw)),

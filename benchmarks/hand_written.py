@@ -1,0 +1,235 @@
+"""Rivals that an expert would write by hand for this very problem, on memory that the ranks share by MPI.
+
+They know one rule, one type and one array, check nothing, name no rank that is missing, and would lose state if a rank
+died. Each rank updates its shard of w and writes every rank's next weights; without a displacement all ranks read w.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from problem import LR, MOMENTUM, Problem
+from rivals import Contestant
+
+import extrapcomm as xc
+
+SOURCE = Path(__file__).with_name("streams.cpp")
+LINE = 16  # elements
+
+
+class Window(Contestant):
+    """The problem's arrays in one MPI window, which all ranks see."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        self.problem, self.comm = problem, world.comm
+        count, ranks = problem.count, problem.ranks
+        length = (
+            -(-count // LINE) * LINE + LINE * 13
+        )  # not a multiple of a page: streams would meet in the caches
+        points = ranks if problem.displaced else 0
+        arrays = 3 + ranks + points  # the barrier, w, m, and for each rank g and its point
+        mine = arrays * length * 4 if problem.rank == 0 else 0
+        self.window = MPI.Win.Allocate_shared(mine, 4, comm=self.comm)
+        memory, _ = self.window.Shared_query(0)
+        flat = np.ndarray(arrays * length, np.float32, buffer=memory)
+        skip = -flat.ctypes.data % 64 // 4
+        views = [flat[skip + i * length :][:count] for i in range(arrays)]
+        self.barrier, self.w, self.m = views[0], views[1], views[2]
+        self.grads = views[3 : 3 + ranks]
+        self.x = views[3 + ranks :] or [self.w] * ranks
+        if problem.rank == 0:
+            self.barrier[:], self.m[:] = 0, 0
+            self.w[:] = problem.weights.numpy()
+        self.grads[problem.rank][:] = problem.grads[0].numpy()
+        share = -(-count // (ranks * LINE)) * LINE
+        self.begin, self.end = min(count, problem.rank * share), min(count, (problem.rank + 1) * share)
+        self.comm.Barrier()
+
+    def master(self) -> torch.Tensor:
+        return torch.from_numpy(self.w)
+
+    def points(self) -> Sequence[torch.Tensor]:
+        return [torch.from_numpy(self.x[self.problem.rank])]
+
+    def close(self) -> None:
+        self.comm.Barrier()
+        self.window.Free()
+
+
+class Arguments(ctypes.Structure):
+    """`Problem` of streams.cpp."""
+
+    _fields_ = [
+        ("barrier", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("processes", "begin", "end")],
+        *[(name, ctypes.c_void_p) for name in ("grads", "points", "w")],
+        ("slots", ctypes.c_void_p * 2),
+        *[(name, ctypes.c_float) for name in ("lr", "momentum", "gamma", "beta2", "eps", "c1", "c2")],
+        *[(name, ctypes.c_int32) for name in ("adam", "displaced", "past_cache")],
+        ("ahead", ctypes.c_int64),
+    ]
+
+
+class HandLoop(Window):
+    """One loop in C++ for all streams, and two barriers: the machine's ceiling.
+
+    Of the ways to write it (past the cache or not, prefetching or not) it takes the one that is fastest here.
+    """
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        super().__init__(problem, world)
+        self.library = library(world.comm)
+        pointers = ctypes.c_void_p * problem.ranks
+        self.arrays = [pointers(*[a.ctypes.data for a in arrays]) for arrays in (self.grads, self.x)]
+        self.arguments = Arguments(
+            barrier=self.barrier.ctypes.data,
+            processes=problem.ranks,
+            begin=self.begin,
+            end=-(-self.end // LINE) * LINE,  # the arrays are longer
+            grads=ctypes.addressof(self.arrays[0]),
+            points=ctypes.addressof(self.arrays[1]),
+            w=self.w.ctypes.data,
+            lr=LR,
+            momentum=MOMENTUM,
+            gamma=problem.gamma,
+            displaced=problem.displaced,
+        )
+        self.arguments.slots[0] = self.m.ctypes.data
+        self.address = ctypes.byref(self.arguments)
+        self.choose()
+
+    def step(self) -> None:
+        self.library.step(self.address)
+
+    def choose(self) -> None:
+        """Try each way a few times on the real arrays, alike on all ranks, and put the arrays back."""
+        kept = self.w.copy() if self.problem.rank == 0 else None
+        ways = [(past, ahead) for past in (0, 1) for ahead in (0, 128, 512)]
+        seconds = np.empty((3, len(ways)))
+        for row in seconds:
+            for i, way in enumerate(ways):
+                self.arguments.past_cache, self.arguments.ahead = way
+                self.comm.Barrier()
+                start = time.perf_counter()
+                self.step()
+                row[i] = time.perf_counter() - start
+        self.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+        self.arguments.past_cache, self.arguments.ahead = ways[int(np.median(seconds, axis=0).argmin())]
+        if kept is not None:
+            self.w[:], self.m[:] = kept, 0
+        self.comm.Barrier()
+
+
+class WindowNumba(Window):
+    """The same loop in Python, compiled by numba, between two MPI barriers."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        super().__init__(problem, world)
+        self.kernel = numba_kernel(problem.ranks, problem.displaced)
+        self.arrays = (*self.grads, *self.x[: problem.ranks if problem.displaced else 0])
+        self.kernel(0, 0, *self.constants(), self.w, self.m, *self.arrays)
+
+    def constants(self) -> tuple[np.float32, ...]:
+        return tuple(map(np.float32, (LR, MOMENTUM, self.problem.gamma)))
+
+    def step(self) -> None:
+        self.comm.Barrier()
+        self.kernel(self.begin, self.end, *self.constants(), self.w, self.m, *self.arrays)
+        self.comm.Barrier()
+
+
+class WindowCompile(Window):
+    """The same expressions on torch tensors, compiled by torch.compile, between two MPI barriers."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        super().__init__(problem, world)
+        own = slice(self.begin, self.end)
+        points = self.x if problem.displaced else []
+        self.arrays = [
+            [torch.from_numpy(a[own]) for a in arrays] for arrays in (self.grads, points, [self.w, self.m])
+        ]
+        self.kernel = torch.compile(compiled_step, dynamic=False)
+        kept = [array.clone() for array in self.arrays[2]]
+        self.kernel(*self.arrays, problem.gamma)
+        for array, value in zip(self.arrays[2], kept, strict=True):
+            array.copy_(value)
+        self.comm.Barrier()
+
+    def step(self) -> None:
+        self.comm.Barrier()
+        self.kernel(*self.arrays, self.problem.gamma)
+        self.comm.Barrier()
+
+
+def compiled_step(
+    grads: list[torch.Tensor], points: list[torch.Tensor], state: list[torch.Tensor], gamma: float
+) -> None:
+    w, m = state
+    mean = sum(grads[1:], grads[0]) / len(grads)
+    m.mul_(MOMENTUM).add_(mean)
+    w.sub_(m, alpha=LR)
+    for point, g in zip(points, grads, strict=False):
+        point.copy_(w - gamma * g)
+
+
+@cache
+def numba_kernel(ranks: int, displaced: bool) -> Any:
+    """A loop for so many ranks, written out, because numba vectorises no inner loop over arrays."""
+    import numba
+
+    g = [f"g{k}" for k in range(ranks)]
+    x = [f"x{k}" for k in range(ranks)] if displaced else []
+    lines = [
+        f"def kernel(begin, end, lr, momentum, gamma, w, m, {', '.join(g + x)}):",
+        "    for i in range(begin, end):",
+        f"        m[i] = momentum * m[i] + ({' + '.join(f'{name}[i]' for name in g)}) * scale",
+        "        w[i] -= lr * m[i]",
+        *[f"        {x[k]}[i] = w[i] - gamma * {g[k]}[i]" for k in range(len(x))],
+    ]
+    names: dict[str, Any] = {"scale": np.float32(1 / ranks)}
+    exec("\n".join(lines), names)
+    return numba.njit(fastmath=True, nogil=True)(names["kernel"])
+
+
+def library(comm: MPI.Comm) -> ctypes.CDLL:
+    """Collective: streams.cpp, compiled by rank 0 for this processor."""
+    path = None
+    if comm.rank == 0:
+        path = Path(tempfile.mkdtemp(prefix="xc-streams-")) / "streams.so"
+        flags = ["-std=c++20", "-O3", "-march=native", "-fPIC", "-shared"]
+        subprocess.run([compiler(), *flags, str(SOURCE), "-o", str(path)], check=True)
+    loaded = ctypes.CDLL(str(comm.bcast(path)))
+    comm.Barrier()
+    if path is not None:
+        shutil.rmtree(path.parent)
+    return loaded
+
+
+def compiler() -> str:
+    return shutil.which("c++") or shutil.which("g++") or ""
+
+
+HAND_WRITTEN = {"hand_loop": HandLoop, "window_numba": WindowNumba, "window_compile": WindowCompile}
+
+
+def why_not(rival: str, dtype: torch.dtype, workers: int) -> str:
+    """Why a hand-written rival cannot run, or nothing."""
+    if dtype != torch.float32 or workers > 1:
+        return "written for float32 and one worker per rank"
+    if rival in ("hand_loop", "window_compile") and not compiler():
+        return "needs a C++ compiler: apt-get install g++"
+    if rival == "window_numba" and importlib.util.find_spec("numba") is None:
+        return "pip install numba"
+    return ""
