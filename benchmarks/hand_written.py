@@ -96,7 +96,7 @@ class HandLoop(Window):
         self.arguments = Arguments(
             barrier=self.barrier.ctypes.data,
             processes=problem.ranks,
-            begin=self.begin,
+            begin=-(-self.begin // LINE) * LINE,
             end=-(-self.end // LINE) * LINE,  # the arrays are longer
             grads=ctypes.addressof(self.arrays[0]),
             points=ctypes.addressof(self.arrays[1]),

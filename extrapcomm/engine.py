@@ -37,6 +37,9 @@ class Worker:
     grads: Any
 
 
+RATE = {"lr"}  # what may change without anything else to check
+
+
 class Engine(Gained):
     """Data-parallel training of arrays: reduce, update, extrapolate and publish in one call.
 
@@ -237,9 +240,11 @@ class Engine(Gained):
 
     def _next_group(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The hyper-parameters of a step, checked."""
-        group = self._completed({**self._group, **hyper})
-        self._rule.check_fixed(group, self._flags, self._has_momentum)
-        self._check_filters(group["inner_lr"])
+        group = {**self._group, **hyper}
+        if not hyper.keys() <= RATE:
+            group = self._completed(group)
+            self._rule.check_fixed(group, self._flags, self._has_momentum)
+            self._check_filters(group["inner_lr"])
         if self._showing:
             raise UsageError("step() inside master_weights(): leave the context first")
         check_max_norm(self.max_grad_norm)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ InnerRate = float | str | Callable[[float], float]
 INNER_PRESETS = ("lr", "lr/K", "noise")
 RANDOM = ("gaussian", "uniform", "filter")
 DISPLACEMENTS = ("preconditioned", "raw")
+
+# Values that do not change without being replaced.
+PLAIN = (float, int, str)
 
 # A number that is smaller than this part of the largest value that it has had counts as zero: schedules that end at
 # zero end at something like -2e-18, and not at the same on all ranks.
@@ -95,6 +99,10 @@ class Rule:
             list[float]
         ] = []  # for each group, the largest magnitude that each number has had
         self._latest: list[list[float]] = []  # for each group, the numbers of the last table
+        self._table: NDArray[np.float64] | None = None
+        # For each group, the values that its numbers came from, where those cannot have changed unseen.
+        self._origins: list[tuple[Any, ...] | None] = []
+        self._values_of = itemgetter(*self.presets(), "inner_lr")
         self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
@@ -200,9 +208,33 @@ class Rule:
         )
 
     def table(self, groups: Sequence[Mapping[str, Any]], workers: int) -> NDArray[np.float64]:
-        """All groups' numbers in one array."""
+        """All groups' numbers in one array, which nobody writes: it serves again while nothing changes."""
+        if self._table is not None and self._are_as_before(groups):
+            return self._table
+        self._table = None
         self._latest = [self.numbers(group, workers, place) for place, group in enumerate(groups)]
-        return np.array([number for row in self._latest for number in row], dtype=np.float64)
+        self._origins = [self._origin(group) for group in groups]
+        self._table = np.array([number for row in self._latest for number in row], dtype=np.float64)
+        return self._table
+
+    def _are_as_before(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Returns true if each group has the values of the last table."""
+        if len(groups) != len(self._origins):
+            return False
+        try:
+            return all(
+                origin is not None and self._values_of(group) == origin
+                for group, origin in zip(groups, self._origins, strict=True)
+            )
+        except Exception:  # a value is missing, or is an array that has no truth
+            return False
+
+    def _origin(self, group: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """A group's values, if all of them are what they say: no tensors, no functions, no preset that is measured."""
+        values: tuple[Any, ...] = self._values_of(group)
+        plain = all(isinstance(value, PLAIN) for value in values if not isinstance(value, tuple))
+        pairs = all(isinstance(part, PLAIN) for value in values if isinstance(value, tuple) for part in value)
+        return values if plain and pairs and group["inner_lr"] != "noise" else None
 
     def with_gains(
         self,

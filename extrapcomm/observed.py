@@ -52,7 +52,7 @@ class Rescale:
             group["scale"] = scale
 
 
-@dataclass(frozen=True)
+@dataclass
 class ObservedCore:
     """An engine's step, with what these groups ask to be observed in it.
 
