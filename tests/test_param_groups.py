@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 
 import extrapcomm as xc
@@ -159,4 +160,56 @@ def test_a_group_that_lost_a_number_is_an_error_on_all_ranks(world, optimizer):
             opt.step()
         opt.param_groups[0][name] = kept
     opt.step()
+    opt.close()
+
+
+def in_place(group):
+    group["lr"].mul_(0.5)
+
+
+def of_an_array(group):
+    group["lr"] *= 0.5
+
+
+def of_a_list(group):
+    group["betas"][0] = 0.0
+
+
+CHANGED = {
+    "a tensor": ({"lr": lambda: torch.tensor(0.1)}, in_place),
+    "an array": ({"lr": lambda: np.array(0.1)}, of_an_array),
+    "a list": ({"lr": lambda: 0.1}, of_a_list),
+    "a number": ({"lr": lambda: 0.1}, lambda group: group.update(lr=0.05)),
+    "back and forth": ({"lr": lambda: 0.1}, lambda group: group.update(lr=0.15 - group["lr"])),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_numbers_that_change_in_place_are_seen(world, how):
+    options, change = CHANGED[how]
+    param = torch.nn.Parameter(torch.ones(4))
+    theirs = torch.nn.Parameter(torch.ones(4))
+    opt = xc.Adam([param], **{name: make() for name, make in options.items()}, world=world)
+    other = torch.optim.Adam([theirs], **{name: make() for name, make in options.items()})
+    for group in (opt.param_groups[0], other.param_groups[0]):
+        group["betas"] = [0.9, 0.99]
+    for step in range(6):
+        for p, o in ((param, opt), (theirs, other)):
+            p.grad = torch.full((4,), 1.0 + step)
+            o.step()
+            if step % 2:
+                change(o.param_groups[0])
+    torch.testing.assert_close(param, theirs)
+    opt.close()
+
+
+def test_a_function_for_the_inner_rate_is_asked_at_every_step(world):
+    now = {"rate": 0.0}
+    param = torch.nn.Parameter(torch.zeros(4))
+    opt = xc.ExtrapSGD([param], lr=1.0, inner_lr=lambda lr: now["rate"], world=world)
+    for rate in (0.5, 0.0, 0.25):
+        now["rate"] = rate
+        param.grad = torch.ones(4)
+        opt.step()
+        torch.testing.assert_close(param.detach(), opt.master(0) - rate)
     opt.close()
