@@ -117,6 +117,10 @@ class Binding:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
         self.ownership.mark_written()
 
+    def mark_stepped(self) -> None:
+        """The same after a step, before which nobody else had written."""
+        self.ownership.mark_stepped()
+
     def require_own_weights(self, everywhere: bool = False) -> None:
         """Complain if somebody else wrote or replaced a parameter, of the bound worker or of all."""
         self.ownership.require_own(everywhere)

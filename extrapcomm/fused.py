@@ -181,7 +181,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._binding.gradients.step_taken()
         self._micro_batches.reset()
         if not skipped:  # as far as the host knows: what a GPU decides it does not wait for
-            self._binding.mark_written()
+            self._binding.mark_stepped()
         return loss
 
     @property

@@ -113,6 +113,9 @@ class Ownership:
         self._noticed: str | None = None
         self._index = {id(param): i for i, param in enumerate(params)}
         self._impls = [param._cdata for param in params]
+        self._counts_singly: bool | None = (
+            None  # each step counts as one write; else parameters share a counter
+        )
         self.record()
         _all.add(self)
 
@@ -168,13 +171,29 @@ class Ownership:
 
     def record(self) -> None:
         """Remember the parameters' versions and addresses, to notice what others write into them."""
-        self._versions = [param._version for param in self.params]
+        self._take_versions()
         self._addresses = [param.data_ptr() for param in self.params]
+
+    def _take_versions(self) -> None:
+        self._versions = [param._version for param in self.params]
+        self._writes = 0  # of the engine since
 
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
         bump_versions(self.params)
-        self._versions = [param._version for param in self.params]
+        self._take_versions()
+
+    def mark_stepped(self) -> None:
+        """The same after a step, before which nobody else had written."""
+        bump_versions(self.params)
+        self._writes += 1
+        if self._counts_singly is None:
+            self._counts_singly = [param._version for param in self.params] == self._expected()
+        if not self._counts_singly:
+            self._take_versions()
+
+    def _expected(self) -> list[int]:
+        return [version + self._writes for version in self._versions]
 
     def adopted(self) -> None:
         """Take the parameters as they are for the engine's own."""
@@ -222,23 +241,21 @@ class Ownership:
 
     def _first_changed(self) -> int | None:
         """Return the first parameter that was replaced, or written and not restored to the engine's bits."""
-        versions = [param._version for param in self.params]
-        addresses = [param.data_ptr() for param in self.params]
+        if self._reader and self._reader.unchanged(self.bound, self.params, self._versions, self._writes):
+            return None
         if (turned := self._first_turned()) is not None:
             return turned
-        if versions == self._versions and addresses == self._addresses:
-            return None
-        looks = zip(versions, self._versions, addresses, self._addresses, strict=True)
-        for i, (version, own, address, expected) in enumerate(looks):
-            if address != expected or (version != own and not self._has_master_bits(i)):
+        versions = [param._version for param in self.params]
+        looks = zip(self.params, versions, self._versions, self._addresses, strict=True)
+        for i, (param, version, own, address) in enumerate(looks):
+            written = version != own + self._writes
+            if param.data_ptr() != address or (written and not self._has_master_bits(i)):
                 return i
-        self._versions = versions
+        self._take_versions()
         return None
 
     def _first_turned(self) -> int | None:
         """Return the first parameter that looks at its memory in another form, as after `p.data = p.data.t()`."""
-        if self._reader is not None and self._reader.all_in_form(self.params):
-            return None
         pairs = zip(self.params, self.weights, strict=True)
         return next((i for i, (param, mine) in enumerate(pairs) if _form(param) != _form(mine)), None)
 
@@ -255,7 +272,7 @@ class Ownership:
         seen = self.core.written(self.bound)
         looks = zip(self.params, self._versions, self._addresses, strict=True)
         for i, (param, version, address) in enumerate(looks):
-            own = param._version == version and param.data_ptr() == address
+            own = param._version == version + self._writes and param.data_ptr() == address
             if (i == seen or not own) and not self._shows_master(i):
                 raise UsageError(_lost(self.names[i]))
 

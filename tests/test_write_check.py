@@ -372,3 +372,28 @@ def test_an_error_inside_master_weights_is_not_hidden_by_what_was_written(team):
     gradients(model, opt, team)
     opt.step()
     opt.close()
+
+
+def test_parameters_that_share_a_counter_of_writes_are_no_false_alarm(world):
+    first = torch.ones(4, requires_grad=True)
+    second = first.detach().requires_grad_()
+    second.data = torch.zeros(4)
+    opt = xc.ExtrapSGD([first, second], lr=0.1, world=world)
+    assert first._version == second._version
+    for _ in range(3):
+        first.grad, second.grad = torch.ones(4), torch.ones(4)
+        opt.step()
+    with torch.no_grad():
+        second.mul_(2)
+    with pytest.raises(xc.UsageError, match=WRITTEN):
+        opt.step()
+    opt.close()
+
+
+def test_a_model_that_ran_before_its_optimizer_was_made_can_go_backward(world):
+    model = net()
+    loss = model(torch.ones(1, 7)).sum()
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    loss.backward()
+    opt.step()
+    opt.close()

@@ -124,17 +124,27 @@ py::list GradientReader::strays(int v, const py::list& tensors) const {
   return strays;
 }
 
-bool GradientReader::all_in_form(const py::list& params) const {
+bool GradientReader::unchanged(int v, const py::list& params, const py::list& versions,
+                               std::int64_t writes) const {
   const auto& layers = engine_->plan().layers;
-  if (params.size() != layers.size()) throw UsageError("a gradient reader takes every parameter");
+  if (params.size() != layers.size() || versions.size() != layers.size())
+    throw UsageError("a gradient reader takes every parameter");
+  const std::byte* const mine = engine_->weights(v).get();
   for (std::size_t i = 0; i < layers.size(); ++i) {
+    const py::handle param = PyList_GET_ITEM(params.ptr(), static_cast<py::ssize_t>(i));
     dlpack::Tensor tensor;
-    if (table_->fill(PyList_GET_ITEM(params.ptr(), static_cast<py::ssize_t>(i)), &tensor) != 0) {
+    if (table_->fill(param.ptr(), &tensor) != 0) {
       PyErr_Clear();
       return false;
     }
     if (!same_type(tensor.dtype, dlpack::type_of(layers[i].spec.dtype)) || !same_layout(tensor, layers[i]))
       return false;
+    const auto* const at = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
+    if (layers[i].count > 0 && at != mine + layers[i].byte_begin) return false;
+    const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), version_.ptr()));
+    if (!version) throw py::error_already_set();
+    PyObject* const known = PyList_GET_ITEM(versions.ptr(), static_cast<py::ssize_t>(i));
+    if (PyLong_AsLongLong(version.ptr()) != PyLong_AsLongLong(known) + writes) return false;
   }
   return true;
 }
@@ -191,8 +201,10 @@ void register_gradients(py::module_& module) {
            "written next); fills a row for each gradient that is not odd.")
       .def("strays", &GradientReader::strays, py::arg("worker"), py::arg("tensors"),
            "Indices of tensors that are not the worker's gradient memory as the parameters see it.")
-      .def("all_in_form", &GradientReader::all_in_form, py::arg("params"),
-           "True if every parameter has its layer's type, shape and strides.");
+      .def("unchanged", &GradientReader::unchanged, py::arg("worker"), py::arg("params"), py::arg("versions"),
+           py::arg("writes"),
+           "True if every parameter has its layer's form, lies where the worker's weights are, and has been "
+           "written so many times since it had these versions.");
 }
 
 }  // namespace xc::bind

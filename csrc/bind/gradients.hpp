@@ -42,9 +42,10 @@ class GradientReader {
   // out.
   py::list strays(int v, const py::list& tensors) const;
 
-  // Returns true if every parameter has its layer's type, shape and strides, wherever it lies. False may also
-  // mean that a tensor cannot be read.
-  bool all_in_form(const py::list& params) const;
+  // Returns true if every parameter has its layer's type, shape and strides, lies where worker v's weights
+  // are, and has had so many writes more than `versions` says. False may also mean that a tensor cannot be
+  // read.
+  bool unchanged(int v, const py::list& params, const py::list& versions, std::int64_t writes) const;
 
  private:
   GradientReader(const Engine& engine, const dlpack::ExchangeTable& table, py::tuple types, py::object is_neg)
@@ -52,7 +53,8 @@ class GradientReader {
         table_(&table),
         types_(std::move(types)),
         is_neg_(std::move(is_neg)),
-        grad_("grad") {}
+        grad_("grad"),
+        version_("_version") {}
 
   struct Memory {
     const std::byte* begin;
@@ -69,6 +71,7 @@ class GradientReader {
   py::tuple types_;
   py::object is_neg_;
   py::str grad_;
+  py::str version_;
 };
 
 }  // namespace xc::bind
