@@ -17,6 +17,7 @@ from .handed_out import HandedOut
 from .hyper import Rule
 from .members import Members
 from .micro_batches import MicroBatches
+from .model_methods import restore_methods
 from .observed import Numbers
 from .order import AttachedModels, Fingerprint, fingerprints
 from .ownership import forget_derived
@@ -60,7 +61,10 @@ class BoundOptimizer(torch.optim.Optimizer):
     _closed: bool
     _showing: str  # the open context that has other weights in the model; empty if none
     _to_adopt: bool
-    _saving: bool  # a state_dict() is being made, and the model has the master weights meanwhile
+    _writing: bool  # master_weights(write=True) is open
+    _saving: bool  # a state_dict() is being made,
+    _shows_for_saving: bool  # and the model has the master weights meanwhile
+    _inside_worker: int  # so many worker() are open
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
@@ -157,9 +161,11 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._require_own_weights()
         self._switch(v)
         self._micro_batches.saw(v)
+        self._inside_worker += 1
         try:
             yield
         finally:
+            self._inside_worker -= 1
             self._leave_for(before)
 
     def _leave_for(self, v: int) -> None:
@@ -231,6 +237,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         """Complain about a call inside a context that has other weights in the model."""
         if self._showing:
             raise UsageError(f"{call} inside {self._showing}(): leave the context first")
+        if self._saving:
+            raise UsageError(f"{call} inside state_dict() of an attached model: call it afterwards")
 
     def _require_saveable(self) -> None:
         """Complain about groups that were edited by hand: on all ranks, if all of them must take part in saving."""
@@ -277,6 +285,9 @@ class BoundOptimizer(torch.optim.Optimizer):
                 without `write`, as that would be lost.
         """
         self._require_open()
+        if self._shows_for_saving and not write:
+            yield
+            return
         self._require_outside("master_weights()")
         if self._to_adopt and write:
             self.adopt()
@@ -286,7 +297,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             return
         self._require_showable(write)
         self._core.show_master(self._binding.bound)
-        self._showing = "master_weights"
+        self._showing, self._writing = "master_weights", write
         self._binding.mark_written()
         forget_derived()
         try:
@@ -302,9 +313,6 @@ class BoundOptimizer(torch.optim.Optimizer):
         try:
             if self._showing:
                 self._binding.ownership.require_master()
-        except UsageError:
-            self._binding.ownership.show_again()
-            raise
         finally:
             self._hide_master()
 
@@ -333,7 +341,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._hide_master()
             raise
         self._core.keep_master(0)
-        self._showing = ""
+        self._showing, self._writing = "", False
 
     @contextmanager
     def _kept_to_adopt(self, context: str) -> Iterator[None]:
@@ -390,30 +398,60 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _hide_master(self) -> None:
         if not self._showing:
             return  # closed meanwhile
-        self._showing = ""
+        self._showing, self._writing = "", False
+        if not self._binding.ownership.is_in_place():
+            self._binding.ownership.show_again()
         self._core.hide_master(self._binding.bound)
         self._binding.mark_written()
         forget_derived()
 
     @contextmanager
-    def _shown_for_saving(self) -> Iterator[None]:
-        """Within the context the model holds the master weights, as it does without a displacement anyway.
+    def _while_saving(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within the context a state_dict of the model is made, with w in the model if that matters to what is saved.
 
         Autograd is not told, because nothing but saving happens meanwhile.
         """
-        displaced = any(self._core.displaced(i) for i in range(len(self._binding.params)))
-        others = self._showing or self._to_adopt or self._saving
-        if others or not displaced or not self._binding.ownership.is_own():
-            yield
-            return
-        self._core.show_master(self._binding.bound)
         self._saving = True
         try:
-            yield
+            if self._showing or self._to_adopt or not self._can_show_for(model):
+                yield
+                return
+            self._core.show_master(self._binding.bound)
+            self._shows_for_saving = True
+            forget_derived()
+            try:
+                yield
+            finally:
+                self._shows_for_saving = False
+                if not self._closed:
+                    self._core.hide_master(self._binding.bound)
+                forget_derived()
         finally:
             self._saving = False
-            if not self._closed:
-                self._core.hide_master(self._binding.bound)
+
+    def _can_show_for(self, model: torch.nn.Module) -> bool:
+        displaced = any(self._core.displaced(i) for i in range(len(self._binding.params)))
+        return displaced and hooks.computes_what_it_saves(model) and self._binding.ownership.is_own()
+
+    def _zero_some(self, which: list[int], set_to_none: bool) -> None:
+        """Zero or drop the gradients of these parameters, which the model's own zero_grad() has just treated so.
+
+        Within `worker()` the others of this rank's workers keep theirs.
+        """
+        if not which:
+            return
+        binding, whole = self._binding, len(which) == len(self._binding.index)
+        binding.require_own_process()
+        if self._inside_worker:
+            if whole:
+                self._micro_batches.forget(binding.bound)
+        elif whole:
+            self.zero_grad(set_to_none)
+        else:
+            binding.gradients.forget_rescaling()
+            left = binding.gradients.clear_some(which, set_to_none)
+            if not left:
+                self.zero_grad(set_to_none)
 
     def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
         """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.
@@ -445,6 +483,8 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._binding.remove_hooks()
         self._micro_batches.unwatch()
         self._closed = True
+        for model in self._attached.living():
+            restore_methods(model)
         with self._binding.kept(held) if self._to_adopt else nullcontext():
             self._core.close()
             ownership.end(held)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from . import _core
+from . import _core, hooks
 from .binding import strided
 from .bound import BoundOptimizer
 from .errors import Error, UsageError, describe
@@ -83,7 +83,7 @@ def layers_of(state_dict: Mapping[str, Any], entries: StateEntries) -> tuple[lis
     layers: list[Layer] = []
     found: Masters = {}
     for i, (index, param) in enumerate(zip(order, entries.params, strict=True)):
-        entry = state.get(index, {})
+        entry = state.get(index) or {}
         if not isinstance(entry, Mapping):
             raise UsageError(f"the state_dict's state of parameter {index} is a {type(entry).__name__}")
         weights = flat_master(trusted.get(index), param)
@@ -347,6 +347,8 @@ class Checkpoints(BoundOptimizer):
     def _saved_master(self, i: int) -> torch.Tensor:
         if i in self._found_masters and self._fits(i, self._found_masters[i]):
             return strided(self._found_masters[i].copy(), self._binding.params[i])
+        if self._to_adopt:  # the next step takes what the model holds
+            return self._binding.params[i].detach().to(self.master(i), copy=True)
         return self.master(i)
 
     @contextmanager
@@ -486,6 +488,9 @@ class Checkpoints(BoundOptimizer):
                 layers, digest = local_layers_of(state_dict, self._core, self._rule, self._binding.params)
             else:
                 layers, found = layers_of(state_dict, self._entries)
+                if self._to_adopt:  # the weights that the model has loaded count
+                    found |= {i: weights for i, (weights, *_) in enumerate(layers) if weights is not None}
+                    layers = [(None, slots, updates) for _, slots, updates in layers]
                 digest = digest_of(layers, list(found.values()))
             extra = state_dict if local else extra_of(state_dict)
             digest ^= self._checked_extra(extra)
@@ -565,6 +570,7 @@ class Checkpoints(BoundOptimizer):
             del self.param_groups[before:]
             raise
         self._replace_core(core, layers, groups)
+        hooks.attach_again(self)
 
     def _replace_core(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         saved = snapshot(self._core, len(self._binding.params))

@@ -82,7 +82,9 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         mine = world if isinstance(world, World) else World()
         self._owns_world = mine is not world
         self.world = mine
-        self._built = self._closed = self._to_adopt = self._saving = False
+        self._built = self._closed = self._to_adopt = self._writing = False
+        self._saving = self._shows_for_saving = False
+        self._inside_worker = 0
         self._showing = ""
         self._warned: set[str] = set()
         self._handed_out = HandedOut()

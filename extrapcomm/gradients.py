@@ -206,20 +206,36 @@ class Gradients:
         for param in self._params:
             param.grad = None
 
-    def forget_some(self, which: Sequence[int]) -> None:
-        """All workers of this rank have none of these parameters."""
+    def clear_some(self, which: Sequence[int], set_to_none: bool) -> bool:
+        """Drop the gradients of these parameters, or make them zeros, with every worker; true if others are left."""
+        if set_to_none:
+            self._forget_some(which)
+        else:
+            self._zero_some(which)
+        self.witnesses.forget_some(which)
+        return self._any_left(set(range(len(self._params))).difference(which))
+
+    def _any_left(self, others: set[int]) -> bool:
+        """Return true if one of these has a gradient that is not all zeros, with any worker."""
+        self.present[self.bound] = [param.grad is not None for param in self._params]
+        for v, places in enumerate(self._places):
+            for i in sorted(others):
+                grad = self._params[i].grad if v == self.bound else self._wide[v].get(i, places[i])
+                if self.present[v, i] and grad is not None and _is_something(grad):
+                    return True
+        return False
+
+    def _forget_some(self, which: Sequence[int]) -> None:
         self.present[:, which] = 0
-        self.witnesses.forget()
         for i in which:
             self._params[i].grad = None
             for wide in self._wide:
                 wide.pop(i, None)
 
     @torch.no_grad()
-    def zero_some(self, which: Sequence[int]) -> None:
-        """Make what gradients there are of these parameters zeros in shared memory, with every worker."""
+    def _zero_some(self, which: Sequence[int]) -> None:
+        """Zeros in shared memory."""
         self.renew()
-        self.witnesses.forget()
         self.present[self.bound, which] = [self._params[i].grad is not None for i in which]
         for i in which:
             for here, places, wide in zip(self.present, self._places, self._wide, strict=True):
@@ -399,6 +415,12 @@ def _is_other(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
     if before is None or now is None or before.shape != now.shape:
         return True
     return bool(((before != now) & (now != 0)).any())
+
+
+def _is_something(grad: torch.Tensor) -> bool:
+    if grad.device.type != "cpu" or grad.layout != torch.strided:
+        return True
+    return bool(grad.detach().any())
 
 
 def _apart_from_graph(grad: torch.Tensor) -> torch.Tensor:

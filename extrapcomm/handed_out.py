@@ -1,6 +1,7 @@
 """Copies of master weights that state_dicts have handed out, and must not be taken for the weights themselves."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class HandedOut:
             self._older.append(self._entries[i])
         self._entries[i] = (weakref.ref(tensor), tensor._version, name)
 
-    def in_dict(self, i: int, state: dict[str, Any]) -> torch.Tensor | None:
+    def in_dict(self, i: int, state: Mapping[str, Any]) -> torch.Tensor | None:
         """The tensor that stands for parameter i in this very dict, under another name; None if there is none."""
         if i not in self._entries:
             return None

@@ -2,23 +2,21 @@
 
 import weakref
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
 
 from .errors import UsageError
 from .model_methods import forward_methods
-from .modes import outside_inference
 from .ownership import bytes_of
+from .saved_copies import saves_itself, take_apart
 from .world import World
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
 
-__all__ = ["attach", "sync_buffers"]
+__all__ = ["attach", "attach_again", "computes_what_it_saves", "sync_buffers"]
 
 
 def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
@@ -28,13 +26,43 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
     """
     if not any(id(param) in optimizer._binding.index for param in model.parameters()):
         raise UsageError("the model holds none of this optimizer's parameters")
-    for module in model.modules():
-        module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
-        module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    _require_no_scripted_parameters(optimizer, model)
+    for module in plain:
+        if not _is_hooked(optimizer, module):
+            module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
+            module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
     forward_methods(optimizer, model)
     optimizer._attached.add(model)
     optimizer._declare_names()
+
+
+def _require_no_scripted_parameters(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    if any(id(param) in optimizer._binding.index for module in scripted for param in module.parameters()):
+        raise UsageError("a scripted module takes no hooks: attach the model before torch.jit.script()")
+
+
+def _is_hooked(optimizer: "BoundOptimizer", module: torch.nn.Module) -> bool:
+    hooks = module._state_dict_hooks.values()
+    return any(isinstance(hook, Saving) and hook.is_of(optimizer) for hook in hooks)
+
+
+def attach_again(optimizer: "BoundOptimizer") -> None:
+    """Hook what has been added to attached models since."""
+    for model in optimizer._attached.living():
+        attach(optimizer, model)
+
+
+def computes_what_it_saves(model: torch.nn.Module) -> bool:
+    """Return true if a part of the model may save something else than its parameters and buffers as they are."""
+    return saves_itself(model, lambda hook: isinstance(hook, Hook) or _is_inert(hook))
+
+
+def _is_inert(hook: Any) -> bool:
+    """What a copy has in the place of a hook."""
+    return isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
 class Hook:
@@ -49,6 +77,10 @@ class Hook:
     def __reduce__(self) -> Any:
         return getattr, (nullcontext(), "__exit__")
 
+    def is_of(self, optimizer: "BoundOptimizer") -> bool:
+        """Return true for this optimizer's hooks."""
+        return self._reference() is optimizer
+
     def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
         """The optimizer, if it is in use and trains a parameter of this very module that no other one has taken."""
         optimizer = self._reference()
@@ -60,43 +92,13 @@ class Hook:
 
 
 class Saving(Hook):
-    """Puts the master weights into a state_dict, unless that holds the Parameters themselves (`keep_vars=True`)."""
+    """Puts copies of the master weights into a state_dict, where the model's own `state_dict()` does not do so."""
 
-    @outside_inference
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """As torch calls it."""
         optimizer = self._reference()
-        if optimizer is None or optimizer._closed or optimizer._showing or optimizer._to_adopt:
-            return
-        index, ownership = optimizer._binding.index, optimizer._binding.ownership
-        # Parameters of submodules, too: some may have been added, or wrapped, since the hooks were installed.
-        for name, param in module.named_parameters(remove_duplicate=False):
-            if id(param) not in index or state.get(key := prefix + name, param) is param:
-                continue
-            if ownership.is_taken(param):
-                continue
-            i, handed_out = index[id(param)], optimizer._handed_out
-            if (tensor := handed_out.in_dict(i, state)) is None:  # not tied to one that is there already
-                tensor = optimizer.master(i).to(param.dtype)
-                handed_out.add(i, tensor, key)
-            state[key] = tensor
-        for key in [key for key in state if key.startswith(prefix)]:
-            state[key] = tree_map_only(torch.Tensor, partial(_apart, optimizer, key), state[key])
-
-
-def _apart(optimizer: "BoundOptimizer", key: str, value: torch.Tensor) -> torch.Tensor:
-    """Another look at a parameter, which a module saves under a name of its own: the same look at a copy of w."""
-    if id(value) in optimizer._binding.index or value.layout != torch.strided:
-        return value
-    i = optimizer._binding.ownership.parameter_at(value.data_ptr())
-    if i is None or optimizer._binding.ownership.is_taken(param := optimizer._binding.params[i]):
-        return value
-    storage = optimizer.master(i).to(param.dtype).untyped_storage()
-    offset = (value.data_ptr() - param.data_ptr()) // value.element_size()
-    look = torch.empty(0, dtype=value.dtype, device="cpu")
-    look.set_(storage, offset, value.shape, value.stride())
-    optimizer._handed_out.add(i, look, key)
-    return look
+        if optimizer is not None and not optimizer._closed and not optimizer._saving:
+            take_apart(optimizer, state, prefix)
 
 
 class BeforeLoading(Hook):

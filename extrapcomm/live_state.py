@@ -26,8 +26,9 @@ class _HandedOut:
     A detached alias shares the version counter. When the user's tensor goes, the alias tells whether it was written.
     """
 
-    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+    def __init__(self, tensor: torch.Tensor, name: str, place: tuple[int, str]) -> None:
         self.name = name
+        self.place: tuple[int, str] | None = place  # whose value it is; None once that may have changed
         self.tensor = weakref.ref(tensor, self._look)
         self._alias: torch.Tensor | None = tensor.detach()
         self._version = tensor._version
@@ -173,7 +174,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_readable()
         tensor = self.read(i, key)
         self._handed_out = [out for out in self._handed_out if out.alive or out.written]
-        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
+        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]", (i, key)))
         return tensor
 
     def read(self, i: int, key: str) -> torch.Tensor:
@@ -192,8 +193,9 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def put(self, i: int, key: str, value: Any) -> None:
         """Stage one value; the others of the parameter stay."""
         self._require_writable()
-        if any(out.tensor() is value and not out.written for out in self._handed_out):
-            return
+        for out in self._handed_out:
+            if value is not None and out.tensor() is value and out.place == (i, key) and not out.written:
+                return  # it is there already
         if key not in self.keys_of(i):
             raise UsageError(f"the rule's state has no {key!r}; it has {', '.join(self.keys_of(i))}")
         if self._is_present_master(i, key, value):
@@ -203,10 +205,10 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._stage(i, others | {key: value})
 
     def drop(self, i: int, key: str) -> None:
-        """Stage zeros for one value."""
+        """Stage one value as if it had never been: torch's rules then begin with the next gradient, or with zeros."""
         if key not in self.keys_of(i):
             raise KeyError(key)
-        self.put(i, key, self._entries().fresh(i, key))
+        self.put(i, key, None if self._entries().begins_by(key) else self._entries().fresh(i, key))
 
     def _is_present_master(self, i: int, key: str, value: Any) -> bool:
         """Returns true for the master weights that are there already; they are not part of the rule's state."""
@@ -237,10 +239,12 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         if "step" in own and not isinstance(own["step"], torch.Tensor):
             own["step"] = torch.tensor(float(own["step"]), dtype=torch.float32, device="cpu")
         self._staged[i] = own
-        values = {id(value) for value in entry.values()}
+        values = {id(value) for value in entry.values() if value is not None}
         for out in self._handed_out:
             if id(out.tensor()) in values:  # as after opt.state[p][key] *= 2
                 out.assigned()
+            if out.place is not None and out.place[0] == i:
+                out.place = None
 
     @property
     def digest(self) -> int:
@@ -270,6 +274,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         """
         written = next((out.name for out in self._handed_out if out.written), None)
         self._handed_out = [out for out in self._handed_out if out.alive and not out.written]
+        for out in self._handed_out:  # the step changes the values
+            out.place = None
         if written is not None:
             raise UsageError(
                 f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value) on every "

@@ -1,5 +1,6 @@
 """Gradient accumulation: how many micro-batches each worker's gradient is the sum of, and how they differ."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from torch.utils.hooks import unserializable_hook
 from .errors import UsageError
 
 __all__ = ["MicroBatches", "MicroSquares"]
+
+# It runs each pass.
+ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", torch.autograd.backward).__code__
 
 
 class MicroBatches:
@@ -26,6 +30,7 @@ class MicroBatches:
         self._seen: set[int] = set()
         self._passes: dict[tuple[int, int], int] = {}  # by worker and parameter, within the present no_sync()
         self._most_passes = 1
+        self._broken = False  # an exception has left a no_sync() after a backward pass
         self._squares: MicroSquares | None = None
         self.open = False
 
@@ -33,8 +38,13 @@ class MicroBatches:
         """All counts start again."""
         self._before_last = [0] * len(self._before_last)
         self._most_passes = 1
+        self._broken = False
         if self._squares is not None:
             self._squares.reset()
+
+    def forget(self, worker: int) -> None:
+        """One worker's count starts again."""
+        self._before_last[worker] = 0
 
     def saw(self, worker: int) -> None:
         """The user bound this worker."""
@@ -42,7 +52,7 @@ class MicroBatches:
 
     def passed(self, worker: int, i: int) -> None:
         """A backward pass has brought a gradient of parameter i, one of those that are watched."""
-        if self.open:
+        if self.open and not ((worker, i) in self._passes and _inside_another_backward()):
             self._passes[worker, i] = self._passes.get((worker, i), 0) + 1
 
     def before_last(self, worker: int) -> int:
@@ -58,6 +68,9 @@ class MicroBatches:
         self.open = True
         try:
             yield
+        except BaseException:
+            self._broken |= bool(self._passes)
+            raise
         finally:
             self.open = False
         for worker in self._seen or {bound}:
@@ -73,8 +86,13 @@ class MicroBatches:
 
         Raises:
             UsageError: if the workers have different numbers, or if the mean is asked for and a no_sync() had several
-                backward passes.
+                backward passes or was left by an exception after one.
         """
+        if self._broken and self._how == "mean":
+            raise UsageError(
+                "an exception left no_sync() after a backward pass, so a part of a micro-batch is in the gradients: "
+                "call opt.zero_grad() and begin anew"
+            )
         if self._most_passes > 1 and self._how == "mean":
             raise UsageError(
                 f"{self._most_passes} backward passes came within one no_sync(), which is one micro-batch of the mean: "
@@ -108,6 +126,15 @@ class MicroBatches:
     def squares(self) -> "MicroSquares | None":
         """What is watched."""
         return self._squares
+
+
+def _inside_another_backward() -> bool:
+    """Return true in a backward pass that another one has begun, as checkpoints that are reentrant do."""
+    frame = sys._getframe(1)
+    passes = 0
+    while (frame := frame.f_back) is not None and passes < 2:  # type: ignore[assignment]
+        passes += frame.f_code is ENGINE
+    return passes > 1
 
 
 class MicroSquares:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import UsageError
+from .saved_copies import take_apart
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
 
-__all__ = ["forward_methods"]
+__all__ = ["forward_methods", "restore_methods"]
 
 
 class Method:
@@ -43,6 +44,14 @@ class Method:
         """Return true if this is the module's own, and not that of one of which it is a shallow copy."""
         return self._module() is module
 
+    def leave(self, module: torch.nn.Module) -> None:
+        """Give the module its own method back, unless an optimizer is still there."""
+        if self._living():
+            return
+        del module.__dict__[self.NAME]
+        if self._replaced is not None:
+            module.__dict__[self.NAME] = self._replaced
+
     def _living(self) -> "list[BoundOptimizer]":
         optimizers = [reference() for reference in self._optimizers]
         return [one for one in optimizers if one is not None and not one._closed]
@@ -71,37 +80,56 @@ class ZeroGrad(Method):
     NAME = "zero_grad"
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Zero or drop the gradients of all parameters of the module, with every worker.
+        """Zero or drop the gradients of all parameters of the module, with every worker; within `worker(v)`, its own.
 
         Args:
             args, kwargs: those of the module's own method, which is called with them. `set_to_none=False` among them,
-                or as the first one, makes zeros of the optimizers' gradients; they are dropped otherwise.
+                or as the first one, makes zeros of the optimizers' gradients; they are dropped otherwise. Gradients
+                that the module's own method leaves alone stay.
         """
-        module = self._attached()
-        for optimizer in self._living():
-            _zero(optimizer, module, bool(kwargs.get("set_to_none", args[0] if args else True)))
+        module, living = self._attached(), self._living()
+        touched = {id(param) for param in module.parameters()}
+        plain = self._replaced is None and type(module).zero_grad is torch.nn.Module.zero_grad
+        there = {} if plain else {id(p): p for p in module.parameters() if _is_there(p)}
         self._own(module)(*args, **kwargs)
+        if not plain:
+            touched = {key for key, param in there.items() if not _is_there(param)}
+        for optimizer in living:
+            index = optimizer._binding.index
+            which = sorted(index[key] for key in touched if key in index)
+            optimizer._zero_some(which, bool(kwargs.get("set_to_none", args[0] if args else True)))
 
 
 class StateDict(Method):
-    """Lets the model hold the master weights meanwhile, for modules that save what they compute from their weights."""
+    """Puts copies of the master weights into the state_dict.
+
+    The model holds the master weights meanwhile if a part of it saves what it computes from its weights.
+    """
 
     NAME = "state_dict"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own method."""
         module = self._attached()
+        keep_vars = bool(kwargs.get("keep_vars", args[2] if len(args) > 2 else False))
+        outermost = [optimizer for optimizer in self._living() if not optimizer._saving]
         with ExitStack() as stack:
-            for optimizer in self._living():
-                stack.enter_context(optimizer._shown_for_saving())
-            return self._own(module)(*args, **kwargs)
+            for optimizer in outermost:
+                stack.enter_context(optimizer._while_saving(module))
+            state = self._own(module)(*args, **kwargs)
+            for optimizer in outermost:
+                take_apart(optimizer, state, keep_vars=keep_vars)
+        return state
 
 
 def forward_methods(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
-    """Let these methods of every module that holds parameters of the optimizer reach it."""
+    """Let these methods of every module that holds parameters of the optimizer reach it.
+
+    Modules that pickle their attributes in a way of their own keep their methods.
+    """
     index = optimizer._binding.index
     for module in model.modules():
-        if not any(id(param) in index for param in module.parameters()):
+        if not any(id(param) in index for param in module.parameters()) or _pickles_itself(module):
             continue
         for kind in (ZeroGrad, StateDict):
             present = module.__dict__.get(kind.NAME)
@@ -110,28 +138,27 @@ def forward_methods(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None
             present.add(optimizer)
 
 
+def restore_methods(model: torch.nn.Module) -> None:
+    """Leave a model whose optimizers are closed with the methods that it had."""
+    for module in model.modules():
+        for kind in (ZeroGrad, StateDict):
+            present = module.__dict__.get(kind.NAME)
+            if isinstance(present, kind) and present.belongs_to(module):
+                present.leave(module)
+
+
+def _pickles_itself(module: torch.nn.Module) -> bool:
+    kind = type(module)
+    own = kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__
+    return own or isinstance(module, torch.jit.ScriptModule)
+
+
 def _replaced(module: torch.nn.Module, present: Any, name: str) -> Any:
     """What the user had put in place of a method; not what copying or unpickling has left there."""
     own = getattr(present, "__func__", None) is getattr(type(module), name)
     return None if own or isinstance(present, Method) else present
 
 
-def _zero(optimizer: "BoundOptimizer", module: torch.nn.Module, set_to_none: bool) -> None:
-    """A module with all parameters of the optimizer stands for it; another one for its own parameters only."""
-    index = optimizer._binding.index
-    which = sorted({index[id(param)] for param in module.parameters() if id(param) in index})
-    if len(which) == len(index):
-        optimizer.zero_grad(set_to_none)
-    elif which:
-        _zero_some(optimizer, which, set_to_none)
-
-
-def _zero_some(optimizer: "BoundOptimizer", which: list[int], set_to_none: bool) -> None:
-    """The same for some parameters; the micro-batches of the others go on counting."""
-    binding = optimizer._binding
-    binding.require_own_process()
-    binding.gradients.forget_rescaling()
-    if set_to_none:
-        binding.gradients.forget_some(which)
-    else:
-        binding.gradients.zero_some(which)
+def _is_there(param: torch.Tensor) -> bool:
+    grad = param.grad
+    return grad is not None and (grad.layout != torch.strided or bool(grad.detach().any()))

@@ -123,6 +123,10 @@ class AttachedModels:
         if all(reference() is not model for reference, _ in self._models):
             self._models.append((weakref.ref(model), _names_in(model)))
 
+    def living(self) -> list[torch.nn.Module]:
+        """The models that are still there."""
+        return [model for reference, _ in self._models if (model := reference()) is not None]
+
     def digest(self, index: Mapping[int, int]) -> int:
         """A digest of the place in the optimizer that every name has, in 64 bits; 0 without a model.
 

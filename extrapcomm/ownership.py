@@ -1,6 +1,7 @@
 """The model's weights in the workers' shared memory: which worker they show, and whether others wrote them."""
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,13 +66,16 @@ class Views:
 
     Attributes:
         tensors: one for each parameter.
-        addresses: where each of them begins, in ascending order.
+        addresses, ends: where each of them lies, in ascending order.
     """
 
     def __init__(self, view: Callable[[int], "_core.View"], count: int) -> None:
         self._view = view
         self.tensors: list[torch.Tensor] = [look_at(view(i), "torch") for i in range(count)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.ends = [
+            begin + tensor.nbytes for begin, tensor in zip(self.addresses, self.tensors, strict=True)
+        ]
 
     def moved(self, i: int) -> bool:
         """Return true if a view's storage no longer lies in the engine's memory."""
@@ -273,6 +277,7 @@ class Ownership:
         looks = zip(self.params, self._versions, self._addresses, strict=True)
         for i, (param, version, address) in enumerate(looks):
             own = param._version == version + self._writes and param.data_ptr() == address
+            own = own and _form(param) == _form(self.weights[i])
             if (i == seen or not own) and not self._shows_master(i):
                 raise UsageError(_lost(self.names[i]))
 
@@ -283,7 +288,7 @@ class Ownership:
                 raise UsageError(_lost(name))
 
     def _shows_master(self, i: int) -> bool:
-        if self.params[i].shape != self.weights[i].shape:
+        if _form(self.params[i]) != _form(self.weights[i]):
             return False
         master = strided(self.core.read(i, 0), self.params[i]).to(self.params[i].dtype)
         return torch.equal(bytes_of(self.params[i]), bytes_of(master))
@@ -301,11 +306,16 @@ class Ownership:
 
     def parameter_at(self, address: int) -> int | None:
         """Return the parameter in whose memory, with the bound worker, this address is."""
-        begins, sizes = self._views[self.bound].addresses, [mine.nbytes for mine in self.weights]
-        if not begins[0] <= address < begins[-1] + sizes[-1]:
-            return None
-        looks = enumerate(zip(begins, sizes, strict=True))
-        return next((i for i, (begin, size) in looks if begin <= address < begin + size), None)
+        views = self._views[self.bound]
+        i = bisect_right(views.addresses, address) - 1
+        return i if i >= 0 and address < views.ends[i] else None
+
+    def is_in_place(self) -> bool:
+        """Return true if every parameter is the bound worker's memory, in the engine's form."""
+        pairs = zip(self.params, self.weights, strict=True)
+        return all(
+            param.data_ptr() == mine.data_ptr() and _form(param) == _form(mine) for param, mine in pairs
+        )
 
     def copies(self) -> list[torch.Tensor]:
         """Return copies of the bound worker's weights."""

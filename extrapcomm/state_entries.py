@@ -98,9 +98,19 @@ class StateEntries:
         """
         self._require_fitting(i, {key for key, value in entry.items() if not is_nothing(value)})
         slots = [flat_master(entry.get(name), self.params[i]) for name in self._slots]
+        there = any(slot is not None for slot in slots)
         if is_nothing(step := entry.get("step")):
-            return None, slots, int(any(slot is not None for slot in slots))
-        return None, slots, step_count(step)
+            return None, slots, int(there)
+        count = step_count(step)
+        return (
+            None,
+            slots,
+            count if there or not self._slots else 0,
+        )  # without a momentum the next step is the first
+
+    def begins_by(self, key: str) -> bool:
+        """Return true for the only slot of a rule whose first step puts the gradient there."""
+        return self._slots == [key]
 
     def _require_fitting(self, i: int, keys: set[str]) -> None:
         """Complain about an entry of another rule, or with something missing; one without any values is a fresh start.

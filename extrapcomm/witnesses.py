@@ -48,6 +48,13 @@ class Witnesses:
         self._vanished: list[set[int]] = [set() for _ in range(workers)]
         self._restart()
 
+    def forget_some(self, which: Sequence[int]) -> None:
+        """The gradients of these parameters were dropped with all workers, by what knows the counts."""
+        for noted, vanished in zip(self._noted, self._vanished, strict=True):
+            for i in which:
+                noted.pop(i, None)
+                vanished.discard(i)
+
     def _restart(self) -> None:
         self._dropped = [False] * len(self._noted)  # its gradients vanished, once or more
         self._stale = [False] * len(self._noted)  # it kept its gradients when another's vanished
