@@ -312,10 +312,9 @@ class Ownership:
 
     def is_in_place(self) -> bool:
         """Return true if every parameter is the bound worker's memory, in the engine's form."""
-        pairs = zip(self.params, self.weights, strict=True)
-        return all(
-            param.data_ptr() == mine.data_ptr() and _form(param) == _form(mine) for param, mine in pairs
-        )
+        views = self._views[self.bound]
+        looks = zip(self.params, views.tensors, views.addresses, strict=True)
+        return all(param.data_ptr() == at and _form(param) == _form(mine) for param, mine, at in looks)
 
     def copies(self) -> list[torch.Tensor]:
         """Return copies of the bound worker's weights."""

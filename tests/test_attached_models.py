@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -629,4 +630,294 @@ def test_cached_parametrizations_are_computed_anew_for_each_worker(worlds):
         with opt.master_weights():
             assert torch.equal(model.weight, 2 * opt.master(0))
         assert torch.equal(model.weight, seen[0])
+    opt.close()
+
+
+# -- What a state_dict has is the module's own ----------------------------------------------------------------------
+
+
+class Doubled(torch.nn.Linear):
+    """Saves another value under its parameter's own name."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = 2 * destination[prefix + "weight"]
+        destination[prefix + "kernel"] = self.weight
+
+
+class Box:
+    """Holds something."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Boxes(dict):
+    """Torch does not know this one."""
+
+
+class Opaque(torch.nn.Linear):
+    """Has its weights in containers that torch does not look into."""
+
+    def get_extra_state(self):
+        weight = self.weight.detach()
+        return {
+            "array": weight.numpy(),
+            "mapping": Boxes(weight=weight),
+            "box": Box(weight),
+            "param": self.weight,
+        }
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_modules_own_values_stay(team):
+    opt, model = attached(team, model=in_a_model(Doubled))
+    for state, key in (
+        (model.state_dict(), "1.1."),
+        (model[1].state_dict(), "1."),
+        (model[1][1].state_dict(), ""),
+    ):
+        assert torch.equal(state[key + "weight"], 2 * opt.master(2))
+        assert torch.equal(state[key + "kernel"], opt.master(2))
+    opt.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hooks_own_values_stay(team, when):
+    def to_half(module, state, prefix, _):
+        state[prefix + "weight"] = state[prefix + "weight"].half()
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    if when == "before":
+        model[0].register_state_dict_post_hook(to_half)
+    opt, model = attached(team, model=model)
+    if when == "after":
+        model[0].register_state_dict_post_hook(to_half)
+    assert torch.equal(model.state_dict()["0.weight"], opt.master(0).half())
+    opt.close()
+
+
+def test_what_torch_cannot_look_into_is_of_the_master_weights(team):
+    opt, model = attached(team, model=in_a_model(Opaque))
+    extra = model.state_dict()["1.1._extra_state"]
+    weight = opt.master(2)
+    assert torch.equal(torch.from_numpy(extra["array"]), weight)
+    assert torch.equal(extra["mapping"]["weight"], weight)
+    assert torch.equal(extra["box"].value, weight)
+    assert torch.equal(extra["param"], weight)
+    opt.close()
+
+
+def test_a_state_dict_of_master_weights_is_a_copy(team):
+    opt, model = attached(team)
+    with opt.master_weights():
+        state = model.state_dict()
+    assert torch.equal(state["encoder.bias"], opt.master(1))
+    opt.close()
+
+
+def test_a_module_that_shows_the_master_weights_itself_may_be_attached(team):
+    class Showing(torch.nn.Linear):
+        def state_dict(self, *args, **kwargs):
+            with self.__dict__["optimizer"]().master_weights():
+                return super().state_dict(*args, **kwargs)
+
+    model = Showing(4, 4)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=team)
+    model.__dict__["optimizer"] = weakref.ref(opt)
+    opt.attach(model)
+    backward(opt, model)
+    opt.step()
+    before = model.weight.detach().clone()
+    assert torch.equal(model.state_dict()["weight"], opt.master(0))
+    assert torch.equal(model.weight, before)
+    backward(opt, model)
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("call", ["step", "adopt"])
+def test_a_step_while_a_state_dict_is_made_is_refused(world, call):
+    opt, model = attached(world, model=torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    model.register_state_dict_post_hook(lambda *_: getattr(opt, call)())
+    with pytest.raises(xc.UsageError, match=r"inside state_dict\(\)"):
+        model.state_dict()
+    opt.close()
+
+
+def test_plain_models_are_saved_without_touching_the_weights(world):
+    """Another thread may train meanwhile."""
+    opt, model = attached(world, model=torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)))
+    seen = []
+    before = [p.detach().clone() for p in model.parameters()]
+    real = type(opt)._can_show_for
+
+    def watch(self, module):
+        seen.append(real(self, module))
+        return seen[-1]
+
+    type(opt)._can_show_for = watch
+    try:
+        model.state_dict()
+    finally:
+        type(opt)._can_show_for = real
+    assert seen == [False]
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    opt.close()
+
+
+def test_cached_weights_are_not_those_of_saving(team):
+    class Extra2(torch.nn.Linear):
+        def get_extra_state(self):
+            return self.weight.detach().clone()
+
+        def set_extra_state(self, state):
+            pass
+
+    parametrize = torch.nn.utils.parametrize
+    model = Extra2(4, 1, bias=False)
+    parametrize.register_parametrization(model, "weight", Scaled())
+    opt, model = attached(team, model=model)
+    with parametrize.cached():
+        shown = model.weight.detach().clone()
+        assert torch.equal(model.state_dict()["_extra_state"], 2 * opt.master(0))
+        assert torch.equal(model.weight, shown)
+    opt.close()
+
+
+def test_a_module_that_was_added_after_attach_saves_the_master_weights(world):
+    opt, model = attached(world)
+    model.more = torch.nn.Linear(4, 4)
+    opt.add_param_group({"params": model.more.parameters()})
+    for v in range(world.workers):
+        with opt.worker(v):
+            model.more(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    assert torch.equal(model.more.state_dict()["bias"], opt.master(len(opt.state) - 1))
+    opt.close()
+
+
+def test_saving_many_small_parameters_takes_no_square_of_their_number(world):
+    def block(depth):
+        inner = [torch.nn.Linear(1, 1) for _ in range(3)] + (
+            [block(depth - 1) for _ in range(2)] if depth else []
+        )
+        return torch.nn.Sequential(*inner)
+
+    model = block(7)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    opt.step()
+    start = time.perf_counter()
+    state = model.state_dict()
+    assert len(state) == 1530
+    assert time.perf_counter() - start < 1.0  # 0.05 s alone; a square took 2 s and more
+    opt.close()
+
+
+# -- zero_grad() of parts, in worker(), and of the user's own ------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_zeroing_all_parts_one_by_one_starts_the_count_again(worlds, set_to_none, workers):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+    opt = xc.SGD([*first.parameters(), *second.parameters()], lr=1.0, world=worlds(workers))
+    opt.attach(first)
+    opt.attach(second)
+
+    def run():
+        for v in range(workers):
+            with opt.worker(v):
+                second(first(torch.ones(1, 3))).sum().backward()
+
+    with opt.no_sync():
+        run()
+    first.zero_grad(set_to_none)
+    second.zero_grad(set_to_none)
+    before = opt.master(3)
+    run()
+    grad = second.bias.grad.clone()
+    opt.step()
+    torch.testing.assert_close(before - opt.master(3), grad)
+    opt.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_within_worker_keeps_the_other_workers_gradients(worlds, set_to_none):
+    results = []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(2))
+        if attach:
+            opt.attach(model)
+        for _ in range(2):
+            for v in range(2):
+                with opt.worker(v):
+                    model.zero_grad(set_to_none)
+                    model(torch.full((2, 3), 1.0 + v)).square().mean().backward()
+            opt.step()
+        results.append(opt.master(0))
+        opt.close()
+    assert torch.equal(*results)
+
+
+class LooksFirst(torch.nn.Linear):
+    """Its `zero_grad` looks at the gradients, and keeps that of the bias."""
+
+    def zero_grad(self, set_to_none=True):
+        self.norm = self.weight.grad.norm()
+        self.weight.grad = None
+
+
+def test_a_zero_grad_of_the_users_own_decides_what_goes(worlds):
+    model = LooksFirst(3, 2)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(2))
+    opt.attach(model)
+    for v in range(2):
+        with opt.worker(v):
+            model(torch.ones(1, 3)).sum().backward()
+    model.zero_grad()
+    assert model.norm > 0
+    for v in range(2):
+        with opt.worker(v):
+            assert model.weight.grad is None and model.bias.grad is not None
+    opt.close()
+
+
+# -- Modules that pickle themselves, or take no hooks ---------------------------------------------------------------
+
+
+def test_traced_graphs_are_pickled_and_copied(world):
+    model = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    opt, model = attached(world, model=model)
+    weight = opt.master(0)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        other.zero_grad()
+        assert sorted(other.state_dict()) == ["0.bias", "0.weight"]
+    assert torch.equal(model.state_dict()["0.weight"], weight)
+    opt.close()
+
+
+def test_a_closed_optimizer_leaves_no_methods_in_the_model(world):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model.zero_grad = noted
+    opt, model = attached(world, model=model)
+    opt.close()
+    assert model.zero_grad is noted and "state_dict" not in model.__dict__
+    assert "zero_grad" not in model[0].__dict__
+
+
+def test_scripted_modules_are_refused_before_anything_is_hooked(world):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.jit.script(torch.nn.Linear(4, 4)))
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    with pytest.raises(xc.UsageError, match="scripted"):
+        opt.attach(model)
+    assert not model._state_dict_hooks and not model[0]._state_dict_hooks
     opt.close()

@@ -1,6 +1,7 @@
 """Gradients that only the bound worker lost, as by model.zero_grad(), are noticed, and legal loops run."""
 
 import contextlib
+import importlib
 
 import pytest
 from conftest import COMM
@@ -365,3 +366,38 @@ def test_only_gradients_that_were_scaled_draw_a_warning(worlds, caplog, change):
     opt.step()
     assert ("changed between backward() and step()" in caplog.text) is warns
     opt.close()
+
+
+def test_checkpoints_that_run_backward_inside_backward_are_one_pass(worlds):
+    checkpoint = importlib.import_module("torch.utils.checkpoint")
+    layer = torch.nn.Linear(3, 3)
+    opt = xc.SGD(layer.parameters(), lr=0.1, world=worlds(1))
+    x = torch.ones(2, 3, requires_grad=True)
+
+    def run():
+        h = x
+        for _ in range(3):
+            h = checkpoint.checkpoint(layer, h, use_reentrant=True)
+        h.square().sum().backward()
+
+    with opt.no_sync():
+        run()
+    run()
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_exception_in_no_sync_matters_after_a_backward_only(worlds, when):
+    model, opt = started(worlds, 1)
+    opt.zero_grad()
+    with contextlib.suppress(ZeroDivisionError), opt.no_sync():
+        if when == "after":
+            backward(model, 1)
+        raise ZeroDivisionError
+    backward(model, 2)
+    if when == "after":
+        assert_refused_until_zero_grad(model, opt, 1, "an exception left no_sync")
+    else:
+        opt.step()
+        opt.close()

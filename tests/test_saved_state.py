@@ -1,5 +1,6 @@
 """State that leaves for torch.optim and comes back: no training is lost, whatever took the steps in between."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -670,3 +671,142 @@ def test_one_parameters_state_is_cleared_and_keys_stay(adam):
     train(model, opt, world, steps=1)
     with opt.collected_state():
         assert opt.state[param]["step"] == 1
+
+
+# -- Assignments that look like nothing happened --------------------------------------------------------------------
+
+
+def trained_pair(optimizer, world, **options):
+    """A model and its optimizer after two steps, and what takes another step; torch's and ours are given the same."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    options |= {} if optimizer.__module__.startswith("torch") else {"world": world}
+    opt = optimizer(model.parameters(), lr=0.1, **options)
+
+    def step():
+        opt.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        opt.step()
+
+    step()
+    step()
+    return model, opt, step
+
+
+def read_and_reset(opt, a, b, step):
+    opt.state[a]["momentum_buffer"].norm()
+    for p in (a, b):
+        opt.state[p]["momentum_buffer"] = None
+
+
+def delete(opt, a, b, step):
+    del opt.state[a]["momentum_buffer"]
+
+
+def copy_from_another(opt, a, b, step):
+    opt.state[a]["momentum_buffer"] = opt.state[b]["momentum_buffer"].clone().add_(0)
+
+
+def given_as_it_is(opt, a, b, step):
+    value = opt.state[b]["momentum_buffer"]
+    opt.state[a]["momentum_buffer"] = value if hasattr(opt, "world") else value.clone()
+
+
+def roll_back(opt, a, b, step):
+    value = opt.state[a]["momentum_buffer"]
+    value = value if hasattr(opt, "world") else value.clone()
+    step()
+    opt.state[a]["momentum_buffer"] = value
+
+
+def update(opt, a, b, step):
+    value = opt.state[a]["momentum_buffer"]
+    value = value if hasattr(opt, "world") else value.clone()
+    step()
+    opt.state[a].update({"momentum_buffer": value})
+
+
+def there_and_back(opt, a, b, step):
+    value = opt.state[a]["momentum_buffer"]
+    kept = value if hasattr(opt, "world") else value.clone()
+    opt.state[a]["momentum_buffer"] = torch.zeros(3, 3)
+    opt.state[a]["momentum_buffer"] = kept
+
+
+EDITS = (read_and_reset, delete, copy_from_another, given_as_it_is, roll_back, update, there_and_back)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+@pytest.mark.parametrize("edit", EDITS)
+def test_edits_of_the_momentum_are_torchs(world, edit, dampening):
+    if len(world.teams) > 1:
+        pytest.skip("the state of several hosts is read in collected_state()")
+    results = []
+    for optimizer in (torch.optim.SGD, xc.SGD):
+        model, opt, step = trained_pair(optimizer, world, momentum=0.9, dampening=dampening)
+        edit(opt, model[0].weight, model[1].weight, step)
+        step()
+        step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loaded_state_without_a_buffer_begins_with_the_next_gradient(world):
+    results = []
+    for optimizer in (torch.optim.SGD, xc.SGD):
+        model, opt, step = trained_pair(optimizer, world, momentum=0.9, dampening=0.5)
+        with opt.collected_state() if hasattr(opt, "world") else contextlib.nullcontext():
+            saved = opt.state_dict()
+        for entry in saved["state"].values():
+            entry["momentum_buffer"] = None
+        opt.load_state_dict(saved)
+        step()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# -- Weights that were loaded and not adopted yet -------------------------------------------------------------------
+
+
+def halves(model):
+    return {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+
+
+def test_a_checkpoint_between_loading_and_the_next_step_has_what_was_loaded(world, dtype):
+    model = net(dtype=dtype)
+    opt = make("ours", RULES["SGD"], model, world)
+    train(model, opt, world)
+    model.load_state_dict(halves(model))
+    with opt.collected_state():
+        saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    train(model, opt, world, steps=1)
+    assert all((value == 0.5).all() for value in saved[0].values())  # copies
+    fresh = net(dtype=dtype)
+    other = make("ours", RULES["SGD"], fresh, world)
+    fresh.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    still(other, fresh, world)
+    for i in range(len(list(fresh.parameters()))):
+        with other.master_weights():
+            assert (list(fresh.parameters())[i] == 0.5).all()
+    opt.close()
+    other.close()
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_the_models_loaded_weights_count_beside_an_older_state(world, caplog, model_first):
+    model = net()
+    opt = make("ours", RULES["SGD"], model, world)
+    train(model, opt, world)
+    with opt.collected_state():
+        older = copy.deepcopy(opt.state_dict())
+    train(model, opt, world)
+    loads = [lambda: model.load_state_dict(halves(model)), lambda: opt.load_state_dict(older)]
+    for load in loads if model_first else reversed(loads):
+        load()
+    still(opt, model, world)
+    assert all((p == 0.5).all() for p in model.parameters())
+    assert ("are not those of the model" in caplog.text) is model_first
+    opt.close()

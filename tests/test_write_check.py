@@ -1,5 +1,7 @@
 """Writes through .data, for which torch counts no version, are mostly noticed; the optimizer's own never are."""
 
+import contextlib
+
 import pytest
 from conftest import DEVICE
 
@@ -395,5 +397,42 @@ def test_a_model_that_ran_before_its_optimizer_was_made_can_go_backward(world):
     loss = model(torch.ones(1, 7)).sum()
     opt = xc.SGD(model.parameters(), lr=0.1, world=world)
     loss.backward()
+    opt.step()
+    opt.close()
+
+
+def as_float64_and_back(model):
+    model.double()
+    model.float()
+
+
+MOVED = {
+    "half": (lambda model: model.half(), True),
+    "double": (lambda model: model.double(), True),
+    "double and back": (as_float64_and_back, False),
+    "clone": (lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()), False),
+    "shared": (lambda model: model.share_memory(), False),
+    "transposed": (lambda model: setattr(model[1].weight, "data", model[1].weight.data.t()), True),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "and an exception"])
+@pytest.mark.parametrize("how", MOVED)
+def test_parameters_that_were_moved_inside_master_weights_are_put_back(team, how, fails):
+    move, refused = MOVED[how]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 5))
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=team)
+    gradients(model, opt, team)
+    opt.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    expected = pytest.raises(ZeroDivisionError if fails else xc.UsageError)
+    with expected if fails or refused else contextlib.nullcontext(), opt.master_weights():
+        move(model)
+        if fails:
+            raise ZeroDivisionError
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert p.dtype == was.dtype and p.stride() == was.stride() and torch.equal(p, was)
+    gradients(model, opt, team)
     opt.step()
     opt.close()
