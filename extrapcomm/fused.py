@@ -21,6 +21,7 @@ from .micro_batches import MicroBatches
 from .observed import ObservedCore
 from .order import AttachedModels, Fingerprint, require_same_order
 from .replay import Captured
+from .step_hooks import hooked_as_torchs
 from .switches import refuse_switches
 from .world import World, log
 
@@ -143,7 +144,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
+    @hooked_as_torchs
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Collective: the mean of all workers' gradients, the update, and every worker's next weights.
 

@@ -1,0 +1,51 @@
+"""torch's hooks around `optimizer.step()`, at no cost where there are none."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.optim import optimizer as torchs
+
+__all__ = ["hooked_as_torchs"]
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+_profiler_runs: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+
+# torch has no public list of the hooks for all optimizers; without these names it runs them by itself.
+_FOR_ALL = [getattr(torchs, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
+
+
+def hooked_as_torchs(step: Step) -> Step:
+    """A step without gradients that runs torch's hooks, and that its profiler sees.
+
+    torch wraps the step of every optimizer in hooks and in a profiler's label, and that takes a good part of a
+    small step's time. Here it happens only if a hook is registered or a profiler runs.
+    """
+
+    @functools.wraps(step)
+    def without_gradients(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            torch.set_grad_enabled(before)
+
+    torchs_way = torch.optim.Optimizer.profile_hook_step(without_gradients)
+
+    @functools.wraps(step)
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = type(self).step is hooked  # torch has wrapped that of a subclass by itself
+        if own and (_is_watched(self) or _profiler_runs()):
+            return torchs_way(self, *args, **kwargs)
+        return without_gradients(self, *args, **kwargs)
+
+    hooked.hooked = not any(hooks is None for hooks in _FOR_ALL)  # type: ignore[attr-defined]
+    return cast(Step, hooked)
+
+
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_FOR_ALL)
+    return any(hooks)

@@ -1,0 +1,99 @@
+"""torch's hooks around a step and its profiler see a step here as one of torch's own."""
+
+import importlib
+
+import pytest
+
+import extrapcomm as xc
+
+torch = pytest.importorskip("torch")
+
+
+class Subclass(xc.SGD):
+    """A user's own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+KINDS = {"SGD": xc.SGD, "a subclass": Subclass}
+
+
+def made(world, kind="SGD"):
+    param = torch.nn.Parameter(torch.ones(4))
+    return param, KINDS[kind]([param], lr=0.1, world=world)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("everywhere", [False, True], ids=["its own", "for all optimizers"])
+def test_hooks_run_once_around_a_step(world, kind, everywhere):
+    seen = []
+    made(world)[1].close()  # torch wraps a class when its first optimizer is made
+    param, opt = made(world, kind)
+    if everywhere:
+        module = importlib.import_module("torch.optim.optimizer")
+        handles = [
+            module.register_optimizer_step_pre_hook(lambda *_: seen.append("before")),
+            module.register_optimizer_step_post_hook(lambda *_: seen.append("after")),
+        ]
+    else:
+        handles = [
+            opt.register_step_pre_hook(lambda *_: seen.append("before")),
+            opt.register_step_post_hook(lambda *_: seen.append("after")),
+        ]
+    param.grad = torch.ones(4)
+    opt.step()
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    opt.step()
+    assert seen == ["before", "after"]
+    opt.close()
+
+
+def test_a_hook_changes_the_arguments(world):
+    param, opt = made(world)
+    opt.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: 3.0), {}))
+    param.grad = torch.ones(4)
+    assert opt.step() == 3.0
+    opt.close()
+
+
+def test_the_profiler_names_the_step(world):
+    param, opt = made(world)
+    param.grad = torch.ones(4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert any(event.key == "Optimizer.step#SGD.step" for event in profile.key_averages())
+    opt.close()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_as_enabled_as_before(world, enabled):
+    param, opt = made(world)
+    modes = []
+
+    def closure():
+        modes.append(torch.is_grad_enabled())
+        param.grad = torch.ones(4)
+        return torch.tensor(2.0)
+
+    with torch.set_grad_enabled(enabled):
+        assert opt.step(closure) == 2.0
+        assert torch.is_grad_enabled() is enabled
+        opt.param_groups[0]["lr"] = -1.0
+        with pytest.raises(xc.UsageError):
+            opt.step()
+        assert torch.is_grad_enabled() is enabled
+    assert modes == [True]
+    opt.close()
+
+
+def test_schedulers_see_the_step(world, recwarn):
+    param, opt = made(world)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    param.grad = torch.ones(4)
+    opt.step()
+    scheduler.step()
+    assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+    opt.close()
