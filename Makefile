@@ -162,9 +162,11 @@ $(BUILT): $(VENV)/.mpi-$(or $(MPI),any) $(BUILD_FILES)
 	$(PIP) --no-build-isolation --editable '.[torch,demo,test]'
 	@touch $@
 
-# Trainers of other libraries that extrapcomm.integrations adapts: 230 MB, and none of them brings another torch.
+# Trainers of other libraries that extrapcomm.integrations adapts: 230 MB, and none of them brings another torch. And numba,
+# which one of the benchmarks' rivals needs and is skipped without.
 $(VENV)/.trainers: constraints.txt | $(BUILT)
 	$(PIP) accelerate lightning transformers
+	$(PIP) numba || echo "numba could not be installed"
 	@touch $@
 
 $(VENV)/.linters: $(VENV)/.tools
