@@ -80,7 +80,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._built = True
         self._table = None
         self._rule.table(self.param_groups, self.world.K)
-        self._rule.took()
+        self._rule.took(stepped=False)
         self._captured = None
         self._settled = [
             (self._rule.flag_bits(group), self._rule.has_buffer(group)) for group in self.param_groups
@@ -285,7 +285,7 @@ class BoundOptimizer(torch.optim.Optimizer):
                 without `write`, as that would be lost.
         """
         self._require_open()
-        if self._shows_for_saving and not write:
+        if self._saving and not write and self._holds_what_is_saved:
             yield
             return
         self._require_outside("master_weights()")
@@ -429,9 +429,17 @@ class BoundOptimizer(torch.optim.Optimizer):
         finally:
             self._saving = False
 
+    @property
+    def _is_displaced(self) -> bool:
+        return any(self._core.displaced(i) for i in range(len(self._binding.params)))
+
+    @property
+    def _holds_what_is_saved(self) -> bool:
+        """True if the model holds w, or the weights that the next step adopts."""
+        return self._shows_for_saving or self._to_adopt or not self._is_displaced
+
     def _can_show_for(self, model: torch.nn.Module) -> bool:
-        displaced = any(self._core.displaced(i) for i in range(len(self._binding.params)))
-        return displaced and hooks.computes_what_it_saves(model) and self._binding.ownership.is_own()
+        return self._is_displaced and hooks.computes_what_it_saves(model) and self._binding.ownership.is_own()
 
     def _zero_some(self, which: list[int], set_to_none: bool) -> None:
         """Zero or drop the gradients of these parameters, which the model's own zero_grad() has just treated so.
@@ -449,9 +457,9 @@ class BoundOptimizer(torch.optim.Optimizer):
             self.zero_grad(set_to_none)
         else:
             binding.gradients.forget_rescaling()
-            left = binding.gradients.clear_some(which, set_to_none)
-            if not left:
-                self.zero_grad(set_to_none)
+            if not binding.gradients.clear_some(which, set_to_none):  # others have none, or zeros
+                self._micro_batches.reset()
+                binding.gradients.witnesses.forget()
 
     def sync_buffers(self, model: torch.nn.Module, how: str = "broadcast") -> None:
         """Collective: make the model's buffers (BatchNorm's running statistics) alike on all ranks.

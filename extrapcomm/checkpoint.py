@@ -233,11 +233,12 @@ class Checkpoints(BoundOptimizer):
         assert self._live is not None
         try:
             self._live.require_unwritten()
+            self._handed_out.require_unwritten()
         except UsageError as error:
             self._core.complain(describe(error))
             raise
         if self._to_adopt:
-            self.adopt()
+            self._adopt_loaded()
         if digest := self._live.digest:
             self._load_some(self._live.layers(), digest)
             self._live.forget()
@@ -245,6 +246,20 @@ class Checkpoints(BoundOptimizer):
             self._resolve_masters()
         if self._loaded_extra:
             self._core.declare(_core.Declared.assigned_state, self._loaded_extra)
+
+    def _adopt_loaded(self) -> None:
+        """Collective: adopt what the model has loaded, and keep master weights that round to it."""
+        short = [i for i, param in enumerate(self._binding.params) if has_own_master(param)]
+        before: Masters = {}
+        if short:
+            with self.collected_state():
+                before = {i: self._core.read(i, 0) for i in short if i not in self._found_masters}
+        self.adopt()
+        layers: dict[int, Layer] = {
+            i: (master, *KEPT_STATE) for i, master in before.items() if self._fits(i, master)
+        }
+        if layers:
+            self._load_some(layers, digest_of(list(layers.values())))
 
     def _forget_loaded_extra(self) -> None:
         """The step happened, so all ranks had loaded the same."""
@@ -347,9 +362,12 @@ class Checkpoints(BoundOptimizer):
     def _saved_master(self, i: int) -> torch.Tensor:
         if i in self._found_masters and self._fits(i, self._found_masters[i]):
             return strided(self._found_masters[i].copy(), self._binding.params[i])
-        if self._to_adopt:  # the next step takes what the model holds
-            return self._binding.params[i].detach().to(self.master(i), copy=True)
-        return self.master(i)
+        master = self.master(i)
+        if self._to_adopt and not self._fits(i, master.as_strided((master.numel(),), (1,)).numpy()):
+            return (
+                self._binding.params[i].detach().to(master, copy=True)
+            )  # the next step takes what the model holds
+        return master
 
     @contextmanager
     def collected_state(self, only_rank: int | None = None) -> Iterator[None]:

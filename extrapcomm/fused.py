@@ -394,9 +394,18 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
             >>> opt.close()
         """
         self._require_open()
-        with self._micro_batches.one_more(self._binding.bound):
-            yield
-            self._binding.gradients.end_micro_batch()
+        gradients, bound = self._binding.gradients, self._binding.bound
+        before = gradients.marks()
+        with self._micro_batches.one_more(bound):
+            try:
+                yield
+            except BaseException:
+                if self._micro_batches.passes_seen or (
+                    not self._micro_batches.switched and gradients.marks() != before
+                ):
+                    self._micro_batches.break_off(bound)
+                raise
+            gradients.end_micro_batch()
 
     @property
     def overlapped_part(self) -> float:

@@ -16,7 +16,7 @@ from .micro_batches import MicroBatches
 from .odd_gradients import held_alone, is_held, is_plain_class, looks_at, reader_for, require_usable
 from .overlap import Watch
 from .ownership import Views
-from .witnesses import Witnesses
+from .witnesses import Witnesses, version_of
 
 __all__ = ["MANNERS", "Gradients"]
 
@@ -360,6 +360,11 @@ class Gradients:
         self.witnesses.step_taken()
         if self._watch_all is not None:
             self._watch_all.forget()
+
+    def marks(self) -> list[tuple[int, int]]:
+        """What tells whether a backward pass has added to the bound worker's gradients since."""
+        grads = [param.grad for param in self._params]
+        return [(0, 0) if grad is None else (id(grad), version_of(grad)) for grad in grads]
 
     def end_micro_batch(self) -> None:
         """A micro-batch of the bound worker has come, and others follow."""

@@ -10,8 +10,8 @@ import torch
 from .errors import UsageError
 from .model_methods import forward_methods
 from .ownership import bytes_of
-from .saved_copies import saves_itself, take_apart
-from .world import World
+from .saved_copies import has_own_way, saves_itself, take_apart
+from .world import World, log
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
@@ -51,18 +51,23 @@ def _is_hooked(optimizer: "BoundOptimizer", module: torch.nn.Module) -> bool:
 
 def attach_again(optimizer: "BoundOptimizer") -> None:
     """Hook what has been added to attached models since."""
+    index = optimizer._binding.index
     for model in optimizer._attached.living():
-        attach(optimizer, model)
+        if any(id(param) in index for param in model.parameters()):
+            try:
+                attach(optimizer, model)
+            except UsageError as error:  # the group is there already
+                log.warning("%s", error)
 
 
 def computes_what_it_saves(model: torch.nn.Module) -> bool:
     """Return true if a part of the model may save something else than its parameters and buffers as they are."""
-    return saves_itself(model, lambda hook: isinstance(hook, Hook) or _is_inert(hook))
+    return saves_itself(model, _is_ours)
 
 
-def _is_inert(hook: Any) -> bool:
-    """What a copy has in the place of a hook."""
-    return isinstance(getattr(hook, "__self__", None), nullcontext)
+def _is_ours(hook: Any) -> bool:
+    """Return true for a hook of this library, and for what a copy has in its place."""
+    return isinstance(hook, Hook) or isinstance(getattr(hook, "__self__", None), nullcontext)
 
 
 class Hook:
@@ -97,8 +102,15 @@ class Saving(Hook):
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """As torch calls it."""
         optimizer = self._reference()
-        if optimizer is not None and not optimizer._closed and not optimizer._saving:
-            take_apart(optimizer, state, prefix)
+        if optimizer is None or optimizer._closed:
+            return
+        shown = optimizer._saving or optimizer._showing or optimizer._holds_what_is_saved
+        if not shown and has_own_way(module, _is_ours):
+            raise UsageError(
+                f"{type(module).__name__} saves what it computes from its weights, and these are displaced: make the "
+                "state_dict inside opt.master_weights()"
+            )
+        take_apart(optimizer, state, prefix, whole=False)
 
 
 class BeforeLoading(Hook):

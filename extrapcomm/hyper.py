@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,8 @@ class Rule:
         # For each group, the values that its numbers came from, where those cannot have changed unseen.
         self._origins: list[tuple[Any, ...] | None] = []
         self._values_of = itemgetter(*self.presets(), "inner_lr")
+        self._momentum = list(self.parameters).index("momentum") if "momentum" in self.parameters else -1
+        self._had_momentum: list[bool] = []  # for each group, whether a step has had any
         self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
@@ -151,12 +153,20 @@ class Rule:
             _checked(name, _settled(_finite(name, _value(group, name)), size))
             for name, size in zip(self.parameters, sizes, strict=True)
         ]
-        self._check_momentum(group)
+        self._check_momentum(group, place)
         inner = self._inner_rate(_value(group, "inner_lr"), numbers[0], workers, inner_size)
         return [*numbers, inner]
 
-    def took(self) -> None:
-        """The numbers of the last table are in force: later ones are compared with them."""
+    def took(self, stepped: bool = True) -> None:
+        """The numbers of the last table are in force, by a step or before the first; they scale later ones."""
+        if (
+            stepped
+            and "momentum" in self.parameters
+            and not (self._had_momentum and self._latest is self._taken)
+        ):
+            had = [row[self._momentum] > 0 for row in self._latest]
+            before = self._had_momentum + [False] * len(had)
+            self._had_momentum = [now or then for now, then in zip(had, before, strict=False)]
         if self._latest == self._taken:
             return
         self._taken = self._latest
@@ -172,9 +182,15 @@ class Rule:
     def _largest_of(self, place: int) -> list[float]:
         return self._largest[place] if place < len(self._largest) else [0.0] * (len(self.parameters) + 1)
 
-    def _check_momentum(self, group: Mapping[str, Any]) -> None:
+    def _check_momentum(self, group: Mapping[str, Any], place: int) -> None:
         if "momentum" not in self.parameters:
             return
+        begins = place < len(self._had_momentum) and not self._had_momentum[place] and group["momentum"] > 0
+        if begins and group.get("dampening"):
+            raise UsageError(
+                "the momentum was 0 until now, and torch.optim.SGD takes the first gradient of a momentum undamped, "
+                "which cannot be done later: give the momentum from the first step on, or no dampening"
+            )
         if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
             raise UsageError("Nesterov momentum requires a momentum and zero dampening")
         if self.projects and group["momentum"] >= 1:
@@ -223,7 +239,7 @@ class Rule:
             return False
         try:
             return all(
-                origin is not None and self._values_of(group) == origin
+                origin is not None and _are_same(self._values_of(group), origin)
                 for group, origin in zip(groups, self._origins, strict=True)
             )
         except Exception:  # a value is missing, or is an array that has no truth
@@ -297,6 +313,21 @@ class Rule:
             )
 
 
+def _are_same(values: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    return all(map(is_, values, before)) or all(map(_is_same, values, before))
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Returns true if a value gives the same number, whatever type it may have been given in."""
+    if value is before:
+        return True
+    if type(value) is not type(before):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(before) and all(map(_is_same, value, before))
+    return isinstance(value, PLAIN) and bool(value == before)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """UsageError if this is none of the choices."""
     if value not in choices:
@@ -323,9 +354,9 @@ def check_bucket(bucket: Any) -> None:
 
 
 def _value(group: Mapping[str, Any], name: str) -> Any:
-    if name in group:
-        return group[name]
     if not name.startswith("beta"):
+        if name in group:
+            return group[name]
         raise UsageError(f"the parameter group has no {name!r}")
     try:
         return tuple(group["betas"])[int(name.removeprefix("beta")) - 1]

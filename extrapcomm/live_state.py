@@ -26,9 +26,8 @@ class _HandedOut:
     A detached alias shares the version counter. When the user's tensor goes, the alias tells whether it was written.
     """
 
-    def __init__(self, tensor: torch.Tensor, name: str, place: tuple[int, str]) -> None:
+    def __init__(self, tensor: torch.Tensor, name: str) -> None:
         self.name = name
-        self.place: tuple[int, str] | None = place  # whose value it is; None once that may have changed
         self.tensor = weakref.ref(tensor, self._look)
         self._alias: torch.Tensor | None = tensor.detach()
         self._version = tensor._version
@@ -174,7 +173,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_readable()
         tensor = self.read(i, key)
         self._handed_out = [out for out in self._handed_out if out.alive or out.written]
-        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]", (i, key)))
+        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
         return tensor
 
     def read(self, i: int, key: str) -> torch.Tensor:
@@ -193,16 +192,28 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def put(self, i: int, key: str, value: Any) -> None:
         """Stage one value; the others of the parameter stay."""
         self._require_writable()
-        for out in self._handed_out:
-            if value is not None and out.tensor() is value and out.place == (i, key) and not out.written:
-                return  # it is there already
         if key not in self.keys_of(i):
             raise UsageError(f"the rule's state has no {key!r}; it has {', '.join(self.keys_of(i))}")
         if self._is_present_master(i, key, value):
             return
         self._require_readable()
+        if self._is_there(i, key, value):
+            return
         others = {name: self.read(i, name) for name in self.keys_of(i) if name not in (key, MASTER)}
         self._stage(i, others | {key: value})
+
+    def _is_there(self, i: int, key: str, value: Any) -> bool:
+        """Return true for a value that changes nothing: trainers move states to and fro."""
+        if not isinstance(value, torch.Tensor) or any(
+            out.written for out in self._handed_out if out.tensor() is value
+        ):
+            return False
+        here = self.read(i, key)
+        return (
+            value.shape == here.shape
+            and value.dtype == here.dtype
+            and bool(torch.equal(value.to(here), here))
+        )
 
     def drop(self, i: int, key: str) -> None:
         """Stage one value as if it had never been: torch's rules then begin with the next gradient, or with zeros."""
@@ -243,8 +254,6 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         for out in self._handed_out:
             if id(out.tensor()) in values:  # as after opt.state[p][key] *= 2
                 out.assigned()
-            if out.place is not None and out.place[0] == i:
-                out.place = None
 
     @property
     def digest(self) -> int:
@@ -274,8 +283,6 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         """
         written = next((out.name for out in self._handed_out if out.written), None)
         self._handed_out = [out for out in self._handed_out if out.alive and not out.written]
-        for out in self._handed_out:  # the step changes the values
-            out.place = None
         if written is not None:
             raise UsageError(
                 f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value) on every "

@@ -4,6 +4,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch.utils.hooks import unserializable_hook
@@ -28,23 +29,26 @@ class MicroBatches:
         self._how = how
         self._before_last = [0] * workers
         self._seen: set[int] = set()
-        self._passes: dict[tuple[int, int], int] = {}  # by worker and parameter, within the present no_sync()
-        self._most_passes = 1
-        self._broken = False  # an exception has left a no_sync() after a backward pass
+        # Within the present no_sync(), by worker and parameter: the backward passes, and what tells the last of them.
+        self._passes: dict[tuple[int, int], tuple[int, FrameType | None]] = {}
+        self._most_passes = [1] * workers
+        self._broken = [False] * workers  # an exception has left a no_sync() after a backward pass
         self._squares: MicroSquares | None = None
         self.open = False
 
     def reset(self) -> None:
         """All counts start again."""
         self._before_last = [0] * len(self._before_last)
-        self._most_passes = 1
-        self._broken = False
+        self._most_passes = [1] * len(self._before_last)
+        self._broken = [False] * len(self._before_last)
         if self._squares is not None:
             self._squares.reset()
 
     def forget(self, worker: int) -> None:
         """One worker's count starts again."""
-        self._before_last[worker] = 0
+        self._before_last[worker], self._most_passes[worker], self._broken[worker] = 0, 1, False
+        if self._squares is not None:
+            self._squares.reset()
 
     def saw(self, worker: int) -> None:
         """The user bound this worker."""
@@ -52,8 +56,27 @@ class MicroBatches:
 
     def passed(self, worker: int, i: int) -> None:
         """A backward pass has brought a gradient of parameter i, one of those that are watched."""
-        if self.open and not ((worker, i) in self._passes and _inside_another_backward()):
-            self._passes[worker, i] = self._passes.get((worker, i), 0) + 1
+        if not self.open:
+            return
+        number, last = self._passes.get((worker, i), (0, None))
+        outermost = _outermost_pass()
+        if outermost is None or outermost is not last:  # else one that is inside another, as by checkpoints
+            self._passes[worker, i] = number + 1, outermost
+
+    @property
+    def passes_seen(self) -> bool:
+        """Whether a backward pass has come within the present no_sync(), of those parameters that are watched."""
+        return bool(self._passes)
+
+    @property
+    def switched(self) -> bool:
+        """Whether a worker was bound within the present no_sync()."""
+        return bool(self._seen)
+
+    def break_off(self, bound: int) -> None:
+        """An exception leaves no_sync() after a backward pass of the workers that are bound within, or of this one."""
+        for worker in self._seen or {bound}:
+            self._broken[worker] = True
 
     def before_last(self, worker: int) -> int:
         """The number of micro-batches of this worker that were announced."""
@@ -68,16 +91,14 @@ class MicroBatches:
         self.open = True
         try:
             yield
-        except BaseException:
-            self._broken |= bool(self._passes)
-            raise
         finally:
             self.open = False
+            passes, self._passes = self._passes, {}
         for worker in self._seen or {bound}:
             self._before_last[worker] += 1
             # A part of the model may have several passes of its own: count those that reached all that is watched.
-            passes = [number for (who, _), number in self._passes.items() if who == worker]
-            self._most_passes = max(self._most_passes, min(passes, default=1))
+            numbers = [number for (who, _), (number, _) in passes.items() if who == worker]
+            self._most_passes[worker] = max(self._most_passes[worker], min(numbers, default=1))
         if self._squares is not None:
             self._squares.next()
 
@@ -88,15 +109,15 @@ class MicroBatches:
             UsageError: if the workers have different numbers, or if the mean is asked for and a no_sync() had several
                 backward passes or was left by an exception after one.
         """
-        if self._broken and self._how == "mean":
+        if any(self._broken) and self._how == "mean":
             raise UsageError(
                 "an exception left no_sync() after a backward pass, so a part of a micro-batch is in the gradients: "
                 "call opt.zero_grad() and begin anew"
             )
-        if self._most_passes > 1 and self._how == "mean":
+        if max(self._most_passes) > 1 and self._how == "mean":
             raise UsageError(
-                f"{self._most_passes} backward passes came within one no_sync(), which is one micro-batch of the mean: "
-                "open no_sync() for each micro-batch by itself. For several losses of one micro-batch, add them "
+                f"{max(self._most_passes)} backward passes came within one no_sync(), which is one micro-batch of the "
+                "mean: open no_sync() for each micro-batch by itself. For several losses of one micro-batch, add them "
                 'up and call backward() once, or take accumulation="sum"'
             )
         if len(set(self._before_last)) > 1:
@@ -128,13 +149,14 @@ class MicroBatches:
         return self._squares
 
 
-def _inside_another_backward() -> bool:
-    """Return true in a backward pass that another one has begun, as checkpoints that are reentrant do."""
-    frame = sys._getframe(1)
-    passes = 0
-    while (frame := frame.f_back) is not None and passes < 2:  # type: ignore[assignment]
-        passes += frame.f_code is ENGINE
-    return passes > 1
+def _outermost_pass() -> FrameType | None:
+    """What tells one backward pass from another, where Python sees it: the frame of torch's function that runs it."""
+    found, frame = None, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is ENGINE:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 class MicroSquares:

@@ -88,16 +88,18 @@ class ZeroGrad(Method):
                 that the module's own method leaves alone stay.
         """
         module, living = self._attached(), self._living()
-        touched = {id(param) for param in module.parameters()}
+        params = list(module.parameters())
         plain = self._replaced is None and type(module).zero_grad is torch.nn.Module.zero_grad
-        there = {} if plain else {id(p): p for p in module.parameters() if _is_there(p)}
+        there = [] if plain else [param for param in params if _is_there(param)]
         self._own(module)(*args, **kwargs)
+        to_none = bool(kwargs.get("set_to_none", args[0] if args else True))
         if not plain:
-            touched = {key for key, param in there.items() if not _is_there(param)}
+            gone = [param for param in there if not _is_there(param)]
+            params = params if len(gone) == len(there) else gone  # with all gone, it treats every parameter
+            to_none = any(param.grad is None for param in gone or params)
         for optimizer in living:
             index = optimizer._binding.index
-            which = sorted(index[key] for key in touched if key in index)
-            optimizer._zero_some(which, bool(kwargs.get("set_to_none", args[0] if args else True)))
+            optimizer._zero_some(sorted({index[id(p)] for p in params if id(p) in index}), to_none)
 
 
 class StateDict(Method):
@@ -118,8 +120,13 @@ class StateDict(Method):
                 stack.enter_context(optimizer._while_saving(module))
             state = self._own(module)(*args, **kwargs)
             for optimizer in outermost:
-                take_apart(optimizer, state, keep_vars=keep_vars)
+                state = take_apart(optimizer, state, keep_vars=keep_vars)
         return state
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's own method is that of its class."""
+        return self._replaced is None
 
 
 def forward_methods(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:

@@ -66,20 +66,24 @@ class Views:
 
     Attributes:
         tensors: one for each parameter.
-        addresses, ends: where each of them lies, in ascending order.
+        addresses: where each of them begins.
     """
 
     def __init__(self, view: Callable[[int], "_core.View"], count: int) -> None:
         self._view = view
         self.tensors: list[torch.Tensor] = [look_at(view(i), "torch") for i in range(count)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.ends = [
-            begin + tensor.nbytes for begin, tensor in zip(self.addresses, self.tensors, strict=True)
-        ]
+        looks = enumerate(zip(self.addresses, self.tensors, strict=True))
+        self._spans = sorted((at, at + tensor.nbytes, i) for i, (at, tensor) in looks if tensor.nbytes > 0)
 
     def moved(self, i: int) -> bool:
         """Return true if a view's storage no longer lies in the engine's memory."""
         return self.tensors[i].data_ptr() != self.addresses[i]
+
+    def at(self, address: int) -> int | None:
+        """Return the one in whose memory this address is."""
+        k = bisect_right(self._spans, address, key=lambda span: span[0]) - 1
+        return self._spans[k][2] if k >= 0 and address < self._spans[k][1] else None
 
     def renew(self) -> None:
         """Make new views where a storage was moved."""
@@ -306,9 +310,7 @@ class Ownership:
 
     def parameter_at(self, address: int) -> int | None:
         """Return the parameter in whose memory, with the bound worker, this address is."""
-        views = self._views[self.bound]
-        i = bisect_right(views.addresses, address) - 1
-        return i if i >= 0 and address < views.ends[i] else None
+        return self._views[self.bound].at(address)
 
     def is_in_place(self) -> bool:
         """Return true if every parameter is the bound worker's memory, in the engine's form."""

@@ -1,77 +1,122 @@
 """State_dicts of attached models: copies of the master weights where they would have looks at a worker's weights."""
 
+import contextlib
 import copy
+import operator
+import pickle
+import warnings
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from .modes import outside_inference
 
 if TYPE_CHECKING:
     from .bound import BoundOptimizer
 
-__all__ = ["saves_itself", "take_apart"]
+__all__ = ["has_own_way", "saves_itself", "take_apart"]
 
 MODULE = torch.nn.Module
 OWN_METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
+Apart = Callable[[torch.Tensor], torch.Tensor]
 
-def saves_itself(module: MODULE, is_ours: Any) -> bool:
+
+def saves_itself(module: MODULE, is_ours: Callable[[Any], bool]) -> bool:
     """Return true if a part of the model may save something else than its parameters and buffers as they are.
 
     Args:
         module: the model.
         is_ours: tells a hook of this library.
     """
-    return any(_has_own_way(part, is_ours) for part in module.modules())
+    return any(has_own_way(part, is_ours) for part in module.modules())
 
 
-def _has_own_way(part: MODULE, is_ours: Any) -> bool:
+def has_own_way(part: MODULE, is_ours: Callable[[Any], bool]) -> bool:
+    """The same for one module without its submodules."""
     if any(getattr(type(part), name, None) is not getattr(MODULE, name) for name in OWN_METHODS):
+        return True
+    replaced = (part.__dict__.get(name) for name in OWN_METHODS)
+    if any(own is not None and not getattr(own, "is_plain", False) for own in replaced):
         return True
     return bool(part._state_dict_pre_hooks) or not all(map(is_ours, part._state_dict_hooks.values()))
 
 
 @outside_inference
 def take_apart(
-    optimizer: "BoundOptimizer", state: Any, prefix: str = "", keep_vars: bool | None = None
-) -> None:
+    optimizer: "BoundOptimizer",
+    state: Any,
+    prefix: str = "",
+    keep_vars: bool | None = None,
+    whole: bool = True,
+) -> Any:
     """Replace in a state_dict what looks at the weights of the worker that the model shows.
 
-    It gets a copy of the master weights, or of the weights that the next step adopts, in the same look. What is no
-    tensor is copied as a whole while the model shows the master weights for saving only.
+    It gets a copy of the master weights, or of the weights that the next step adopts, in the same look.
 
     Args:
         optimizer: whose parameters.
         state: the state_dict.
         prefix: of the entries.
         keep_vars: as the caller gave it, if that is known; then the Parameters themselves stay.
+        whole: copy what torch does not know as a whole, while the model shows the master weights.
+
+    Returns:
+        The state_dict: the same object, if entries can be assigned to it.
     """
-    if optimizer._writing or optimizer._showing == "kept_weights" or not isinstance(state, MutableMapping):
-        return
+    if optimizer._writing or optimizer._showing == "kept_weights":
+        return state
+    opaque = whole and (optimizer._shows_for_saving or optimizer._showing == "master_weights")
+    if not isinstance(state, MutableMapping):
+        return _replaced(state, partial(_apart, optimizer, {}, "", keep_vars), opaque, set())
     for key in [key for key in state if str(key).startswith(prefix)]:
         apart = partial(_apart, optimizer, state, key, keep_vars)
         value = state[key]
-        state[key] = (
-            apart(value)
-            if isinstance(value, torch.Tensor)
-            else tree_map(partial(_leaf, optimizer, apart), value)
-        )
+        new = apart(value) if isinstance(value, torch.Tensor) else _replaced(value, apart, opaque, set())
+        if new is not value:
+            state[key] = new
+    return state
 
 
-def _leaf(optimizer: "BoundOptimizer", apart: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """What a state_dict has for a value that is no container which torch knows."""
+def _replaced(value: Any, apart: Apart, opaque: bool, seen: set[int]) -> Any:
+    """A value whose tensors are apart from the weights: the same object, if none of them was a look at them."""
     if isinstance(value, torch.Tensor):
         return apart(value)
-    if not optimizer._shows_for_saving or isinstance(value, (str, bytes, int, float, type(None))):
+    if value is None or isinstance(value, (str, bytes, int, float)) or id(value) in seen:
         return value
-    try:
+    seen.add(id(value))
+    if isinstance(value, MutableMapping):
+        items = {key: _replaced(item, apart, opaque, seen) for key, item in value.items()}
+        return _with_items(value, items)
+    if isinstance(value, (list, tuple)):
+        parts = [_replaced(item, apart, opaque, seen) for item in value]
+        if all(map(operator.is_, parts, value)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return _copied(value) if opaque else value
+
+
+def _with_items(mapping: MutableMapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A copy of a mapping, with its attributes, if the items differ."""
+    changed = {key: item for key, item in items.items() if item is not mapping[key]}
+    if not changed:
+        return mapping
+    other = copy.copy(mapping)
+    for key, item in changed.items():
+        other[key] = item
+    return other
+
+
+def _copied(value: Any) -> Any:
+    """A copy of anything that can be copied or saved; what cannot be saved stays."""
+    with contextlib.suppress(Exception):
         return copy.deepcopy(value)
-    except Exception:  # what it can be copied from is its owner's business
-        return value
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pickle.loads(pickle.dumps(value))
+    return value
 
 
 def _apart(
@@ -104,8 +149,14 @@ def _copy(optimizer: "BoundOptimizer", i: int) -> torch.Tensor:
 
 
 def _look(base: torch.Tensor, like: torch.Tensor, byte: int) -> torch.Tensor:
+    """The same look at another base; of a part, memory of its own, so that files have no more than that."""
     look = torch.empty(0, dtype=like.dtype, device=base.device)
-    return look.set_(base.untyped_storage(), byte // like.element_size(), like.shape, like.stride())
+    look = look.set_(base.untyped_storage(), byte // like.element_size(), like.shape, like.stride())
+    if like.is_conj():
+        look = look.conj()
+    if like.is_neg():
+        look = -look
+    return look.clone() if look.nbytes < base.nbytes else look
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

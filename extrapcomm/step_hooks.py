@@ -37,7 +37,8 @@ def hooked_as_torchs(step: Step) -> Step:
 
     @functools.wraps(step)
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = type(self).step is hooked  # torch has wrapped that of a subclass by itself
+        # torch may have wrapped that of a subclass by itself.
+        own = getattr(type(self).step, "__code__", None) is not torchs_way.__code__
         if own and (_is_watched(self) or _profiler_runs()):
             return torchs_way(self, *args, **kwargs)
         return without_gradients(self, *args, **kwargs)

@@ -9,7 +9,7 @@ from torch.utils.hooks import unserializable_hook
 from .errors import UsageError
 from .micro_batches import MicroBatches
 
-__all__ = ["Witnesses"]
+__all__ = ["Witnesses", "version_of"]
 
 PARTS = 3  # of the model, each with two witnesses
 SAMPLES = 1024  # elements of a gradient at most
@@ -73,7 +73,7 @@ class Witnesses:
         chosen = {pick(part, key=self._size_of) for part in self._parts() if part for pick in (min, max)}
         grads = {i: self._params[i].grad for i in chosen}
         self._noted[v] = {
-            i: (grad, _version(grad)) for i, grad in grads.items() if grad is not None and _holds(grad)
+            i: (grad, version_of(grad)) for i, grad in grads.items() if grad is not None and _holds(grad)
         }
         self._vanished[v].clear()
         for i in self._noted[v].keys() - self._hooks.keys():
@@ -93,7 +93,7 @@ class Witnesses:
         """The model shows worker v: its gradients are other tensors now."""
         self._bound = v
         grads = {i: self._params[i].grad for i in self._noted[v]}
-        self._noted[v] = {i: (grad, _version(grad)) for i, grad in grads.items() if grad is not None}
+        self._noted[v] = {i: (grad, version_of(grad)) for i, grad in grads.items() if grad is not None}
 
     def see(self, i: int) -> None:
         """Autograd is about to add to this parameter's gradient."""
@@ -101,7 +101,7 @@ class Witnesses:
         noted = self._noted[self._bound]
         if i in noted and i not in self._vanished[self._bound]:
             grad, _ = noted[i]
-            noted[i] = grad, _version(grad) + 1
+            noted[i] = grad, version_of(grad) + 1
 
     def check(self) -> None:
         """Look for the bound worker's gradients now."""
@@ -119,7 +119,7 @@ class Witnesses:
         grad, (before, version) = self._params[i].grad, noted
         if grad is None:
             return True
-        return grad is before and _version(grad) != version and not _holds(grad)
+        return grad is before and version_of(grad) != version and not _holds(grad)
 
     def _drop(self, v: int) -> None:
         """All of worker v's witnesses agree."""
@@ -158,7 +158,8 @@ class Witnesses:
         self._hooks.clear()
 
 
-def _version(grad: torch.Tensor) -> int:
+def version_of(grad: torch.Tensor) -> int:
+    """The number of writes into a gradient; 0 for those that have none."""
     return 0 if grad.is_inference() else grad._version
 
 

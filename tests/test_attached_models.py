@@ -1,5 +1,6 @@
 """Attached models: copies in their state_dicts are not silently the weights, and their `zero_grad()` is complete."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+import types
 import weakref
 
 import pytest
@@ -920,4 +922,255 @@ def test_scripted_modules_are_refused_before_anything_is_hooked(world):
     with pytest.raises(xc.UsageError, match="scripted"):
         opt.attach(model)
     assert not model._state_dict_hooks and not model[0]._state_dict_hooks
+    opt.close()
+
+
+# -- Whatever way a module saves itself -----------------------------------------------------------------------------
+
+
+def replaced_on_the_instance(net):
+    own = net.state_dict
+    net.state_dict = lambda *args, **kwargs: {
+        name: value.double() for name, value in own(*args, **kwargs).items()
+    }
+    return lambda state: state["0.weight"]
+
+
+def saver_on_the_instance(net):
+    layer = net[0]
+    layer._save_to_state_dict = lambda state, prefix, keep: state.update(
+        {prefix + "x": layer.weight.detach() * 2}
+    )
+    return lambda state: state["0.x"] / 2
+
+
+class InATuple(torch.nn.Sequential):
+    def state_dict(self, *args, **kwargs):
+        return super().state_dict(*args, **kwargs), 3
+
+
+class ReadOnly(torch.nn.Sequential):
+    def state_dict(self, *args, **kwargs):
+        return types.MappingProxyType(super().state_dict(*args, **kwargs))
+
+
+class View(torch.nn.Sequential):
+    """Its extra state cannot be copied: it holds a view with a graph."""
+
+    def get_extra_state(self):
+        return Box(self[0].weight[:])
+
+    def set_extra_state(self, state):
+        pass
+
+
+WAYS = {
+    "state_dict of the instance": (torch.nn.Sequential, replaced_on_the_instance),
+    "_save_to_state_dict of the instance": (torch.nn.Sequential, saver_on_the_instance),
+    "a tuple": (InATuple, lambda net: lambda state: state[0]["0.weight"]),
+    "a read-only mapping": (ReadOnly, lambda net: lambda state: state["0.weight"]),
+    "a view in an object": (View, lambda net: lambda state: state["_extra_state"].value),
+}
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["", "master_weights"])
+@pytest.mark.parametrize("way", WAYS)
+def test_any_way_to_save_gives_the_master_weights(team, way, within):
+    kind, prepare = WAYS[way]
+    torch.manual_seed(0)
+    model = kind(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    found = prepare(model)
+    opt, model = attached(team, model=model)
+    with opt.master_weights() if within else contextlib.nullcontext():
+        state = model.state_dict()
+    torch.testing.assert_close(found(state).float(), opt.master(0))
+    opt.close()
+
+
+def test_a_users_hook_that_keeps_the_entries_keeps_copies(team):
+    kept = {}
+    opt, model = attached(team, model=torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    model.register_state_dict_post_hook(lambda module, state, prefix, _: kept.update(state))
+    model.state_dict()
+    assert torch.equal(kept["0.weight"], opt.master(0))
+    opt.close()
+
+
+def test_a_module_that_pickles_and_computes_itself_is_saved_in_master_weights(world):
+    class Reduced(torch.nn.Sequential):
+        def __reduce__(self):
+            return Reduced, ()
+
+        def get_extra_state(self):
+            return self[0].weight.detach() * 2
+
+        def set_extra_state(self, state):
+            pass
+
+    opt, model = attached(world, model=Reduced(torch.nn.Linear(4, 4)))
+    with pytest.raises(xc.UsageError, match="inside opt.master_weights"):
+        model.state_dict()
+    with opt.master_weights():
+        assert torch.equal(model.state_dict()["_extra_state"], 2 * opt.master(0))
+    opt.close()
+
+
+def test_parameters_without_elements_do_not_hide_the_others(team):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].empty = torch.nn.Parameter(torch.zeros(0, 3))
+    opt, model = attached(team, model=model)
+    state = model.state_dict()
+    for i, name in enumerate(dict(model.named_parameters())):
+        assert torch.equal(state[name], opt.master(i)), name
+    opt.close()
+
+
+class Versioned(torch.nn.Linear):
+    """Loads what was saved before its version 2 transposed."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] = state[prefix + "weight"].t()
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+class Nested(torch.nn.Sequential):
+    def state_dict(self, *args, **kwargs):
+        return {"model": super().state_dict(*args, **kwargs)}
+
+    def get_extra_state(self):
+        cyclic = {}
+        cyclic["itself"] = cyclic
+        return cyclic
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_nested_state_dicts_keep_their_versions(world):
+    opt, model = attached(world, model=Nested(Versioned(4, 4)))
+    state = model.state_dict()["model"]
+    other = torch.nn.Sequential(Versioned(4, 4))
+    state.pop("_extra_state")
+    other.load_state_dict(state)
+    assert torch.equal(other[0].weight, opt.master(0))
+    opt.close()
+
+
+class Complex(torch.nn.Module):
+    """Saves lazily conjugated and negated looks, and a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(8.0).reshape(4, 2))
+
+    def forward(self, x):
+        return x @ self.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        conjugated = torch.view_as_complex(self.weight.detach()).conj()
+        destination[prefix + "conjugated"] = conjugated
+        destination[prefix + "imaginary"] = conjugated.imag
+        destination[prefix + "row"] = self.weight.detach()[1]
+
+
+def test_lazy_looks_and_parts_are_saved_as_they_are(team):
+    opt, model = attached(team, model=Complex())
+    state, weight = model.state_dict(), opt.master(0)
+    assert torch.equal(state["conjugated"], torch.view_as_complex(weight).conj())
+    assert torch.equal(state["imaginary"], -weight[:, 1])
+    assert torch.equal(state["row"], weight[1]) and state["row"].untyped_storage().nbytes() == 8
+    opt.close()
+
+
+def test_writing_into_a_state_dict_between_a_load_and_the_step_is_an_error(world):
+    opt, model = attached(world)
+    model.load_state_dict(model.state_dict())
+    state = model.state_dict()
+    state["encoder.bias"].fill_(3.0)
+    with pytest.raises(xc.UsageError, match="was written"):
+        opt.step()
+    opt.adopt()
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("kind", [xc.SGD, xc.ExtrapSGD])
+@pytest.mark.parametrize("pending", [False, True], ids=["", "loaded before"])
+def test_master_weights_may_be_asked_for_while_saving(world, kind, pending):
+    class Asks(torch.nn.Linear):
+        def get_extra_state(self):
+            with self.__dict__["optimizer"]().master_weights():
+                return self.weight.sum().item()
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Asks(4, 4)
+    opt = kind(model.parameters(), lr=0.1, world=world)
+    model.__dict__["optimizer"] = weakref.ref(opt)
+    opt.attach(model)
+    backward(opt, model)
+    opt.step()
+    if pending:
+        model.load_state_dict(model.state_dict())
+    assert model.state_dict()["_extra_state"] == pytest.approx(opt.master(0).sum().item())
+    opt.close()
+
+
+# -- Gradients of others stay ---------------------------------------------------------------------------------------
+
+
+def test_zeroing_a_part_leaves_the_zeros_of_the_others(worlds):
+    results = []
+    for optimizer in (torch.optim.SGD, xc.SGD):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
+        options = {} if optimizer is torch.optim.SGD else {"world": worlds(1)}
+        opt = optimizer(model.parameters(), lr=0.1, momentum=0.9, **options)
+        if options:
+            opt.attach(model)
+        model(torch.ones(1, 4)).sum().backward()
+        opt.step()
+        model[0].zero_grad(set_to_none=False)
+        model[1].zero_grad()
+        opt.step()
+        assert [p.grad is None for p in model.parameters()] == [False, False, True, True]
+        results.append([p.detach().clone() for p in model.parameters()])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Experts(torch.nn.ModuleList):
+    """Each worker uses another expert; the `zero_grad` is the user's own, and its argument is no `set_to_none`."""
+
+    def zero_grad(self, verbose=True):
+        super().zero_grad()
+
+
+def test_a_zero_grad_of_the_users_own_reaches_what_only_other_workers_used(worlds):
+    model = Experts([torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)])
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(2))
+    opt.attach(model)
+    for _ in range(3):
+        model.zero_grad(False)
+        before = [opt.master(i) for i in range(2)]
+        for v in range(2):
+            with opt.worker(v):
+                model[v](torch.ones(1, 2)).sum().backward()
+        opt.step()
+        for i in range(2):
+            torch.testing.assert_close(before[i] - opt.master(i), torch.full((1, 2), 0.05))
+    opt.close()
+
+
+def test_a_group_is_added_although_an_attached_model_has_lost_its_parameters(world):
+    model = torch.nn.Linear(2, 1)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    del model.weight, model.bias
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    assert len(opt.param_groups) == 2
     opt.close()

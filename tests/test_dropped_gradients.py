@@ -401,3 +401,69 @@ def test_an_exception_in_no_sync_matters_after_a_backward_only(worlds, when):
     else:
         opt.step()
         opt.close()
+
+
+def test_several_passes_through_a_checkpoint_are_several(worlds):
+    checkpoint = importlib.import_module("torch.utils.checkpoint")
+    layer = torch.nn.Linear(2, 1, bias=False)
+    opt = xc.SGD(layer.parameters(), lr=1.0, world=worlds(1))
+
+    def run():
+        x = torch.ones(1, 2, requires_grad=True)
+        checkpoint.checkpoint(layer, x, use_reentrant=True).sum().backward()
+
+    with opt.no_sync():
+        run()
+        run()
+    run()
+    with pytest.raises(xc.UsageError, match="2 backward passes"):
+        opt.step()
+    opt.close()
+
+
+def test_an_exception_after_a_pass_through_the_middle_is_noticed(worlds):
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(3)])
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(1))
+    with contextlib.suppress(KeyError), opt.no_sync():
+        model[1](torch.ones(1, 2)).sum().backward()
+        raise KeyError
+    with pytest.raises(xc.UsageError, match="an exception left no_sync"):
+        opt.step()
+    opt.zero_grad()
+    opt.close()
+
+
+def test_each_worker_that_zeroes_its_own_gradients_begins_anew(worlds):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(2))
+    opt.attach(model)
+    with contextlib.suppress(KeyError), opt.no_sync():
+        iterate(model, opt, 2, 1)
+        raise KeyError
+    for v in range(2):
+        with opt.worker(v):
+            model.zero_grad()
+            backward(model, v)
+    opt.step()
+    opt.close()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_zeroing_inside_worker_forgets_what_adascale_has_measured(worlds, inside):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    opt = xc.SGD(model.parameters(), lr=0.1, world=worlds(1), gain=xc.AdaScale(scale=4.0))
+    if opt.world.K > 1:
+        pytest.skip("one worker alone compares its micro-batches")
+    opt.attach(model)
+    x = 1 + 0.3 * torch.randn(3, 3, 4)
+    with opt.worker(0) if inside else contextlib.nullcontext():
+        with opt.no_sync():
+            model(9 * x[0]).square().sum().backward()
+        model.zero_grad()
+        with opt.no_sync():
+            model(x[1]).square().sum().backward()
+        model(x[2]).square().sum().backward()
+    opt.step()
+    assert opt.gain == pytest.approx(1.2475, abs=1e-3)
+    opt.close()

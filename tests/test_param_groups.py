@@ -213,3 +213,48 @@ def test_a_function_for_the_inner_rate_is_asked_at_every_step(world):
         opt.step()
         torch.testing.assert_close(param.detach(), opt.master(0) - rate)
     opt.close()
+
+
+@pytest.mark.parametrize(
+    "lr", [np.float16(0.1), torch.tensor(0.1, dtype=torch.bfloat16), np.float32(0.1)], ids=str
+)
+def test_a_number_of_another_type_is_another_number(world, lr):
+    results = []
+    for optimizer in (torch.optim.SGD, xc.SGD):
+        param = torch.nn.Parameter(torch.zeros(1))
+        opt = optimizer([param], lr=0.1, **({} if optimizer is torch.optim.SGD else {"world": world}))
+        for rate in (0.1, lr):
+            opt.param_groups[0]["lr"] = rate
+            param.grad = torch.ones(1)
+            opt.step()
+        results.append(param.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_a_mistake_that_was_mended_leaves_no_difference_between_ranks(world):
+    param = torch.nn.Parameter(torch.zeros(1))
+    opt = xc.SGD([param], lr=0.1, world=world)
+    param.grad = torch.ones(1)
+    opt.step()
+    opt.param_groups[0]["lr"] = torch.tensor(0.1)
+    opt.step()
+    if world.rank == world.size - 1:
+        opt.param_groups[0]["weight_decay"] = float("nan")
+    with pytest.raises(xc.UsageError, match="finite"):
+        opt.step()
+    opt.param_groups[0]["weight_decay"] = 0
+    opt.step()
+    opt.close()
+
+
+def test_a_key_that_is_no_number_of_the_rule_is_nothing(world):
+    results = []
+    for optimizer in (torch.optim.Adam, xc.Adam):
+        param = torch.nn.Parameter(torch.zeros(1))
+        opt = optimizer([param], lr=0.1, **({} if optimizer is torch.optim.Adam else {"world": world}))
+        for step in range(3):
+            param.grad = torch.tensor([1.0, -3.0, 2.0][step : step + 1])
+            opt.step()
+            opt.param_groups[0] |= {"beta1": 0.1, "lr": 0.11}
+        results.append(param.item())
+    assert results[0] == pytest.approx(results[1], rel=1e-5)

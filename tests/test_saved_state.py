@@ -810,3 +810,61 @@ def test_the_models_loaded_weights_count_beside_an_older_state(world, caplog, mo
     assert all((p == 0.5).all() for p in model.parameters())
     assert ("are not those of the model" in caplog.text) is model_first
     opt.close()
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_short_weights_keep_their_masters_in_either_order(world, model_first):
+    model = net(dtype=torch.bfloat16)
+    opt = make("ours", RULES["SGD"], model, world)
+    train(model, opt, world)
+    with opt.collected_state():
+        saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    wanted = [opt.master(i) for i in range(len(opt.state))]
+    opt.close()
+    fresh = (
+        net(seed=1, dtype=torch.bfloat16) if "seed" in net.__code__.co_varnames else net(dtype=torch.bfloat16)
+    )
+    other = make("ours", RULES["SGD"], fresh, world)
+    loads = [lambda: fresh.load_state_dict(saved[0]), lambda: other.load_state_dict(saved[1])]
+    for load in loads if model_first else reversed(loads):
+        load()
+    with other.collected_state():
+        again = other.state_dict()["extrapcomm"]["master"]
+    assert all(torch.equal(again[i], w) for i, w in enumerate(wanted))
+    still(other, fresh, world)
+    assert all(torch.equal(other.master(i), w) for i, w in enumerate(wanted))
+    other.close()
+
+
+@pytest.mark.parametrize("how", ["numpy", "data"])
+def test_values_written_unseen_and_assigned_are_taken(adam, how):
+    model, opt, world = adam
+    param = next(iter(model.parameters()))
+    with opt.collected_state():
+        value = opt.state[param]["exp_avg"]
+        if how == "numpy":
+            value.numpy()[:] = 0
+        else:
+            value.data.zero_()
+        opt.state[param]["exp_avg"] = value
+        assert not opt.state[param]["exp_avg"].any()
+    train(model, opt, world, steps=1)
+
+
+def test_momentum_that_begins_late_with_dampening_is_refused(world):
+    param = torch.nn.Parameter(torch.zeros(1))
+    opt = xc.SGD([param], lr=0.1, momentum=0.9, dampening=0.5, world=world)
+    group = opt.param_groups[0]
+    for momentum in (0.0, 0.9):
+        group["momentum"] = momentum
+        param.grad = torch.ones(1)
+        if momentum == 0.9:
+            with pytest.raises(xc.UsageError, match="undamped"):
+                opt.step()
+        else:
+            opt.step()
+    group["dampening"] = 0.0
+    opt.step()
+    group["dampening"] = 0.5
+    opt.step()
+    opt.close()

@@ -1,5 +1,6 @@
 """torch's hooks around a step and its profiler see a step here as one of torch's own."""
 
+import functools
 import importlib
 
 import pytest
@@ -96,4 +97,22 @@ def test_schedulers_see_the_step(world, recwarn):
     opt.step()
     scheduler.step()
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
+    opt.close()
+
+
+def test_hooks_run_where_the_class_was_wrapped(world):
+    own, seen = xc.SGD.step, []
+    made(world)[1].close()
+
+    class Wrapped(xc.SGD):
+        @functools.wraps(own)
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = Wrapped([param], lr=0.1, world=world)
+    opt.register_step_post_hook(lambda *_: seen.append(1))
+    param.grad = torch.ones(4)
+    opt.step()
+    assert seen == [1]
     opt.close()
