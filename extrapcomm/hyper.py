@@ -158,7 +158,7 @@ class Rule:
         return [*numbers, inner]
 
     def took(self, stepped: bool = True) -> None:
-        """The numbers of the last table are in force, by a step or before the first; they scale later ones."""
+        """The last table is in force, by a step or before the first one; later numbers are compared with it."""
         if (
             stepped
             and "momentum" in self.parameters

@@ -69,29 +69,6 @@ def test_streaming_past_the_cache_does_not_change_the_bits(team, dtype, extrapol
     assert {run(team, streaming=True, tile=tile, **options) for tile in (7, 512, 1000)} == {cached}
 
 
-FUSED = {
-    "sgd": {"rule": "sgd"},
-    "momentum": {"rule": "sgd", "momentum": 0.9, "dampening": 0.2, "weight_decay": 1e-3},
-    "nesterov": NESTEROV,
-    "decoupled": {"rule": "sgd", "momentum": 0.9, "decoupled_weight_decay": True, "weight_decay": 1e-3},
-    "maximize": {"rule": "sgd", "momentum": 0.9, "maximize": True},
-    "adam": ADAM,
-    "adamw": {"rule": "adam", "decoupled_weight_decay": True, "weight_decay": 1e-3},
-    "amsgrad": {"rule": "adam", "amsgrad": True},
-}
-
-
-@pytest.mark.parametrize("displacement", ["none", "preconditioned", "raw"])
-@pytest.mark.parametrize("name", FUSED)
-def test_loops_of_their_own_have_the_bits_of_the_stages(team, name, displacement):
-    """The commonest steps past the cache are one loop each; with the mean's norm they are stages."""
-    options = {"lr": 0.01, **FUSED[name], "extrapolation": "none" if displacement == "none" else "local"}
-    options |= {} if displacement == "none" else {"displacement": displacement}
-    stages = run(team, streaming=False, **options)
-    assert run(team, streaming=True, **options) == stages
-    assert run(team, streaming=True, skip_nonfinite=True, **options) == stages
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_two_runs_give_the_same_bits(team, rule):
     assert run(team, rule=rule) == run(team, rule=rule)

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <string_view>
+#include <thread>
 
 #include "core/clones.hpp"
 
@@ -37,8 +38,12 @@ StoreWidth usual_store() {
   return kUsual;
 }
 
+// A step reads and writes each byte once, so what a cache keeps of one step for the next is less than its
+// size, and in virtual machines the kernel may report a cache that strangers share.
 bool exceeds_cache(std::int64_t bytes) {
-  static const std::int64_t kCache = last_level_cache_bytes();
+  static const std::int64_t kCache =
+      std::min(last_level_cache_bytes() * 3 / 8,
+               std::int64_t{std::max(1u, std::thread::hardware_concurrency())} * (std::int64_t{6} << 20));
   return bytes > kCache;
 }
 

@@ -338,41 +338,11 @@ Pass sum_pass(bool streaming) { return {.source = Pass::Source::gradients, .weig
 
 Pass publish_pass() { return {.weights = Pass::Weights::store}; }
 
-namespace {
-
-// A step of which nothing else is asked than new weights, by workers whose gradients are all at hand.
-template <class T>
-bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept) {
-  const bool alone = !pass.spread && !pass.clip && !pass.projection && !pass.displace && !pass.sums.any();
-  return alone && pass.source == Pass::Source::gradients && pass.apply &&
-         pass.weights == Pass::Weights::stream && !kept.mean && !kept.factor &&
-         workers.sources == workers.own && workers.targets.size() == workers.sources.size();
-}
-
-template <class T>
-void walk_fused(const Workers& workers, const Run<T>& run, const Shard<T>& shard, StoreWidth store) {
-  const std::int64_t first = std::max(run.begin, shard.begin), end = std::min(run.end, shard.end);
-  if (first >= end) return;
-  const std::int64_t place = first - shard.begin;
-  T* slots[kMaxSlots];
-  for (int s = 0; s < kMaxSlots; ++s) slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
-  run.fused({workers.sources.data(), workers.targets.data(),
-             run.byte_begin + (first - run.begin) * run.element_size, end - first, shard.w + place, slots,
-             run.scalars, run.scale, run.own_rate, store});
-}
-
-}  // namespace
-
 template <class T>
 void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, const Kept<T>& kept) {
   const std::vector<Stage<T>> stages = stages_of<T>(pass);
-  const bool plain = is_plain_step(pass, workers, kept);
   for (const Run<T>& run : runs) {
-    if (plain && run.fused) {
-      walk_fused(workers, run, shard, buffers.store());
-      continue;
-    }
     const std::int64_t end = std::min(run.end, shard.end);
     for (std::int64_t first = std::max(run.begin, shard.begin); first < end;) {
       const std::int64_t count = std::min(within_cell(first, buffers.tile()), end - first);

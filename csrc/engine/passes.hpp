@@ -65,7 +65,6 @@ struct Run {
   PublishFn<T> publish;
   StreamFn<T> stream;
   DisplaceFn<T> displace;
-  FusedFn<T> fused;  // the whole step, past the cache; null where it has no loop of its own
   alignas(kLine) std::byte scalars[kMaxScalarBytes];
 };
 
