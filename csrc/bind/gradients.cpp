@@ -95,8 +95,8 @@ py::tuple GradientReader::read(int v, const py::list& params, const py::list& sh
   py::list held;
   for (std::size_t i = 0; i < layers.size(); ++i, row += 2) {
     const PyObject* const param = PyList_GET_ITEM(params.ptr(), static_cast<py::ssize_t>(i));
-    auto grad = py::reinterpret_steal<py::object>(
-        PyObject_GetAttr(const_cast<PyObject*>(param), grad_.ptr()));
+    auto grad =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(const_cast<PyObject*>(param), grad_.ptr()));
     if (!grad) throw py::error_already_set();
     Engine::Source source{nullptr, Engine::kAbsent};
     if (!grad.is_none()) {

@@ -14,8 +14,8 @@ namespace xc {
 
 inline constexpr std::int64_t kLineBytes = 64;
 
-// Returns true if the caches keep so little of so many bytes from one step to the next that weights are better
-// written past them.
+// Returns true if the caches keep so little of so many bytes from one step to the next that weights are
+// better written past them.
 bool exceeds_cache(std::int64_t bytes);
 
 // Asks for the next bytes to be brought near; never faults, wherever it points.
