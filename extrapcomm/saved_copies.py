@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable, MutableMapping
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,13 +72,20 @@ def take_apart(
     opaque = whole and (optimizer._shows_for_saving or optimizer._showing == "master_weights")
     if not isinstance(state, MutableMapping):
         return _replaced(state, partial(_apart, optimizer, {}, "", keep_vars), opaque, set())
-    for key in [key for key in state if str(key).startswith(prefix)]:
+    for key in _with_prefix(state, prefix):
         apart = partial(_apart, optimizer, state, key, keep_vars)
         value = state[key]
         new = apart(value) if isinstance(value, torch.Tensor) else _replaced(value, apart, opaque, set())
         if new is not value:
             state[key] = new
     return state
+
+
+def _with_prefix(state: MutableMapping[str, Any], prefix: str) -> list[str]:
+    """The last entries of a state_dict that have the prefix: a module's own are the last when it has saved."""
+    if not prefix or not hasattr(state, "__reversed__"):
+        return [key for key in state if str(key).startswith(prefix)]
+    return list(takewhile(lambda key: str(key).startswith(prefix), reversed(state)))
 
 
 def _replaced(value: Any, apart: Apart, opaque: bool, seen: set[int]) -> Any:

@@ -803,21 +803,23 @@ def test_a_module_that_was_added_after_attach_saves_the_master_weights(world):
 
 def test_saving_many_small_parameters_takes_no_square_of_their_number(world):
     def block(depth):
-        inner = [torch.nn.Linear(1, 1) for _ in range(3)] + (
-            [block(depth - 1) for _ in range(2)] if depth else []
-        )
-        return torch.nn.Sequential(*inner)
+        inner = [torch.nn.Linear(1, 1) for _ in range(3)]
+        return torch.nn.Sequential(*inner, *[block(depth - 1) for _ in range(2 if depth else 0)])
 
-    model = block(7)
+    def seconds(model):
+        start = time.perf_counter()
+        assert len(model.state_dict()) == 1530
+        return time.perf_counter() - start
+
+    model, plain = block(7), block(7)
     opt = xc.ExtrapSGD(model.parameters(), lr=0.1, world=world)
     opt.attach(model)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     opt.step()
-    start = time.perf_counter()
-    state = model.state_dict()
-    assert len(state) == 1530
-    assert time.perf_counter() - start < 1.0  # 0.05 s alone; a square took 2 s and more
+    times = [(seconds(model), seconds(plain)) for _ in range(5)]
+    ours, theirs = map(min, zip(*times, strict=True))
+    assert ours < 60 * theirs  # 10 times; a square took 230 times
     opt.close()
 
 
