@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ranks", **ranks, help="numbers of ranks, or ranks/ranks of a team; default: 1 2 2/1 3 4"
     )
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds for each number of ranks")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for each number of ranks")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files or folders of tests")
     parser.add_argument("--rank-folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")

@@ -674,8 +674,8 @@ class Opaque(torch.nn.Linear):
         pass
 
 
-def test_a_modules_own_values_stay(team):
-    opt, model = attached(team, model=in_a_model(Doubled))
+def test_a_modules_own_values_stay(world):
+    opt, model = attached(world, model=in_a_model(Doubled))
     for state, key in (
         (model.state_dict(), "1.1."),
         (model[1].state_dict(), "1."),
@@ -687,22 +687,22 @@ def test_a_modules_own_values_stay(team):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_hooks_own_values_stay(team, when):
+def test_a_hooks_own_values_stay(world, when):
     def to_half(module, state, prefix, _):
         state[prefix + "weight"] = state[prefix + "weight"].half()
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     if when == "before":
         model[0].register_state_dict_post_hook(to_half)
-    opt, model = attached(team, model=model)
+    opt, model = attached(world, model=model)
     if when == "after":
         model[0].register_state_dict_post_hook(to_half)
     assert torch.equal(model.state_dict()["0.weight"], opt.master(0).half())
     opt.close()
 
 
-def test_what_torch_cannot_look_into_is_of_the_master_weights(team):
-    opt, model = attached(team, model=in_a_model(Opaque))
+def test_what_torch_cannot_look_into_is_of_the_master_weights(world):
+    opt, model = attached(world, model=in_a_model(Opaque))
     extra = model.state_dict()["1.1._extra_state"]
     weight = opt.master(2)
     assert torch.equal(torch.from_numpy(extra["array"]), weight)
@@ -712,22 +712,22 @@ def test_what_torch_cannot_look_into_is_of_the_master_weights(team):
     opt.close()
 
 
-def test_a_state_dict_of_master_weights_is_a_copy(team):
-    opt, model = attached(team)
+def test_a_state_dict_of_master_weights_is_a_copy(world):
+    opt, model = attached(world)
     with opt.master_weights():
         state = model.state_dict()
     assert torch.equal(state["encoder.bias"], opt.master(1))
     opt.close()
 
 
-def test_a_module_that_shows_the_master_weights_itself_may_be_attached(team):
+def test_a_module_that_shows_the_master_weights_itself_may_be_attached(world):
     class Showing(torch.nn.Linear):
         def state_dict(self, *args, **kwargs):
             with self.__dict__["optimizer"]().master_weights():
                 return super().state_dict(*args, **kwargs)
 
     model = Showing(4, 4)
-    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=team)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=world)
     model.__dict__["optimizer"] = weakref.ref(opt)
     opt.attach(model)
     backward(opt, model)
@@ -770,7 +770,7 @@ def test_plain_models_are_saved_without_touching_the_weights(world):
     opt.close()
 
 
-def test_cached_weights_are_not_those_of_saving(team):
+def test_cached_weights_are_not_those_of_saving(world):
     class Extra2(torch.nn.Linear):
         def get_extra_state(self):
             return self.weight.detach().clone()
@@ -781,7 +781,7 @@ def test_cached_weights_are_not_those_of_saving(team):
     parametrize = torch.nn.utils.parametrize
     model = Extra2(4, 1, bias=False)
     parametrize.register_parametrization(model, "weight", Scaled())
-    opt, model = attached(team, model=model)
+    opt, model = attached(world, model=model)
     with parametrize.cached():
         shown = model.weight.detach().clone()
         assert torch.equal(model.state_dict()["_extra_state"], 2 * opt.master(0))
@@ -977,21 +977,21 @@ WAYS = {
 
 @pytest.mark.parametrize("within", [False, True], ids=["", "master_weights"])
 @pytest.mark.parametrize("way", WAYS)
-def test_any_way_to_save_gives_the_master_weights(team, way, within):
+def test_any_way_to_save_gives_the_master_weights(world, way, within):
     kind, prepare = WAYS[way]
     torch.manual_seed(0)
     model = kind(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     found = prepare(model)
-    opt, model = attached(team, model=model)
+    opt, model = attached(world, model=model)
     with opt.master_weights() if within else contextlib.nullcontext():
         state = model.state_dict()
     torch.testing.assert_close(found(state).float(), opt.master(0))
     opt.close()
 
 
-def test_a_users_hook_that_keeps_the_entries_keeps_copies(team):
+def test_a_users_hook_that_keeps_the_entries_keeps_copies(world):
     kept = {}
-    opt, model = attached(team, model=torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    opt, model = attached(world, model=torch.nn.Sequential(torch.nn.Linear(4, 4)))
     model.register_state_dict_post_hook(lambda module, state, prefix, _: kept.update(state))
     model.state_dict()
     assert torch.equal(kept["0.weight"], opt.master(0))
@@ -1017,10 +1017,10 @@ def test_a_module_that_pickles_and_computes_itself_is_saved_in_master_weights(wo
     opt.close()
 
 
-def test_parameters_without_elements_do_not_hide_the_others(team):
+def test_parameters_without_elements_do_not_hide_the_others(world):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].empty = torch.nn.Parameter(torch.zeros(0, 3))
-    opt, model = attached(team, model=model)
+    opt, model = attached(world, model=model)
     state = model.state_dict()
     for i, name in enumerate(dict(model.named_parameters())):
         assert torch.equal(state[name], opt.master(i)), name
@@ -1078,8 +1078,8 @@ class Complex(torch.nn.Module):
         destination[prefix + "row"] = self.weight.detach()[1]
 
 
-def test_lazy_looks_and_parts_are_saved_as_they_are(team):
-    opt, model = attached(team, model=Complex())
+def test_lazy_looks_and_parts_are_saved_as_they_are(world):
+    opt, model = attached(world, model=Complex())
     state, weight = model.state_dict(), opt.master(0)
     assert torch.equal(state["conjugated"], torch.view_as_complex(weight).conj())
     assert torch.equal(state["imaginary"], -weight[:, 1])

@@ -332,8 +332,8 @@ REPLACED = {
 @pytest.mark.parametrize("pending", [False, True], ids=["", "loaded before"])
 @pytest.mark.parametrize("how", REPLACED)
 @pytest.mark.parametrize("extrapolation", ["none", "local"])
-def test_writes_inside_master_weights_are_an_error_and_restored(team, how, extrapolation, pending):
-    model, opt = trained(team, extrapolation=extrapolation)
+def test_writes_inside_master_weights_are_an_error_and_restored(world, how, extrapolation, pending):
+    model, opt = trained(world, extrapolation=extrapolation)
     opt.attach(model)
     if pending:
         model.load_state_dict(model.state_dict())
@@ -348,30 +348,30 @@ def test_writes_inside_master_weights_are_an_error_and_restored(team, how, extra
         assert torch.equal(p, was)
     if pending and how == "replaced data":
         return
-    gradients(model, opt, team)
+    gradients(model, opt, world)
     opt.step()
     opt.close()
 
 
-def test_weights_that_were_put_back_inside_master_weights_are_no_error(team):
-    model, opt = trained(team)
+def test_weights_that_were_put_back_inside_master_weights_are_no_error(world):
+    model, opt = trained(world)
     with opt.master_weights(), torch.no_grad():
         kept = [p.clone() for p in model.parameters()]
         for p in model.parameters():
             p.zero_()
         for p, was in zip(model.parameters(), kept, strict=True):
             p.copy_(was)
-    gradients(model, opt, team)
+    gradients(model, opt, world)
     opt.step()
     opt.close()
 
 
-def test_an_error_inside_master_weights_is_not_hidden_by_what_was_written(team):
-    model, opt = trained(team)
+def test_an_error_inside_master_weights_is_not_hidden_by_what_was_written(world):
+    model, opt = trained(world)
     with pytest.raises(ZeroDivisionError), opt.master_weights():
         model[0].weight.data.zero_()
         raise ZeroDivisionError
-    gradients(model, opt, team)
+    gradients(model, opt, world)
     opt.step()
     opt.close()
 
@@ -418,12 +418,12 @@ MOVED = {
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "and an exception"])
 @pytest.mark.parametrize("how", MOVED)
-def test_parameters_that_were_moved_inside_master_weights_are_put_back(team, how, fails):
+def test_parameters_that_were_moved_inside_master_weights_are_put_back(world, how, fails):
     move, refused = MOVED[how]
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 5))
-    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=team)
-    gradients(model, opt, team)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=world)
+    gradients(model, opt, world)
     opt.step()
     before = [p.detach().clone() for p in model.parameters()]
     expected = pytest.raises(ZeroDivisionError if fails else xc.UsageError)
@@ -433,6 +433,6 @@ def test_parameters_that_were_moved_inside_master_weights_are_put_back(team, how
             raise ZeroDivisionError
     for p, was in zip(model.parameters(), before, strict=True):
         assert p.dtype == was.dtype and p.stride() == was.stride() and torch.equal(p, was)
-    gradients(model, opt, team)
+    gradients(model, opt, world)
     opt.step()
     opt.close()
