@@ -85,7 +85,7 @@ class Arguments(ctypes.Structure):
 class HandLoop(Window):
     """One loop in C++ for all streams, and two barriers: the machine's ceiling.
 
-    Of the ways to write it (past the cache or not, prefetching or not) it takes the one that is fastest here.
+    It tries stores past the cache or not, and prefetching or not, and takes the fastest here.
     """
 
     def __init__(self, problem: Problem, world: xc.World) -> None:

@@ -67,7 +67,7 @@ struct alignas(64) Barrier {
 
 extern "C" {
 
-// What hand_written.py fills in; arrays lie in shared memory and are aligned to 64 bytes.
+// The arguments, as hand_written.py fills them in; arrays lie in shared memory and are aligned to 64 bytes.
 struct Problem {
   void* barrier;
   std::int64_t processes;

@@ -28,7 +28,7 @@ class Result:
         return 1e6 * float(np.median(self.seconds[contestant]))
 
     def percentile(self, of: float) -> float:
-        """Of the fused step's microseconds."""
+        """A percentile of the fused step's time, in microseconds."""
         return 1e6 * float(np.percentile(self.seconds["fused"], of))
 
     def gigabytes_per_second(self, size: float, contestant: str = "fused") -> float:

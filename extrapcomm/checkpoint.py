@@ -364,9 +364,8 @@ class Checkpoints(BoundOptimizer):
             return strided(self._found_masters[i].copy(), self._binding.params[i])
         master = self.master(i)
         if self._to_adopt and not self._fits(i, master.as_strided((master.numel(),), (1,)).numpy()):
-            return (
-                self._binding.params[i].detach().to(master, copy=True)
-            )  # the next step takes what the model holds
+            # The next step takes what the model holds.
+            return self._binding.params[i].detach().to(master, copy=True)
         return master
 
     @contextmanager

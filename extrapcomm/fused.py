@@ -296,7 +296,6 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._members.require_same(self.param_groups)
         if not self._to_adopt:
             self._binding.require_own_weights(everywhere=True)
-        self._handed_out.require_unwritten()
         for group, (flags, slots) in zip(self.param_groups, self._settled, strict=True):
             self._rule.check_fixed(group, flags, slots)
         if not self._core.captures or self._table is None:  # a recording gets its numbers before each replay

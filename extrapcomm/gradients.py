@@ -362,7 +362,7 @@ class Gradients:
             self._watch_all.forget()
 
     def marks(self) -> list[tuple[int, int]]:
-        """What tells whether a backward pass has added to the bound worker's gradients since."""
+        """The identities and versions of the bound worker's gradients, which a backward pass changes."""
         grads = [param.grad for param in self._params]
         return [(0, 0) if grad is None else (id(grad), version_of(grad)) for grad in grads]
 

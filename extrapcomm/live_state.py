@@ -34,7 +34,7 @@ class _HandedOut:
         self._written = False
 
     def assigned(self) -> None:
-        """What was written until now has been staged."""
+        """Forget the writes until now: they have been staged."""
         if self._alias is not None:
             self._version, self._written = self._alias._version, False
 

@@ -13,7 +13,7 @@ from .errors import UsageError
 
 __all__ = ["MicroBatches", "MicroSquares"]
 
-# It runs each pass.
+# The function that runs each backward pass.
 ENGINE = getattr(torch.autograd.graph, "_engine_run_backward", torch.autograd.backward).__code__
 
 
@@ -65,12 +65,12 @@ class MicroBatches:
 
     @property
     def passes_seen(self) -> bool:
-        """Whether a backward pass has come within the present no_sync(), of those parameters that are watched."""
+        """True if a backward pass has reached a watched parameter within the present no_sync()."""
         return bool(self._passes)
 
     @property
     def switched(self) -> bool:
-        """Whether a worker was bound within the present no_sync()."""
+        """True if a worker was bound within the present no_sync()."""
         return bool(self._seen)
 
     def break_off(self, bound: int) -> None:
@@ -150,7 +150,7 @@ class MicroBatches:
 
 
 def _outermost_pass() -> FrameType | None:
-    """What tells one backward pass from another, where Python sees it: the frame of torch's function that runs it."""
+    """The frame of torch's function that runs the outermost backward pass; None if no Python frame does."""
     found, frame = None, sys._getframe(1)
     while frame is not None:
         if frame.f_code is ENGINE:

@@ -65,7 +65,7 @@ class Method:
         return module
 
     def _own(self, module: torch.nn.Module) -> Any:
-        """What would be called without this library."""
+        """The method that would be called without this library."""
         return getattr(type(module), self.NAME).__get__(module) if self._replaced is None else self._replaced
 
     def __reduce__(self) -> Any:
@@ -125,7 +125,7 @@ class StateDict(Method):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the module's own method is that of its class."""
+        """True if the module's own method is that of its class."""
         return self._replaced is None
 
 
@@ -161,7 +161,7 @@ def _pickles_itself(module: torch.nn.Module) -> bool:
 
 
 def _replaced(module: torch.nn.Module, present: Any, name: str) -> Any:
-    """What the user had put in place of a method; not what copying or unpickling has left there."""
+    """The user's replacement of a method, or None: copying or unpickling leaves replacements, too."""
     own = getattr(present, "__func__", None) is getattr(type(module), name)
     return None if own or isinstance(present, Method) else present
 

@@ -102,11 +102,8 @@ class StateEntries:
         if is_nothing(step := entry.get("step")):
             return None, slots, int(there)
         count = step_count(step)
-        return (
-            None,
-            slots,
-            count if there or not self._slots else 0,
-        )  # without a momentum the next step is the first
+        is_first = bool(self._slots) and not there  # without a momentum the next step is the first
+        return None, slots, 0 if is_first else count
 
     def begins_by(self, key: str) -> bool:
         """Return true for the only slot of a rule whose first step puts the gradient there."""
