@@ -1,7 +1,6 @@
 """The module that carries bytes between hosts: one for each MPI, and it must be mpi4py's."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Line", "WireOptions", "built_wires", "take_line", "wire_over"]
+__all__ = ["WireOptions", "built_wires", "wire_over"]
 
 _FAMILIES = {"Open MPI": "openmpi", "MPICH": "mpich"}
 _LARGEST = 1 << 30  # bytes of one message; MPI counts them in 31 bits
@@ -105,48 +104,6 @@ def built_wires() -> list[str]:
     return sorted(
         path.name.split(".")[0].removeprefix("_mpi_") for path in Path(__file__).parent.glob("_mpi_*.so")
     )
-
-
-@dataclass
-class Line:
-    """A communicator for wires alone. It is never freed, but used again by the next world of the same processes.
-
-    A rank that leaves says so to ranks that may not be listening any more; to free a communicator in which a message
-    lies unread is a mistake that some MPIs answer with a hang. Channels go on counting, so old messages are not taken
-    for new ones.
-    """
-
-    comm: "MPI.Intracomm"
-    number: int
-    channels: int = 0
-    worlds: int = 0
-    taken: bool = True
-
-
-_lines: dict[tuple[int, ...], list[Line]] = {}
-
-
-def take_line(
-    comm: "MPI.Intracomm",
-    all_gather: Callable[[bytes], list[bytes]],
-    duplicate: Callable[[], "MPI.Intracomm"],
-) -> Line:
-    """Collective: a line of the communicator's processes that is free on all of them, or a new one."""
-    from mpi4py import MPI
-
-    group, whole = comm.Get_group(), MPI.COMM_WORLD.Get_group()
-    lines = _lines.setdefault(tuple(group.Translate_ranks(None, whole)), [])
-    free = [line for line in lines if not line.taken]
-    mine = (free[0].number, free[0].channels) if free else (-1, 0)
-    offers = [tuple(map(int, offer.split())) for offer in all_gather(f"{mine[0]} {mine[1]}".encode())]
-    if free and {number for number, _ in offers} == {free[0].number}:
-        line = free[0]
-        line.taken, line.worlds = True, line.worlds + 1
-        line.channels = max(channels for _, channels in offers)  # a failed construction may have opened some
-        return line
-    numbers = all_gather(str(max((line.number for line in lines), default=-1) + 1).encode())
-    lines.append(Line(duplicate(), max(int(number) for number in numbers)))
-    return lines[-1]
 
 
 def wire_over(comm: "MPI.Intracomm") -> _core.Wire:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _core, errors
+from . import _core, communicators, errors
+from .communicators import Line, take_line
 from .errors import CommError, PeerError, UsageError
 from .launch import require_launchers_mpi, singleton_warning
-from .wire import Line, WireOptions, take_line, wire_over
+from .wire import WireOptions, wire_over
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -90,8 +91,10 @@ class World:
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
         require_mpi()
-        _free_dropped()
+        self._name = ""  # of the communicator
         self._comm = self._duplicate(comm)
+        self._name = self.gather_words(communicators.new_name())[0]
+        communicators.free_retired(self._comm, self._all_gather)
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.workers = workers
@@ -188,19 +191,23 @@ class World:
 
         Not collective and idempotent; weights stay readable as long as anything looks at them.
         """
-        if self._leave(sys.exc_info()[1]) and not self._lost and os.getpid() == self._pid:
-            _free(self._comm)
+        self._leave(sys.exc_info()[1])
+        self._retire()
+        communicators.free_alone()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Say good-bye as `close()` does. This may run at any moment, so the next World frees the communicator."""
+        """Say good-bye as `close()` does. This may run at any moment."""
         if finalizing() or not hasattr(self, "_comm") or os.getpid() != self._pid:
             return
-        was_open = not self._closed
         self._leave(None)
-        if self._lost:
-            _unfinished.extend(self._lost)
-        elif was_open:
-            _dropped.append(self._comm)
+        self._retire()
+        _unfinished.extend(self._lost)
+
+    def _retire(self) -> None:
+        """Once: let the communicator be freed in its time, unless something was begun there and not done."""
+        name, self._name = self._name, ""
+        if name and not self._lost and os.getpid() == self._pid:
+            communicators.retire(name, self._comm)
 
     def _require_member(self) -> None:
         if os.getpid() != self._pid:
@@ -210,17 +217,16 @@ class World:
         if self._closed:
             raise UsageError("this world is closed")
 
-    def _leave(self, error: BaseException | None = None) -> bool:
+    def _leave(self, error: BaseException | None = None) -> None:
         """Say good-bye, and which exception is on its way, if one is."""
         self._closed = True
         if self._team is None:
-            return False
+            return
         self._team.leave(_words(error))
         if self._line:
             self._line.channels, self._line.taken = self._team.channels, False
         self._team = None
         _open_worlds.discard(self)
-        return True
 
     def __enter__(self) -> "World":
         return self
@@ -386,20 +392,7 @@ def require_mpi() -> None:
         )
 
 
-def _free(comm: "MPI.Intracomm") -> None:
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        comm.Free()
-
-
-_dropped: list["MPI.Intracomm"] = []  # communicators of worlds that nobody closed
-_unfinished: list[Any] = []  # requests of such worlds, with their buffers: MPI may still write there
-
-
-def _free_dropped() -> None:
-    while _dropped:
-        _free(_dropped.pop())
+_unfinished: list[Any] = []  # requests of dropped worlds, with their buffers: MPI may still write there
 
 
 def _gathering_for(world: World) -> Callable[[bytes], list[bytes]]:

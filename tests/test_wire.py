@@ -7,7 +7,7 @@ import pytest
 from conftest import COMM, LIMITS
 
 import extrapcomm as xc
-from extrapcomm import wire
+from extrapcomm import communicators, wire
 from extrapcomm.tune import save, tune
 
 
@@ -180,7 +180,7 @@ def test_wire_of_another_binary_interface_is_refused(monkeypatch):
 
 
 def test_worlds_in_turn_use_one_communicator():
-    lines = wire._lines
+    lines = communicators._lines
     with teams_of_one() as world:
         train(world)
     before = sum(map(len, lines.values()))
