@@ -228,7 +228,7 @@ class Pair:
     dtype is one for all layers, or a list of one for each.
     """
 
-    def __init__(self, world, lengths, dtype, *, tile=4096, seed=0, **options):
+    def __init__(self, world, lengths, dtype, *, tile=4096, seed=0, streaming=None, **options):
         self.world = world
         self.layers = list(
             zip(lengths, [dtype] * len(lengths) if isinstance(dtype, str) else dtype, strict=True)
@@ -236,7 +236,7 @@ class Pair:
         self.random = np.random.default_rng(seed)
         weights = self.values()
         arrays = [stored(w, dtype) for w, (_, dtype) in zip(weights, self.layers, strict=True)]
-        self.engine = xc.Engine(world, arrays, tile=tile, **options)
+        self.engine = xc.Engine(world, arrays, tile=tile, streaming=streaming, **options)
         self.exact = reference.ReferenceEngine(weights, world.K, dtype=dtype, **options)
         self.double = reference.ReferenceEngine(weights, world.K, dtype=dtype, precision="float64", **options)
 

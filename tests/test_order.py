@@ -69,6 +69,31 @@ def test_streaming_past_the_cache_does_not_change_the_bits(team, dtype, extrapol
     assert {run(team, streaming=True, tile=tile, **options) for tile in (7, 512, 1000)} == {cached}
 
 
+FUSED = {
+    "sgd": {"rule": "sgd"},
+    "momentum": {"rule": "sgd", "momentum": 0.9, "dampening": 0.2, "weight_decay": 1e-3},
+    "nesterov": NESTEROV,
+    "decoupled": {"rule": "sgd", "momentum": 0.9, "decoupled_weight_decay": True, "weight_decay": 1e-3},
+    "maximize": {"rule": "sgd", "momentum": 0.9, "maximize": True},
+    "adam": ADAM,
+    "adamw": {"rule": "adam", "decoupled_weight_decay": True, "weight_decay": 1e-3},
+    "amsgrad": {"rule": "adam", "amsgrad": True},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("displacement", ["none", "preconditioned", "raw"])
+@pytest.mark.parametrize("name", FUSED)
+def test_loops_of_their_own_have_the_bits_of_the_reference(team, pair, name, displacement, streaming):
+    """The commonest steps are one loop each, for 1, 2 and 4 workers; 3 and 7 have the stages."""
+    options = {"lr": 0.01, **FUSED[name], "extrapolation": "none" if displacement == "none" else "local"}
+    options |= {} if displacement == "none" else {"displacement": displacement}
+    twins = pair(team, LENGTHS, "float32", streaming=streaming, **options)
+    for _ in range(3):
+        twins.step()
+    twins.compare(1e-3)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_two_runs_give_the_same_bits(team, rule):
     assert run(team, rule=rule) == run(team, rule=rule)

@@ -11,6 +11,9 @@
 #define XC_CLONES
 #endif
 
+// A lambda inside a clone must be part of it.
+#define XC_INLINE __attribute__((always_inline))
+
 namespace xc {
 
 // The name of the clone that the loader picks on this machine.

@@ -338,11 +338,50 @@ Pass sum_pass(bool streaming) { return {.source = Pass::Source::gradients, .weig
 
 Pass publish_pass() { return {.weights = Pass::Weights::store}; }
 
+namespace {
+
+// Whether nothing else is asked of the pass than new weights, by workers whose gradients are all at hand.
+template <class T>
+bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept) {
+  const bool alone = !pass.spread && !pass.projection && !pass.displace && !pass.sums.any();
+  return alone && pass.source == Pass::Source::gradients && pass.apply &&
+         pass.weights != Pass::Weights::keep && !kept.mean && !kept.factor &&
+         workers.sources == workers.own && workers.targets.size() == workers.sources.size();
+}
+
+template <class T>
+void walk_fused(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
+                StoreWidth store) {
+  const std::int64_t first = std::max(run.begin, shard.begin), end = std::min(run.end, shard.end);
+  if (first >= end) return;
+  const std::int64_t place = first - shard.begin;
+  T* slots[kMaxSlots];
+  for (int s = 0; s < kMaxSlots; ++s) slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
+  run.fused({.sources = workers.sources.data(),
+             .targets = workers.targets.data(),
+             .first_byte = run.byte_begin + (first - run.begin) * run.element_size,
+             .count = end - first,
+             .w = shard.w + place,
+             .slots = slots,
+             .scalars = run.scalars,
+             .scale = run.scale,
+             .clip = pass.clip ? run.clip : T(1),
+             .own_rate = run.own_rate,
+             .store = pass.weights == Pass::Weights::stream ? store : StoreWidth::none});
+}
+
+}  // namespace
+
 template <class T>
 void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
           TileBuffers<T>& buffers, const Kept<T>& kept) {
   const std::vector<Stage<T>> stages = stages_of<T>(pass);
+  const bool plain = is_plain_step(pass, workers, kept);
   for (const Run<T>& run : runs) {
+    if (plain && run.fused) {
+      walk_fused(pass, workers, run, shard, buffers.store());
+      continue;
+    }
     const std::int64_t end = std::min(run.end, shard.end);
     for (std::int64_t first = std::max(run.begin, shard.begin); first < end;) {
       const std::int64_t count = std::min(within_cell(first, buffers.tile()), end - first);

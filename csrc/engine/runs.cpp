@@ -120,6 +120,8 @@ void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double in
   run.publish = publish_kernel<T>(spec.dtype, step.fused ? direction : Direction::none, run.scaled);
   run.stream = stream_kernel<T>(spec.dtype, direction, run.scaled);
   run.displace = displace_kernel<T>(spec.dtype, direction);
+  if (!run.extrapolation->random)
+    run.fused = fused_kernel<T>(spec.dtype, run.family, run.member, worker_count_, direction, run.scaled);
 }
 
 template <class T>

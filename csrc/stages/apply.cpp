@@ -8,20 +8,12 @@
 #include "rules/all.hpp"
 #include "stages/squares.hpp"
 #include "stages/tables.hpp"
+#include "stages/update.hpp"
 
 // The apply stage and the tables of all rules, derived from the one list.
 
 namespace xc {
 namespace {
-
-// Calls one of a rule's functions for element i; `s` are the arrays of its slots.
-template <class R, class T, class... S>
-XC_HOST_DEVICE void update(const R& rule, const T* mean, const T* extra, std::int64_t i, T& w, S&... s) {
-  if constexpr (extra_of<R>() == Extra::none)
-    rule(mean[i], w, s...);
-  else
-    rule(mean[i], extra[i], w, s...);
-}
 
 template <int kMeasure, class R, class T, class... S>
 XC_HOST_DEVICE void measured(const R& rule, const T* mean, const T* extra, std::int64_t i, double* term, T& w,
@@ -43,12 +35,7 @@ XC_CLONES void apply(const void* scalars, const Elements<T>& at, std::int64_t co
   T* __restrict c = at.slots[2];
   static_assert(kMaxSlots == 3);
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) {
-    if constexpr (R::kSlots == 0) update(rule, mean, extra, i, w[i]);
-    if constexpr (R::kSlots == 1) update(rule, mean, extra, i, w[i], a[i]);
-    if constexpr (R::kSlots == 2) update(rule, mean, extra, i, w[i], a[i], b[i]);
-    if constexpr (R::kSlots == 3) update(rule, mean, extra, i, w[i], a[i], b[i], c[i]);
-  }
+  for (std::int64_t i = 0; i < count; ++i) update_at(rule, mean, extra, i, w, a, b, c);
 }
 
 template <class R, class T>
@@ -59,19 +46,8 @@ XC_CLONES void factor(const void* scalars, const Elements<T>& at, T* __restrict 
   const T* __restrict b = at.slots[1];
   const T* __restrict c = at.slots[2];
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) {
-    if constexpr (R::kSlots == 0) factor[i] = rule.factor(w[i]);
-    if constexpr (R::kSlots == 1) factor[i] = rule.factor(w[i], a[i]);
-    if constexpr (R::kSlots == 2) factor[i] = rule.factor(w[i], a[i], b[i]);
-    if constexpr (R::kSlots == 3) factor[i] = rule.factor(w[i], a[i], b[i], c[i]);
-  }
+  for (std::int64_t i = 0; i < count; ++i) factor[i] = factor_at(rule, i, w, a, b, c);
 }
-
-template <class R, class T>
-inline constexpr bool kHasFactor =
-    requires(const R rule, T t) { rule.factor(t); } || requires(const R rule, T t) { rule.factor(t, t); } ||
-    requires(const R rule, T t) { rule.factor(t, t, t); } ||
-    requires(const R rule, T t) { rule.factor(t, t, t, t); };
 
 template <class R>
 void prepare(Hyper hyper, std::int64_t updates, void* scalars) {

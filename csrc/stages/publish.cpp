@@ -3,6 +3,7 @@
 #include "core/clones.hpp"
 #include "core/streaming.hpp"
 #include "rules/extrapolation.hpp"
+#include "stages/displaced.hpp"
 #include "stages/squares.hpp"
 #include "stages/tables.hpp"
 
@@ -15,19 +16,6 @@
 
 namespace xc {
 namespace {
-
-template <Direction kDirection, bool kScaled, class E>
-XC_HOST_DEVICE Master<E> displaced(Master<E> w, const Displacement<Master<E>>& by, const E* own,
-                                   const Master<E>* shared, const Master<E>* factor, std::int64_t i) {
-  if constexpr (kDirection == Direction::none) {
-    return w;
-  } else {
-    const Master<E> mine = kDirection == Direction::shared ? Master<E>(0) : widen(own[i]);
-    const Master<E> all = kDirection == Direction::own ? Master<E>(0) : shared[i];
-    const Master<E> d = displacement<kDirection>(by.own_rate, mine, by.shared_rate, all);
-    return kScaled ? w - d * factor[i] : w - d;
-  }
-}
 
 template <class E, Direction kDirection, bool kScaled>
 XC_CLONES void publish(const Master<E>* __restrict w, const Displacement<Master<E>>& to, std::byte* x_bytes,

@@ -15,16 +15,6 @@ namespace {
 
 constexpr int kFan = 8;
 
-template <int kFirst, int kCount, class E>
-[[gnu::always_inline]] inline Master<E> tree(const E* const* source, std::int64_t i) {
-  if constexpr (kCount == 1) {
-    return widen(source[kFirst][i]);
-  } else {
-    constexpr int kLeft = left_part(kCount);
-    return tree<kFirst, kLeft>(source, i) + tree<kFirst + kLeft, kCount - kLeft>(source, i);
-  }
-}
-
 template <class E, int kCount>
 XC_CLONES void leaf(const std::byte* const* sources, std::int64_t first_byte, std::int64_t count,
                     Master<E> scale, Master<E>* __restrict sum) {

@@ -3,13 +3,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/clones.hpp"
 #include "core/streaming.hpp"
 #include "stages/tables.hpp"
 
 // The loop that all sums share. Terms are computed for a block of elements, which the compiler can vectorise
 // whatever they are, and then added to the lanes row by row.
-
-#define XC_INLINE __attribute__((always_inline))
 
 namespace xc {
 

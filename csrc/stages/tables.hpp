@@ -89,6 +89,24 @@ template <class T>
 using StreamFn = void (*)(const T* w, const Displacement<T>& by, std::byte* x, std::int64_t count,
                           const Ahead& ahead, const Observed<T>& observed);
 
+// A whole step of some elements in one loop, for the commonest steps: what the stages do to a tile.
+template <class T>
+struct FusedStep {
+  const std::byte* const* sources;  // the workers' gradients, which displace their weights, too
+  std::byte* const* targets;
+  std::int64_t first_byte;
+  std::int64_t count;
+  T* w;
+  T* const* slots;
+  const void* scalars;
+  T scale;
+  T clip;  // times the mean gradient; 1 changes no bit
+  T own_rate;
+  StoreWidth store;  // none: weights stay in the caches
+};
+template <class T>
+using FusedFn = void (*)(const FusedStep<T>& step);
+
 // Displaces x in place: extrapolation as a pass of its own, which only the unfused comparison takes.
 template <class T>
 using DisplaceFn = void (*)(const Displacement<T>& by, std::byte* x, std::int64_t count);
@@ -183,6 +201,10 @@ template <class T>
 PublishFn<T> publish_kernel(DType element, Direction direction, bool scaled);
 template <class T>
 StreamFn<T> stream_kernel(DType element, Direction direction, bool scaled);
+// Returns none for steps that have no loop of their own.
+template <class T>
+FusedFn<T> fused_kernel(DType element, int family, unsigned member, int workers, Direction direction,
+                        bool scaled);
 template <class T>
 DisplaceFn<T> displace_kernel(DType element, Direction direction);
 
