@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from mpi4py import MPI
-from problem import LR, MOMENTUM, Problem
+from problem import BETAS, EPS, LR, MOMENTUM, Problem
 from rivals import Contestant
 
 import extrapcomm as xc
@@ -39,23 +39,37 @@ class Window(Contestant):
             -(-count // LINE) * LINE + LINE * 13
         )  # not a multiple of a page: streams would meet in the caches
         points = ranks if problem.displaced else 0
-        arrays = 3 + ranks + points  # the barrier, w, m, and for each rank g and its point
+        own = 2 + problem.slots  # the barrier, w and the rule's
+        arrays = own + ranks + points  # for each rank g and its point
         mine = arrays * length * 4 if problem.rank == 0 else 0
         self.window = MPI.Win.Allocate_shared(mine, 4, comm=self.comm)
         memory, _ = self.window.Shared_query(0)
         flat = np.ndarray(arrays * length, np.float32, buffer=memory)
         skip = -flat.ctypes.data % 64 // 4
         views = [flat[skip + i * length :][:count] for i in range(arrays)]
-        self.barrier, self.w, self.m = views[0], views[1], views[2]
-        self.grads = views[3 : 3 + ranks]
-        self.x = views[3 + ranks :] or [self.w] * ranks
-        if problem.rank == 0:
-            self.barrier[:], self.m[:] = 0, 0
-            self.w[:] = problem.weights.numpy()
+        self.barrier, self.w, self.slots = views[0], views[1], views[2:own]
+        self.grads = views[own : own + ranks]
+        self.x = views[own + ranks :] or [self.w] * ranks
+        self.steps = 0
+        self.begin_again()
         self.grads[problem.rank][:] = problem.grads[0].numpy()
         share = -(-count // (ranks * LINE)) * LINE
         self.begin, self.end = min(count, problem.rank * share), min(count, (problem.rank + 1) * share)
         self.comm.Barrier()
+
+    def begin_again(self) -> None:
+        """All arrays as before the first step; rank 0 does it, and others wait at the next barrier."""
+        self.steps = 0
+        if self.problem.rank == 0:
+            for array in (self.barrier, *self.slots):
+                array[:] = 0
+            self.w[:] = self.problem.weights.numpy()
+
+    def corrections(self) -> tuple[float, float]:
+        """What Adam's moments are multiplied with in the step that begins."""
+        self.steps += 1
+        first, second = BETAS
+        return 1 / (1 - first**self.steps), 1 / (1 - second**self.steps)
 
     def master(self) -> torch.Tensor:
         return torch.from_numpy(self.w)
@@ -102,20 +116,25 @@ class HandLoop(Window):
             points=ctypes.addressof(self.arrays[1]),
             w=self.w.ctypes.data,
             lr=LR,
-            momentum=MOMENTUM,
+            momentum=BETAS[0] if problem.rule == "adam" else MOMENTUM,
             gamma=problem.gamma,
+            beta2=BETAS[1],
+            eps=EPS,
+            adam=problem.rule == "adam",
             displaced=problem.displaced,
         )
-        self.arguments.slots[0] = self.m.ctypes.data
+        for i, slot in enumerate(self.slots):
+            self.arguments.slots[i] = slot.ctypes.data
         self.address = ctypes.byref(self.arguments)
         self.choose()
 
     def step(self) -> None:
+        if self.arguments.adam:
+            self.arguments.c1, self.arguments.c2 = self.corrections()
         self.library.step(self.address)
 
     def choose(self) -> None:
         """Try each way a few times on the real arrays, alike on all ranks, and put the arrays back."""
-        kept = self.w.copy() if self.problem.rank == 0 else None
         ways = [(past, ahead) for past in (0, 1) for ahead in (0, 128, 512)]
         seconds = np.empty((3, len(ways)))
         for row in seconds:
@@ -127,8 +146,7 @@ class HandLoop(Window):
                 row[i] = time.perf_counter() - start
         self.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
         self.arguments.past_cache, self.arguments.ahead = ways[int(np.median(seconds, axis=0).argmin())]
-        if kept is not None:
-            self.w[:], self.m[:] = kept, 0
+        self.begin_again()
         self.comm.Barrier()
 
 
@@ -137,16 +155,23 @@ class WindowNumba(Window):
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
         super().__init__(problem, world)
-        self.kernel = numba_kernel(problem.ranks, problem.displaced)
-        self.arrays = (*self.grads, *self.x[: problem.ranks if problem.displaced else 0])
-        self.kernel(0, 0, *self.constants(), self.w, self.m, *self.arrays)
+        self.kernel = numba_kernel(problem.ranks, problem.displaced, problem.rule)
+        points = self.x[: problem.ranks if problem.displaced else 0]
+        self.arrays = (self.w, *self.slots, *self.grads, *points)
+        self.kernel(0, 0, *self.numbers(), *self.arrays)
+        self.steps = 0
 
-    def constants(self) -> tuple[np.float32, ...]:
-        return tuple(map(np.float32, (LR, MOMENTUM, self.problem.gamma)))
+    def numbers(self) -> tuple[np.float32, ...]:
+        """Of one step."""
+        own = (MOMENTUM,)
+        if self.problem.rule == "adam":
+            own = (*BETAS, EPS, *self.corrections())
+        return tuple(map(np.float32, (LR, self.problem.gamma, *own)))
 
     def step(self) -> None:
+        numbers = self.numbers()
         self.comm.Barrier()
-        self.kernel(self.begin, self.end, *self.constants(), self.w, self.m, *self.arrays)
+        self.kernel(self.begin, self.end, *numbers, *self.arrays)
         self.comm.Barrier()
 
 
@@ -158,23 +183,34 @@ class WindowCompile(Window):
         own = slice(self.begin, self.end)
         points = self.x if problem.displaced else []
         self.arrays = [
-            [torch.from_numpy(a[own]) for a in arrays] for arrays in (self.grads, points, [self.w, self.m])
+            [torch.from_numpy(a[own]) for a in arrays]
+            for arrays in (self.grads, points, [self.w, *self.slots])
         ]
-        self.kernel = torch.compile(compiled_step, dynamic=False)
+        self.kernel = torch.compile(compiled_adam if problem.rule == "adam" else compiled_sgd, dynamic=False)
         kept = [array.clone() for array in self.arrays[2]]
-        self.kernel(*self.arrays, problem.gamma)
+        self.kernel(*self.arrays, problem.gamma, self.numbers())
+        self.steps = 0
         for array, value in zip(self.arrays[2], kept, strict=True):
             array.copy_(value)
         self.comm.Barrier()
 
+    def numbers(self) -> list[torch.Tensor]:
+        """That change from step to step: as tensors, or each step would be compiled anew."""
+        return [torch.tensor(number) for number in self.corrections()] if self.problem.rule == "adam" else []
+
     def step(self) -> None:
+        numbers = self.numbers()
         self.comm.Barrier()
-        self.kernel(*self.arrays, self.problem.gamma)
+        self.kernel(*self.arrays, self.problem.gamma, numbers)
         self.comm.Barrier()
 
 
-def compiled_step(
-    grads: list[torch.Tensor], points: list[torch.Tensor], state: list[torch.Tensor], gamma: float
+def compiled_sgd(
+    grads: list[torch.Tensor],
+    points: list[torch.Tensor],
+    state: list[torch.Tensor],
+    gamma: float,
+    numbers: list[torch.Tensor],
 ) -> None:
     w, m = state
     mean = sum(grads[1:], grads[0]) / len(grads)
@@ -184,21 +220,53 @@ def compiled_step(
         point.copy_(w - gamma * g)
 
 
+def compiled_adam(
+    grads: list[torch.Tensor],
+    points: list[torch.Tensor],
+    state: list[torch.Tensor],
+    gamma: float,
+    numbers: list[torch.Tensor],
+) -> None:
+    w, m, v = state
+    mean = sum(grads[1:], grads[0]) / len(grads)
+    m.mul_(BETAS[0]).add_(mean, alpha=1 - BETAS[0])
+    v.mul_(BETAS[1]).add_(mean * mean, alpha=1 - BETAS[1])
+    w.sub_(LR * (m * numbers[0]) / ((v * numbers[1]).sqrt() + EPS))
+    for point, g in zip(points, grads, strict=False):
+        point.copy_(w - gamma * g)
+
+
+# The numbers and arrays of a rule's loop, and the lines of its body.
+LOOPS = {
+    "sgd": ("momentum", "m", ["m[i] = momentum * m[i] + mean", "w[i] -= lr * m[i]"]),
+    "adam": (
+        "beta1, beta2, eps, correction1, correction2",
+        "m, v",
+        [
+            "m[i] = beta1 * m[i] + (one - beta1) * mean",
+            "v[i] = beta2 * v[i] + (one - beta2) * mean * mean",
+            "w[i] -= lr * (m[i] * correction1) / (sqrt(v[i] * correction2) + eps)",
+        ],
+    ),
+}
+
+
 @cache
-def numba_kernel(ranks: int, displaced: bool) -> Any:
+def numba_kernel(ranks: int, displaced: bool, rule: str) -> Any:
     """A loop for so many ranks, written out, because numba vectorises no inner loop over arrays."""
     import numba
 
     g = [f"g{k}" for k in range(ranks)]
     x = [f"x{k}" for k in range(ranks)] if displaced else []
+    numbers, arrays, body = LOOPS[rule]
     lines = [
-        f"def kernel(begin, end, lr, momentum, gamma, w, m, {', '.join(g + x)}):",
+        f"def kernel(begin, end, lr, gamma, {numbers}, w, {arrays}, {', '.join(g + x)}):",
         "    for i in range(begin, end):",
-        f"        m[i] = momentum * m[i] + ({' + '.join(f'{name}[i]' for name in g)}) * scale",
-        "        w[i] -= lr * m[i]",
+        f"        mean = ({' + '.join(f'{name}[i]' for name in g)}) * scale",
+        *[f"        {line}" for line in body],
         *[f"        {x[k]}[i] = w[i] - gamma * {g[k]}[i]" for k in range(len(x))],
     ]
-    names: dict[str, Any] = {"scale": np.float32(1 / ranks)}
+    names: dict[str, Any] = {"scale": np.float32(1 / ranks), "one": np.float32(1), "sqrt": np.sqrt}
     exec("\n".join(lines), names)
     return numba.njit(fastmath=True, nogil=True)(names["kernel"])
 

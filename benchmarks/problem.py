@@ -11,6 +11,9 @@ import torch
 
 LR = 1e-3
 MOMENTUM = 0.9
+BETAS = (0.9, 0.999)
+EPS = 1e-3  # large, so that a mean gradient whose sign is a matter of rounding moves a weight by little
+SLOTS = {"sgd": 1, "adam": 2}  # the rules, and how many numbers each keeps of a weight
 GAMMA = 0.25  # the extrapolation's step: large, so that a wrong displacement shows even in 16 bits
 
 
@@ -27,6 +30,12 @@ class Problem:
     ranks: int
     workers: int
     displaced: bool = True
+    rule: str = "sgd"
+
+    @property
+    def slots(self) -> int:
+        """The rule's arrays: the momentum, or two moments."""
+        return SLOTS[self.rule]
 
     @property
     def gamma(self) -> float:
@@ -48,8 +57,9 @@ class Problem:
 
     @property
     def floor_bytes(self) -> int:
-        """What a step must move: every g read, every x written, w and the momentum read and written."""
-        return self.count * (2 * self.all_workers * self.dtype.itemsize + 4 * self.master.itemsize)
+        """What a step must move: every g read, every x written, w and the rule's arrays read and written."""
+        own = 2 * (1 + self.slots) * self.master.itemsize
+        return self.count * (2 * self.all_workers * self.dtype.itemsize + own)
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -72,7 +82,13 @@ class Problem:
 
     def reference(self, steps: int) -> np.ndarray:
         """The master weights after `steps` steps, in float64."""
-        return in_double(self.weights) - drift(steps) * self.mean_gradient
+        g = self.mean_gradient
+        direction = g / (np.abs(g) + EPS) if self.rule == "adam" else g
+        return in_double(self.weights) - self.drift(steps) * direction
+
+    def drift(self, steps: int) -> float:
+        """How far a weight moves at most: Adam takes whole steps where gradients are constant."""
+        return steps * LR if self.rule == "adam" else drift(steps)
 
     def _uniform(self, seed: int) -> torch.Tensor:
         kind = np.float64 if self.dtype == torch.float64 else np.float32
@@ -101,7 +117,7 @@ def count_wrong(problem: Problem, steps: int, master: torch.Tensor, points: Iter
     The working weights are rounded once to their own type. Whoever sums 16-bit gradients in 16 bits rounds
     the mean up to K times, and the weight has taken `drift` times the mean.
     """
-    bound = 1 + drift(steps) + GAMMA
+    bound = 1 + problem.drift(steps) + GAMMA
     eps, eps_master = torch.finfo(problem.dtype).eps, torch.finfo(problem.master).eps
     allowed = (steps + 4) * eps_master * bound
     if problem.dtype != problem.master:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from problem import LR, MOMENTUM, Problem
+from problem import BETAS, EPS, LR, MOMENTUM, Problem
 
 import extrapcomm as xc
 
@@ -44,9 +44,10 @@ class Fused(Contestant):
     """The engine: one collective."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
-        rule = {"rule": "sgd", "lr": LR, "momentum": MOMENTUM}
-        kind = "local" if problem.displaced else "none"
-        self.engine = xc.Engine(world, problem.weights, extrapolation=kind, inner_lr=problem.gamma, **rule)
+        rule = {"rule": problem.rule, "lr": LR}
+        rule |= {"betas": BETAS, "eps": EPS} if problem.rule == "adam" else {"momentum": MOMENTUM}
+        displacement = {"extrapolation": "local" if problem.displaced else "none", "displacement": "raw"}
+        self.engine = xc.Engine(world, problem.weights, inner_lr=problem.gamma, **displacement, **rule)
         for worker, g in zip(self.engine.workers, problem.grads, strict=True):
             worker.grads.copy_(g)
 
@@ -75,7 +76,7 @@ def unfused_step(engine: xc.Engine) -> None:
 
 
 class Separate(Contestant):
-    """Sum the gradients, torch's fused SGD, extrapolate: three calls, each with its passes over memory."""
+    """Sum the gradients, torch's fused optimizer, extrapolate: three calls, each with its passes over memory."""
 
     def __init__(self, problem: Problem, world: xc.World) -> None:
         self.comm, self.grads = world.comm, problem.grads
@@ -84,7 +85,7 @@ class Separate(Contestant):
         self.total = torch.zeros_like(problem.weights)
         self.weights = problem.weights.to(problem.master, copy=True)
         self.weights.grad = self.total.to(problem.master)
-        self.optimizer = make_sgd(self.weights, problem)
+        self.optimizer = make_optimizer(self.weights, problem)
 
     def step(self) -> None:
         add_up(self.grads, self.total)
@@ -141,7 +142,7 @@ class MpiZero1(Contestant):
         self.padded[: problem.count] = problem.weights
         self.own = self.padded[problem.rank * block : (problem.rank + 1) * block]
         self.own.grad = torch.zeros_like(self.own)
-        self.optimizer = make_sgd(self.own, problem)
+        self.optimizer = make_optimizer(self.own, problem)
         received = self.own.grad[: self.counts[problem.rank]]
         self.send, self.receive, self.gathered = (t.numpy() for t in (self.total, received, self.padded))
 
@@ -202,8 +203,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_sgd(weights: torch.Tensor, problem: Problem) -> torch.optim.Optimizer:
-    """Fed with the sum of the gradients, a learning rate of lr / K does the work of the mean."""
+def make_optimizer(weights: torch.Tensor, problem: Problem) -> torch.optim.Optimizer:
+    """Fed with the sum of the gradients, not their mean: SGD's learning rate, or Adam's epsilon, makes up for it."""
+    if problem.rule == "adam":
+        return torch.optim.Adam([weights], lr=LR, betas=BETAS, eps=EPS * problem.all_workers, fused=True)
     return torch.optim.SGD([weights], lr=LR / problem.all_workers, momentum=MOMENTUM, fused=True)
 
 

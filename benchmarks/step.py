@@ -24,7 +24,7 @@ import torch.distributed as dist
 import train
 from hand_written import HAND_WRITTEN, why_not
 from mpi4py import MPI
-from problem import Problem, count_wrong
+from problem import SLOTS, Problem, count_wrong
 from race import available_bytes, describe, race, share_cores
 from rivals import RIVALS, Contestant, Fused, Memcpy, Solver, start_gloo, why_absent
 
@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("-J", "--json", type=Path, help="write the figures to this file too")
     add("--rivals", type=rival_list, default=list(ALL), help=f"some of {','.join(ALL)}, or none")
     add("--plain", action="store_true", help="without the displacement: what is published is w itself")
+    add("--rule", choices=SLOTS, default="sgd", help="sgd has momentum")
     add("--workers", type=at_least(1), default=1, help="workers per rank")
     shape = ("DEPTH", "WIDTH", "BATCH")
     add("--perceptron", type=int, nargs=3, default=train.PERCEPTRON, metavar=shape, help="of --train")
@@ -109,6 +110,8 @@ def complain_about(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if args.device == "cuda" and (reason := gpu.why_absent()):
         parser.error(reason)
     itemsize = DTYPES[args.datatype].itemsize
+    if args.rule == "adam" and (itemsize == 2 or args.train or args.overhead or args.device == "cuda"):
+        parser.error("--rule adam is for the table of steps, in float32 or float64")
     if args.minbytes < itemsize:
         parser.error(f"-b {args.minbytes} holds no element of {args.datatype} ({itemsize} bytes)")
     if args.minbytes > args.maxbytes:
@@ -134,15 +137,17 @@ def complain_about_memory(args: argparse.Namespace, parser: argparse.ArgumentPar
 
 
 def bytes_needed(problem: Problem, contestants: int) -> int:
-    """Each contestant's w, momentum, sum and V + 1 working copies; six arrays of float64 for the check."""
-    per_element = contestants * (problem.workers + 4) * problem.master.itemsize + 6 * 8
+    """Each contestant's w, its rule's arrays, sum and V + 1 working copies; six arrays of float64 for the check."""
+    per_element = contestants * (problem.workers + 3 + problem.slots) * problem.master.itemsize + 6 * 8
     return problem.count * per_element * problem.ranks
 
 
 def sweep(args: argparse.Namespace, comm: MPI.Comm) -> list[Problem]:
     dtype = DTYPES[args.datatype]
     return [
-        Problem(bytes_ // dtype.itemsize, dtype, comm.rank, comm.size, args.workers, not args.plain)
+        Problem(
+            bytes_ // dtype.itemsize, dtype, comm.rank, comm.size, args.workers, not args.plain, args.rule
+        )
         for bytes_ in powers(args.minbytes, args.maxbytes, args.stepfactor)
     ]
 

@@ -15,16 +15,17 @@ STEPS = 3
 
 @pytest.mark.skipif(bool(TEAM), reason="the hand-written ones work inside one team")
 @pytest.mark.parametrize("displaced", [True, False], ids=["displaced", "plain"])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
 @pytest.mark.parametrize("count", [5, 1000])
 @pytest.mark.parametrize("name", sorted(set(CONTESTANTS) - {"gloo_torch", "mpi_allreduce"}))
-def test_contestants_make_the_same_step(world, name, count, displaced):
+def test_contestants_make_the_same_step(world, name, count, displaced, rule):
     if name in HAND_WRITTEN and (reason := why_not(name, torch.float32, 1)):
         pytest.skip(reason)
     if name == "window_compile" and (count < 1000 or COMM.size > 1):
         pytest.skip("compiles for long: one process is enough")
     if name == "unfused" and not displaced:
         pytest.skip("unfused steps displace")
-    problem = Problem(count, torch.float32, world.rank, world.size, 1, displaced)
+    problem = Problem(count, torch.float32, world.rank, world.size, 1, displaced, rule)
     solver = CONTESTANTS[name](problem, world)
     assert isinstance(solver, Solver)
     for _ in range(STEPS):
