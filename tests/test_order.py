@@ -78,17 +78,21 @@ FUSED = {
     "adam": ADAM,
     "adamw": {"rule": "adam", "decoupled_weight_decay": True, "weight_decay": 1e-3},
     "amsgrad": {"rule": "adam", "amsgrad": True},
+    "lars": {"rule": "lars", "momentum": 0.9, "weight_decay": 1e-3},
+    "lamb": {"rule": "lamb", "weight_decay": 1e-3},
+    "lans": {"rule": "lans", "weight_decay": 1e-3},
 }
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("displacement", ["none", "preconditioned", "raw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FUSED)
-def test_loops_of_their_own_have_the_bits_of_the_reference(team, pair, name, displacement, streaming):
+def test_loops_of_their_own_have_the_bits_of_the_reference(team, pair, name, dtype, displacement, streaming):
     """The commonest steps are one loop each, for 1, 2 and 4 workers; 3 and 7 have the stages."""
     options = {"lr": 0.01, **FUSED[name], "extrapolation": "none" if displacement == "none" else "local"}
     options |= {} if displacement == "none" else {"displacement": displacement}
-    twins = pair(team, LENGTHS, "float32", streaming=streaming, **options)
+    twins = pair(team, LENGTHS, dtype, streaming=streaming, **options)
     for _ in range(3):
         twins.step()
     twins.compare(1e-3)

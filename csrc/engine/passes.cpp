@@ -344,8 +344,8 @@ namespace {
 template <class T>
 bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept) {
   const bool alone = !pass.spread && !pass.projection && !pass.displace && !pass.sums.any();
-  return alone && pass.source == Pass::Source::gradients && pass.apply &&
-         pass.weights != Pass::Weights::keep && !kept.mean && !kept.factor &&
+  const bool local = pass.source == Pass::Source::gradients || pass.source == Pass::Source::none;
+  return alone && local && pass.apply && pass.weights != Pass::Weights::keep && !kept.mean && !kept.factor &&
          workers.sources == workers.own && workers.targets.size() == workers.sources.size();
 }
 
