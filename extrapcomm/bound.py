@@ -65,6 +65,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _saving: bool  # a state_dict() is being made,
     _shows_for_saving: bool  # and the model has the master weights meanwhile
     _inside_worker: int  # so many worker() are open
+    _outside = 0  # the worker that was bound before the first of them
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
@@ -152,9 +153,10 @@ class BoundOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: for another v.
         """
-        if not (isinstance(v, int) and 0 <= v < self.world.workers):
-            raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
+        v = self._checked_worker(v)
         before = self._binding.bound
+        if not self._inside_worker:
+            self._outside = before
         self._require_outside("worker()")
         self._binding.require_own_process()
         if v != before and not self._to_adopt:
@@ -162,11 +164,20 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._switch(v)
         self._micro_batches.saw(v)
         self._inside_worker += 1
+        depth = self._inside_worker
         try:
             yield
         finally:
             self._inside_worker -= 1
-            self._leave_for(before)
+            if self._inside_worker >= depth:
+                raise UsageError("the contexts of worker() must end in the reverse order of their beginnings")
+            self._leave_for(before if self._inside_worker else self._outside)
+
+    def _checked_worker(self, v: int) -> int:
+        number = None if isinstance(v, bool) else getattr(v, "__index__", lambda: None)()
+        if number is None or not 0 <= number < self.world.workers:
+            raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
+        return int(number)
 
     def _leave_for(self, v: int) -> None:
         """Go back to worker v. What others wrote into the one that is left is an error at the next step."""

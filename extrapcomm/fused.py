@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, overload
 
@@ -164,6 +164,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._has_begun = True
         self._require_open()
         capturing = self._core.captures
         if capturing and self._has_pending_state:
@@ -186,6 +187,14 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         if not skipped:  # as far as the host knows: what a GPU decides it does not wait for
             self._binding.mark_stepped()
         return loss
+
+    def _tell_all(self, error: Exception) -> None:
+        """Collective with the others' step: this rank's step failed before it began, and so does theirs."""
+        if self._closed or self._core.captures:
+            return
+        with suppress(UsageError):
+            self._binding.require_own_process()
+            self._core.complain(describe(error))
 
     @property
     def grad_norm(self) -> float | None:
@@ -394,6 +403,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         """
         self._require_open()
         gradients, bound = self._binding.gradients, self._binding.bound
+        gradients.watch_trained()
         before = gradients.marks()
         with self._micro_batches.one_more(bound):
             try:

@@ -86,11 +86,11 @@ class Gradients:
         self._wide: list[dict[int, torch.Tensor]] = [{} for _ in range(workers)]
         self._finished: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
         self._rescaled = False
-        trained = [i for i, param in enumerate(params) if param.requires_grad] or [-1]
-        self._watched, self._last = trained[0], trained[-1]
+        self._watched, self._last = self._ends_of_trained()
         self._micro_batches = micro_batches
         self._watch_all = Watch(core, self._places, micro_batches) if overlapped else None
-        self._hooks = self._install_hooks(everywhere=manner == "hook" or overlapped)
+        self._hooks: dict[int, Any] = {}
+        self._install_hooks(everywhere=manner == "hook" or overlapped)
         self.witnesses = Witnesses(params, workers, micro_batches)
 
     # -- Into the engine's memory --------------------------------------------------------------------------------
@@ -178,6 +178,10 @@ class Gradients:
         wide, shown, present = self._wide[v], self._shown[v], self.present[v].tolist()
         for i in range(len(shown)) if which is None else which:
             param, grad, here = self._params[i], wide.get(i, shown[i]), present[i]
+            if here and grad is shown[i]:
+                self._core.touch(
+                    v, i
+                )  # autograd writes there, and the engine hears of it only if it is there then
             try:
                 param.grad = grad if here else None
             except RuntimeError:  # its type was changed meanwhile
@@ -293,14 +297,28 @@ class Gradients:
 
     # -- What autograd tells -------------------------------------------------------------------------------------
 
-    def _install_hooks(self, everywhere: bool) -> list[Any]:
+    def _install_hooks(self, everywhere: bool) -> None:
         """On every parameter, or on the first and the last one that are trained."""
         mine = weakref.ref(self)
-        return [
-            param.register_post_accumulate_grad_hook(_finisher(mine, i, everywhere))  # type: ignore[no-untyped-call]
-            for i, param in enumerate(self._params)
-            if param.requires_grad and (everywhere or i in (self._watched, self._last))
-        ]
+        for i, param in enumerate(self._params):
+            if (
+                param.requires_grad
+                and i not in self._hooks
+                and (everywhere or i in (self._watched, self._last))
+            ):
+                hook = _finisher(mine, i, everywhere)
+                self._hooks[i] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _ends_of_trained(self) -> tuple[int, int]:
+        """The numbers of the first and the last parameter that are trained, which tell of backward passes."""
+        trained = [i for i, param in enumerate(self._params) if param.requires_grad] or [-1]
+        return trained[0], trained[-1]
+
+    def watch_trained(self) -> None:
+        """Choose others that tell of backward passes where those were frozen."""
+        if self._watched < 0 or not all(self._params[i].requires_grad for i in (self._watched, self._last)):
+            self._watched, self._last = self._ends_of_trained()
+            self._install_hooks(everywhere=False)
 
     def finish(self, i: int, param: torch.Tensor, copy: bool) -> None:
         """Autograd has accumulated into this parameter's gradient."""
@@ -394,7 +412,7 @@ class Gradients:
 
     def remove_hooks(self) -> None:
         """Leave the model without traces of these gradients."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         self.witnesses.remove()
 

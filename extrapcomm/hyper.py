@@ -375,6 +375,8 @@ def _settled(number: float, largest: float) -> float:
 
 def _finite(name: str, value: Any) -> float:
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("torch's rules take no words")
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
         raise UsageError(f"{name} must be a number, not {value!r}") from None

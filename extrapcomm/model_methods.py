@@ -119,8 +119,11 @@ class StateDict(Method):
             for optimizer in outermost:
                 stack.enter_context(optimizer._while_saving(module))
             state = self._own(module)(*args, **kwargs)
+            given = kwargs.get("destination", args[0] if args else None)
             for optimizer in outermost:
                 state = take_apart(optimizer, state, keep_vars=keep_vars)
+                if given is not None and given is not state:  # a parent goes on with what it has given
+                    take_apart(optimizer, given, keep_vars=keep_vars)
         return state
 
     @property

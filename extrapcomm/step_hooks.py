@@ -18,7 +18,9 @@ _FOR_ALL = [getattr(torchs, f"_global_optimizer_{when}_hooks", None) for when in
 
 
 def hooked_as_torchs(step: Step) -> Step:
-    """A step without gradients that runs torch's hooks, and that its profiler sees.
+    """A step without gradients that runs torch's hooks, that its profiler sees, and whose failure all ranks hear of.
+
+    The step sets `_has_begun` where it begins to tell the other ranks of its failures itself.
 
     torch wraps the step of every optimizer in hooks and in a profiler's label, and that takes a good part of a
     small step's time. Here it happens only if a hook is registered or a profiler runs.
@@ -39,9 +41,14 @@ def hooked_as_torchs(step: Step) -> Step:
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
         # torch may have wrapped that of a subclass by itself.
         own = getattr(type(self).step, "__code__", None) is not torchs_way.__code__
-        if own and (_is_watched(self) or _profiler_runs()):
-            return torchs_way(self, *args, **kwargs)
-        return without_gradients(self, *args, **kwargs)
+        way = torchs_way if own and (_is_watched(self) or _profiler_runs()) else without_gradients
+        self._has_begun = False
+        try:
+            return way(self, *args, **kwargs)
+        except Exception as error:
+            if not self._has_begun:  # in a hook, a closure or the arguments: no other rank has heard of it
+                self._tell_all(error)
+            raise
 
     hooked.hooked = not any(hooks is None for hooks in _FOR_ALL)  # type: ignore[attr-defined]
     return cast(Step, hooked)

@@ -1176,3 +1176,18 @@ def test_a_group_is_added_although_an_attached_model_has_lost_its_parameters(wor
     opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     assert len(opt.param_groups) == 2
     opt.close()
+
+
+def test_a_parent_that_ignores_a_hooks_new_dict_saves_the_master_weights(world):
+    """torch goes on with the dict that it gave to the part, whatever that part returns."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    parent = torch.nn.Sequential(model)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=5.0, world=world)
+    opt.attach(model)
+    model[0]._register_state_dict_hook(lambda module, state, prefix, metadata: dict(state))
+    model(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    for saved in (parent.state_dict()["0.0.weight"], model.state_dict()["0.weight"]):
+        torch.testing.assert_close(saved, opt.master(0))
+        assert saved.data_ptr() != model[0].weight.data_ptr()
+    opt.close()

@@ -467,3 +467,58 @@ def test_zeroing_inside_worker_forgets_what_adascale_has_measured(worlds, inside
     opt.step()
     assert opt.gain == pytest.approx(1.2475, abs=1e-3)
     opt.close()
+
+
+@pytest.mark.parametrize("frozen", ["the first", "the last", "both"])
+def test_several_micro_batches_are_noticed_though_the_ends_of_the_model_were_frozen(worlds, frozen):
+    """Hooks of the first and the last trained parameter tell of backward passes: of those that are trained now."""
+    model, opt = started(worlds, 1)
+    ends = {"the first": [0], "the last": [-1], "both": [0, -1]}[frozen]
+    for i in ends:
+        list(model.parameters())[i].requires_grad_(False)
+    opt.zero_grad()
+    with opt.no_sync():
+        for part in range(2):
+            backward(model, part)
+    backward(model, 3)
+    assert_refused_until_zero_grad(model, opt, 1, "2 backward passes came within one no_sync")
+
+
+# -- Gradients that lie in shared memory when they are dropped ------------------------------------------------------
+
+
+def zero_in_place(opt, model, how):
+    {"optimizer": opt, "model": model, "part": model[0]}[how].zero_grad(set_to_none=False)
+
+
+@modes
+@pytest.mark.parametrize("how", ["optimizer", "model", "part"])
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("absent_before", [False, True], ids=["at first", "again"])
+def test_a_gradient_that_was_zeroed_and_dropped_on_one_rank_counts_as_zeros(
+    worlds, mode, how, workers, absent_before
+):
+    """zero_grad(set_to_none=False) lets autograd write to shared memory; what is dropped there must not be summed."""
+    model, world = net(), worlds(workers)
+    opt = xc.SGD(model.parameters(), lr=1.0, world=world, gradients=mode)
+    opt.attach(model)
+    loses = COMM.rank == COMM.size - 1
+    if absent_before:
+        iterate(model, opt, workers, 0)
+        if loses:
+            model[0].weight.grad = None
+        opt.step()
+    before = opt.master(0).clone()
+    iterate(model, opt, workers, 1)
+    for v in range(workers if how != "optimizer" else 1):
+        with opt.worker(v):
+            zero_in_place(opt, model, how)
+    for v in range(workers):
+        with opt.worker(v):
+            model[0].weight.sum().mul(2.0).backward()
+            if loses and v == workers - 1:
+                model[0].weight.grad = None
+    opt.step()
+    wanted = before - 2.0 * (world.K - 1) / world.K
+    torch.testing.assert_close(opt.master(0), wanted)
+    opt.close()

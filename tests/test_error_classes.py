@@ -102,3 +102,32 @@ def test_a_step_that_finds_a_foreign_error_raises_a_usage_error(world):
     with pytest.raises(xc.UsageError):
         opt.step()
     opt.close()
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_words_are_no_numbers(world, name):
+    with pytest.raises(xc.UsageError, match=f"{name} must be a number, not '0.1'"):
+        xc.SGD([parameter()], **{"lr": 0.1, name: "0.1"}, world=world)
+
+
+def test_workers_are_whole_numbers(worlds):
+    opt = xc.SGD([parameter(), parameter()], lr=0.1, world=worlds(2))
+    for wrong in (True, False, 2, -1, 0.5, "1", None):
+        with pytest.raises(xc.UsageError, match="there is no worker"), opt.worker(wrong):
+            pass
+    with opt.worker(np.int64(1)):
+        assert opt._binding.bound == 1
+    assert opt._binding.bound == 0
+    opt.close()
+
+
+def test_contexts_of_workers_end_in_their_order(worlds):
+    opt = xc.SGD([parameter()], lr=0.1, world=worlds(2))
+    first, second = opt.worker(1), opt.worker(0)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(xc.UsageError, match="reverse order"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert opt._binding.bound == 0
+    opt.close()

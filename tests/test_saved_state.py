@@ -868,3 +868,58 @@ def test_momentum_that_begins_late_with_dampening_is_refused(world):
     group["dampening"] = 0.5
     opt.step()
     opt.close()
+
+
+# -- Entries that are staged, and copies in a state_dict ------------------------------------------------------------
+
+
+def dampened(kind, world=None):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.ones(3))
+    more = {} if world is None else {"world": world}
+    return param, kind([param], lr=0.1, momentum=0.9, dampening=0.5, **more)
+
+
+def take_steps(param, opt, number):
+    for _ in range(number):
+        opt.zero_grad()
+        (param * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("then", ["edit", "save and load", "save"])
+def test_a_staged_entry_of_torchs_form_keeps_its_momentum(world, then):
+    """torch's SGD has no count of steps in its entries."""
+    weights, saved = [], []
+    for kind, where in ((torch.optim.SGD, None), (xc.SGD, world)):
+        param, opt = dampened(kind, where)
+        take_steps(param, opt, 2)
+        opt.state[param] = {"momentum_buffer": torch.full((3,), 5.0)}
+        if then == "edit":
+            opt.state[param]["momentum_buffer"] *= 0.5
+        state = opt.state_dict()
+        saved.append(state["state"][0]["momentum_buffer"].clone())
+        if then == "save and load":
+            opt.load_state_dict(state)
+        take_steps(param, opt, 1)
+        weights.append(param.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1])
+    torch.testing.assert_close(saved[0], saved[1])
+    opt.close()
+
+
+def test_a_value_of_a_state_dict_that_was_written_is_an_error_unless_it_is_loaded(world):
+    param, opt = dampened(xc.SGD, world)
+    take_steps(param, opt, 1)
+    state = opt.state_dict()
+    if world.rank == world.size - 1:
+        state["state"][0]["momentum_buffer"].zero_()
+    with pytest.raises(xc.UsageError, match="written in place, but it is a copy"):
+        take_steps(param, opt, 1)
+    state = opt.state_dict()
+    state["state"][0]["momentum_buffer"].zero_()
+    opt.load_state_dict(state)
+    take_steps(param, opt, 1)
+    opt.state_dict()["state"][0]["momentum_buffer"] = torch.ones(3)  # the dict's alone
+    take_steps(param, opt, 1)
+    opt.close()

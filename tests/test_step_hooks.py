@@ -1,5 +1,6 @@
 """torch's hooks around a step and its profiler see a step here as one of torch's own."""
 
+import contextlib
 import functools
 import importlib
 
@@ -116,3 +117,47 @@ def test_hooks_run_where_the_class_was_wrapped(world):
     opt.step()
     assert seen == [1]
     opt.close()
+
+
+def raise_in(where, opt, param):
+    """A step that fails on this rank before it begins."""
+
+    def fail(*_):
+        raise ZeroDivisionError("no step")
+
+    if where == "arguments":
+        opt.step(None, None)
+    elif where == "closure":
+        opt.step(fail)
+    else:
+        with contextlib.closing(Removed(opt.register_step_pre_hook(fail))):
+            opt.step()
+
+
+class Removed:
+    def __init__(self, handle):
+        self.close = handle.remove
+
+
+@pytest.mark.parametrize("where", ["closure", "hook", "arguments"])
+def test_a_step_that_fails_on_one_rank_before_it_begins_fails_on_all(world, where):
+    """Whoever catches the error goes on, and must not take its next step with the others' last one."""
+    param, opt = made(world)
+    fails = world.rank == world.size - 1
+    param.grad = torch.ones(4)
+    kind = (TypeError if where == "arguments" else ZeroDivisionError) if fails else xc.UsageError
+    with pytest.raises(kind, match="takes" if where == "arguments" else "no step"):
+        raise_in(where, opt, param) if fails else opt.step()
+    torch.testing.assert_close(opt.master(0), torch.ones(4))
+    opt.step()
+    torch.testing.assert_close(opt.master(0), torch.full((4,), 0.9))
+    opt.close()
+
+
+def test_a_step_that_fails_on_all_ranks_keeps_each_ones_error(world):
+    param, opt = made(world)
+    with pytest.raises(ZeroDivisionError):
+        raise_in("closure", opt, param)
+    opt.close()
+    with pytest.raises(ZeroDivisionError):
+        raise_in("closure", opt, param)
