@@ -301,8 +301,9 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._handed_out = [out for out in self._handed_out if out.alive and not out.written]
         if written is not None:
             raise UsageError(
-                f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value), or "
-                "load the dict that has it (opt.load_state_dict(...)), on every rank, and the next step takes it"
+                f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value), or load "
+                "the dict that has it (opt.load_state_dict(...)), on every rank, and the next step takes it. Another "
+                "optimizer that loaded this one's state_dict() writes there, too: give it a copy.deepcopy()"
             )
 
 
