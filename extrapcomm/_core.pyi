@@ -82,6 +82,7 @@ class Engine:
     early_part: float
     slots: int
     last_step_seconds: float
+    streaming: bool | None
     local_steps: int | None
     most_updates: int
     outcome: tuple[float | None, bool]

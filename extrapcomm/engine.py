@@ -62,7 +62,8 @@ class Engine(Gained):
         gain: an `AdaScale` of this engine's own: each step's learning rate is multiplied by its gain, before the
             inner rate follows from it. It takes two workers or more; how many micro-batches `divisor` stands for is
             not known here, so by default the scale is K.
-        streaming: publish the weights past the cache; by default when a step moves more than the cache holds.
+        streaming: publish the weights past the cache or not; by default the first 24 steps of 4 MiB or more try both
+            ways, and the faster stays.
         hyper: the rule's hyper-parameters under torch's names (lr, momentum, nesterov, betas, ...), and `maximize`,
             which takes the negative of every worker's gradient wherever one is read. Flags cannot change later.
 
@@ -175,6 +176,11 @@ class Engine(Gained):
     def way(self) -> str:
         """How sums travel between teams: "direct", "halving" or "nccl" (see `WireOptions`); "none" with one team."""
         return self._core.way
+
+    @property
+    def streaming(self) -> bool | None:
+        """Whether this rank publishes weights past the cache; None while it tries both ways. No bit depends on it."""
+        return self._core.streaming
 
     @property
     def last_step_seconds(self) -> float:

@@ -69,6 +69,28 @@ def test_streaming_past_the_cache_does_not_change_the_bits(team, dtype, extrapol
     assert {run(team, streaming=True, tile=tile, **options) for tile in (7, 512, 1000)} == {cached}
 
 
+def test_the_faster_way_of_storing_is_found_in_steps_that_have_the_same_bits(team):
+    count = 400_000
+    engines = {
+        ways: xc.Engine(team, np.ones(count, "float32"), streaming=ways, **NESTEROV)
+        for ways in (None, True, False)
+    }
+    for worker in (worker for engine in engines.values() for worker in engine.workers):
+        worker.grads[...] = np.linspace(-1, 1, count, dtype="float32")
+    tried = []
+    for _ in range(30):
+        tried.append(engines[None].streaming)
+        for engine in engines.values():
+            engine.step()
+    assert tried[:24] == [None] * 24 and isinstance(engines[None].streaming, bool)
+    assert engines[True].streaming is True and engines[False].streaming is False
+    for engine in engines.values():
+        for worker, other in zip(engine.workers, engines[None].workers, strict=True):
+            np.testing.assert_array_equal(worker.weights, other.weights)
+    for engine in engines.values():
+        engine.close()
+
+
 FUSED = {
     "sgd": {"rule": "sgd"},
     "momentum": {"rule": "sgd", "momentum": 0.9, "dampening": 0.2, "weight_decay": 1e-3},

@@ -290,7 +290,8 @@ void register_engine_class(py::module_& module) {
       .def("close", &Engine::close, Free())
       .def_property_readonly("way", &Engine::way)
       .def_property_readonly("steps", &Engine::steps)
-      .def_property_readonly("last_step_seconds", &Engine::last_step_seconds);
+      .def_property_readonly("last_step_seconds", &Engine::last_step_seconds)
+      .def_property_readonly("streaming", &Engine::streaming);
 }
 
 std::unique_ptr<SharedArray> make_array(std::shared_ptr<Team> team, const std::string& dtype,

@@ -47,4 +47,9 @@ bool exceeds_cache(std::int64_t bytes) {
   return bytes > kCache;
 }
 
+bool worth_trying(std::int64_t bytes) {
+  static const bool kFixed = std::getenv("XC_STORE") != nullptr;
+  return !kFixed && bytes >= (std::int64_t{4} << 20);
+}
+
 }  // namespace xc

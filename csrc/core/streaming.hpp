@@ -18,6 +18,11 @@ inline constexpr std::int64_t kLineBytes = 64;
 // better written past them.
 bool exceeds_cache(std::int64_t bytes);
 
+// Returns true if it may differ from machine to machine, and from one neighbour of a virtual machine to the
+// next, whether steps of so many bytes are faster past the cache; false if XC_STORE in the environment fixes
+// how steps store.
+bool worth_trying(std::int64_t bytes);
+
 // Asks for the next bytes to be brought near; never faults, wherever it points.
 [[gnu::always_inline]] inline void fetch(const std::byte* from, std::int64_t bytes) {
   for (std::int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(from + at, 0, 2);

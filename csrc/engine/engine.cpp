@@ -62,8 +62,9 @@ class EngineOf final : public Engine {
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
                                      options.groups.size())),
         tile_(useful_tile(plan_, options.tile)),
-        streaming_(options.streaming.value_or(
-            exceeds_cache(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())))),
+        touched_(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())),
+        streaming_(options.streaming.value_or(exceeds_cache(touched_))),
+        store_choice_(streaming_, !options.streaming && worth_trying(touched_), team->workers_per_rank()),
         buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
         arenas_(
             *team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_, runs_.slots(),
@@ -97,6 +98,9 @@ class EngineOf final : public Engine {
   const char* way() const override { return rails_ ? rails_->way() : "none"; }
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
+  std::optional<bool> streaming() const override {
+    return store_choice_.tries() ? std::nullopt : std::optional(store_choice_.streams());
+  }
 
   void gather(int v, std::span<const Source> sources, std::span<std::uint8_t> present) override;
   void touch(int v, std::size_t layer) override {
@@ -163,7 +167,7 @@ class EngineOf final : public Engine {
     std::unique_ptr<Walker<T>> mover;
   };
   Hands make_hands();
-  Hands hands_of_host() const;
+  Hands hands_of_host();
   std::unique_ptr<Rails<T>> make_rails();
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
@@ -186,7 +190,9 @@ class EngineOf final : public Engine {
   RunMaker<T> own_runs_;  // of one worker alone
   std::vector<std::string> names_;
   std::int64_t tile_;
+  std::int64_t touched_;  // bytes of a step, of all ranks here
   bool streaming_;
+  StoreChoice store_choice_;
   std::vector<Bucket> buckets_;  // if sums travel during backward
   Arenas<T> arenas_;
   Exchange exchange_;
@@ -242,10 +248,10 @@ void EngineOf<T>::gather(int v, std::span<const Source> sources, std::span<std::
 }
 
 template <class T>
-typename EngineOf<T>::Hands EngineOf<T>::hands_of_host() const {
+typename EngineOf<T>::Hands EngineOf<T>::hands_of_host() {
   const int workers = team().worker_count();
-  return {nullptr, std::make_unique<TileWalker<T>>(tile_, workers),
-          std::make_unique<TileWalker<T>>(tile_, workers)};
+  return {nullptr, std::make_unique<TileWalker<T>>(tile_, workers, &store_choice_),
+          std::make_unique<TileWalker<T>>(tile_, workers, nullptr)};
 }
 
 // Sums that come over the wire are the host's to decide by.

@@ -1,6 +1,7 @@
 #include "engine/passes.hpp"
 
 #include <algorithm>
+#include <chrono>
 
 #include "core/streaming.hpp"
 #include "engine/filters.hpp"
@@ -393,9 +394,36 @@ void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs
   if (pass.weights == Pass::Weights::stream) finish_streaming();
 }
 
+namespace {
+
+template <class T>
+std::int64_t elements_of(std::span<const Run<T>> runs, const Shard<T>& shard) {
+  std::int64_t count = 0;
+  for (const Run<T>& run : runs)
+    count += std::max(std::int64_t{0}, std::min(run.end, shard.end) - std::max(run.begin, shard.begin));
+  return count;
+}
+
+}  // namespace
+
+template <class T>
+void TileWalker<T>::walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs,
+                         const Shard<T>& shard, const Kept<T>& kept) {
+  if (!choice_ || !pass.apply || pass.weights == Pass::Weights::keep)
+    return xc::walk<T>(pass, workers, runs, shard, buffers_, kept);
+  Pass chosen = pass;
+  chosen.weights = choice_->streams() ? Pass::Weights::stream : Pass::Weights::store;
+  if (!choice_->tries()) return xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
+  const auto begin = std::chrono::steady_clock::now();
+  xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  choice_->took(taken.count(), elements_of(runs, shard));
+}
+
 #define XC_INSTANTIATE(T)                                                                      \
   template void walk<T>(const Pass&, const Workers&, std::span<const Run<T>>, const Shard<T>&, \
-                        TileBuffers<T>&, const Kept<T>&);
+                        TileBuffers<T>&, const Kept<T>&);                                      \
+  template class TileWalker<T>;
 XC_INSTANTIATE(float)
 XC_INSTANTIATE(double)
 #undef XC_INSTANTIATE

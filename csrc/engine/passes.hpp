@@ -10,6 +10,7 @@
 #include "comm/control.hpp"
 #include "engine/cell_sums.hpp"
 #include "engine/plan.hpp"
+#include "engine/store_choice.hpp"
 #include "rules/clipping.hpp"
 #include "stages/tables.hpp"
 
@@ -223,15 +224,15 @@ class Walker {
 template <class T>
 class TileWalker final : public Walker<T> {
  public:
-  TileWalker(std::int64_t tile, int source_count, StoreWidth store = usual_store())
-      : buffers_(tile, source_count, store) {}
+  // `choice` decides, in place of the pass, how steps store the weights; null: the pass does.
+  TileWalker(std::int64_t tile, int source_count, StoreChoice* choice)
+      : buffers_(tile, source_count), choice_(choice) {}
   void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
-            const Kept<T>& kept) override {
-    xc::walk<T>(pass, workers, runs, shard, buffers_, kept);
-  }
+            const Kept<T>& kept) override;
 
  private:
   TileBuffers<T> buffers_;
+  StoreChoice* choice_;
 };
 
 }  // namespace xc

@@ -17,8 +17,12 @@
 
 namespace xc {
 
+// Elements that go past the cache together: whole lines of weights, stored between the reads of one block and
+// the next.
+inline constexpr std::int64_t kFusedBlock = 32;
+
 // How far ahead, in elements, arrays past the cache are fetched.
-constexpr std::int64_t kAhead = 256;
+inline constexpr std::int64_t kAhead = 256;
 
 // Whether the rule looks at the mean gradient. Some that measure have taken it into their slots before.
 template <class R>
@@ -57,10 +61,10 @@ struct Loop {
   }
 
   [[gnu::always_inline]] void fetch_ahead(std::int64_t i) const {
-    constexpr std::int64_t kBytes = kStreamBlock * static_cast<std::int64_t>(sizeof(T));
+    constexpr std::int64_t kBytes = kFusedBlock * static_cast<std::int64_t>(sizeof(T));
     const auto from = [](const auto* at) { return reinterpret_cast<const std::byte*>(at); };
     for (int k = 0; k < kWorkers && (kReduces<R> || kDirection == Direction::own); ++k)
-      fetch(from(g[k] + i + kAhead), kStreamBlock * static_cast<std::int64_t>(sizeof(E)));
+      fetch(from(g[k] + i + kAhead), kFusedBlock * static_cast<std::int64_t>(sizeof(E)));
     fetch(from(w + i + kAhead), kBytes);
     if constexpr (R::kSlots > 0) fetch(from(a + i + kAhead), kBytes);
     if constexpr (R::kSlots > 1) fetch(from(b + i + kAhead), kBytes);
@@ -75,14 +79,14 @@ template <class L, class E, int kWorkers>
                                                          StoreWidth store) {
   for (int k = 0; k < kWorkers; ++k) store = store_for(to[k], store);
   if (store == StoreWidth::none) return 0;
-  alignas(kLineBytes) E block[kWorkers][kStreamBlock];
+  alignas(kLineBytes) E block[kWorkers][kFusedBlock];
   E* blocks[kWorkers];
   for (int k = 0; k < kWorkers; ++k) blocks[k] = block[k];
-  const std::int64_t end = count - count % kStreamBlock;
-  for (std::int64_t i = 0; i < end; i += kStreamBlock) {
+  const std::int64_t end = count - count % kFusedBlock;
+  for (std::int64_t i = 0; i < end; i += kFusedBlock) {
     loop.fetch_ahead(i);
 #pragma GCC ivdep
-    for (std::int64_t j = 0; j < kStreamBlock; ++j) loop.element(i + j, blocks, j);
+    for (std::int64_t j = 0; j < kFusedBlock; ++j) loop.element(i + j, blocks, j);
     for (int k = 0; k < kWorkers; ++k) store_past_cache<sizeof block[0]>(block[k], to[k] + i, store);
   }
   return end;
