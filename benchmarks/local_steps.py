@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from race import race
+from race import WARM_UP, race
 from rivals import Contestant
 
 import extrapcomm as xc
@@ -72,7 +72,7 @@ def main() -> None:
     world = xc.World(workers=args.workers)
     layers = [args.count // args.layers] * args.layers
     turns = np.median(
-        race(world.comm, [LocalSteps(world, case, layers) for case in CASES], args.rounds, 3), axis=0
+        race(world.comm, [LocalSteps(world, case, layers) for case in CASES], args.rounds, WARM_UP), axis=0
     )
     if world.rank == 0:
         print(f"# {sum(layers)} parameters in {args.layers} layers, {world.K} workers, float32")

@@ -18,6 +18,10 @@ from rivals import Contestant
 import extrapcomm as xc
 
 
+# Rounds before the clock starts: engines find out in their first 24 steps how they store.
+WARM_UP = 30
+
+
 def race(comm: MPI.Comm, contestants: Sequence[Contestant], iterations: int, warmup: int) -> np.ndarray:
     """Seconds by iteration and contestant, as the slowest rank saw them.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from race import race, share_cores
+from race import WARM_UP, race, share_cores
 from rivals import Contestant
 from torch_rules import has_rival, make_rival
 
@@ -120,7 +120,7 @@ def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) 
     with_rival = [case for case in cases if has_rival(case.rule)]
     everyone = [Fused(world, case, weights) for case in cases]
     everyone += [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in with_rival]
-    times = np.median(race(world.comm, everyone, args.rounds, 3), axis=0)
+    times = np.median(race(world.comm, everyone, args.rounds, WARM_UP), axis=0)
     for each in everyone:
         each.close()
     names = [case.name for case in with_rival]

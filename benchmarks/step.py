@@ -25,7 +25,7 @@ import train
 from hand_written import HAND_WRITTEN, why_not
 from mpi4py import MPI
 from problem import SLOTS, Problem, count_wrong
-from race import available_bytes, describe, race, share_cores
+from race import WARM_UP, available_bytes, describe, race, share_cores
 from rivals import RIVALS, Contestant, Fused, Memcpy, Solver, start_gloo, why_absent
 
 import extrapcomm as xc
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("-e", "--maxbytes", type=size, default="100M", help="largest gradient in bytes")
     add("-f", "--stepfactor", type=at_least(2), default=4, help="each size is this many times the one before")
     add("-n", "--iters", type=at_least(1), default=20, help="timed iterations")
-    add("-w", "--warmup_iters", type=at_least(0), default=30, help="iterations before the clock starts")
+    add("-w", "--warmup_iters", type=at_least(0), default=WARM_UP, help="iterations before the clock starts")
     add("-c", "--check", type=int, choices=(0, 1), default=1, help="compare all results with float64")
     add("-d", "--datatype", choices=DTYPES, default="float32", help="type of weights and gradients")
     add("-J", "--json", type=Path, help="write the figures to this file too")

@@ -35,7 +35,12 @@ XC_CLONES void apply(const void* scalars, const Elements<T>& at, std::int64_t co
   T* __restrict c = at.slots[2];
   static_assert(kMaxSlots == 3);
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) update_at(rule, mean, extra, i, w, a, b, c);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if constexpr (R::kSlots == 0) update(rule, mean, extra, i, w[i]);
+    if constexpr (R::kSlots == 1) update(rule, mean, extra, i, w[i], a[i]);
+    if constexpr (R::kSlots == 2) update(rule, mean, extra, i, w[i], a[i], b[i]);
+    if constexpr (R::kSlots == 3) update(rule, mean, extra, i, w[i], a[i], b[i], c[i]);
+  }
 }
 
 template <class R, class T>
@@ -46,7 +51,12 @@ XC_CLONES void factor(const void* scalars, const Elements<T>& at, T* __restrict 
   const T* __restrict b = at.slots[1];
   const T* __restrict c = at.slots[2];
 #pragma GCC ivdep
-  for (std::int64_t i = 0; i < count; ++i) factor[i] = factor_at(rule, i, w, a, b, c);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if constexpr (R::kSlots == 0) factor[i] = rule.factor(w[i]);
+    if constexpr (R::kSlots == 1) factor[i] = rule.factor(w[i], a[i]);
+    if constexpr (R::kSlots == 2) factor[i] = rule.factor(w[i], a[i], b[i]);
+    if constexpr (R::kSlots == 3) factor[i] = rule.factor(w[i], a[i], b[i], c[i]);
+  }
 }
 
 template <class R>

@@ -48,11 +48,19 @@ struct Loop {
   [[gnu::always_inline]] void element(std::int64_t i, E* const* to, std::int64_t j) const {
     T mean = T(0);
     if constexpr (kReduces<R>) mean = tree<0, kWorkers>(g, i) * scale * clip;
-    update_at(rule, &mean, static_cast<const T*>(nullptr), 0, w + i, a + i, b + i, c + i);
+    InHand<R, T> now{w[i]};
+    if constexpr (R::kSlots > 0) now.a = a[i];
+    if constexpr (R::kSlots > 1) now.b = b[i];
+    if constexpr (R::kSlots > 2) now.c = c[i];
+    now.update_by(rule, mean);
+    w[i] = now.w;
+    if constexpr (R::kSlots > 0) a[i] = now.a;
+    if constexpr (R::kSlots > 1) b[i] = now.b;
+    if constexpr (R::kSlots > 2) c[i] = now.c;
     T factor = T(1);
-    if constexpr (kScaled) factor = factor_at(rule, 0, w + i, a + i, b + i, c + i);
+    if constexpr (kScaled) factor = now.factor(rule);
     for (int k = 0; k < kWorkers; ++k)
-      to[k][j] = narrow<E>(displaced<kDirection, kScaled>(w[i], by, g[k] + i, &mean, &factor, 0));
+      to[k][j] = narrow<E>(displaced<kDirection, kScaled>(now.w, by, g[k] + i, &mean, &factor, 0));
   }
 
   [[gnu::always_inline]] void elements(std::int64_t begin, std::int64_t end, E* const* to) const {

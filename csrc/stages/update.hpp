@@ -18,30 +18,34 @@ XC_HOST_DEVICE void update(const R& rule, const T* mean, const T* extra, std::in
     rule(mean[i], extra[i], w, s...);
 }
 
-// `a`, `b` and `c` are the arrays of the slots; those that the rule lacks are not touched.
-template <class R, class T>
-XC_HOST_DEVICE void update_at(const R& rule, const T* mean, const T* extra, std::int64_t i, T* w, T* a, T* b,
-                              T* c) {
-  static_assert(kMaxSlots == 3);
-  if constexpr (R::kSlots == 0) update(rule, mean, extra, i, w[i]);
-  if constexpr (R::kSlots == 1) update(rule, mean, extra, i, w[i], a[i]);
-  if constexpr (R::kSlots == 2) update(rule, mean, extra, i, w[i], a[i], b[i]);
-  if constexpr (R::kSlots == 3) update(rule, mean, extra, i, w[i], a[i], b[i], c[i]);
-}
-
 template <class R, class T>
 inline constexpr bool kHasFactor =
     requires(const R rule, T t) { rule.factor(t); } || requires(const R rule, T t) { rule.factor(t, t); } ||
     requires(const R rule, T t) { rule.factor(t, t, t); } ||
     requires(const R rule, T t) { rule.factor(t, t, t, t); };
 
-// What a gradient is multiplied with to displace element i in the units of the rule's steps.
+// A weight and its slots in registers: what a loop need not read again after it has written it.
 template <class R, class T>
-XC_HOST_DEVICE T factor_at(const R& rule, std::int64_t i, const T* w, const T* a, const T* b, const T* c) {
-  if constexpr (R::kSlots == 0) return rule.factor(w[i]);
-  if constexpr (R::kSlots == 1) return rule.factor(w[i], a[i]);
-  if constexpr (R::kSlots == 2) return rule.factor(w[i], a[i], b[i]);
-  if constexpr (R::kSlots == 3) return rule.factor(w[i], a[i], b[i], c[i]);
-}
+struct InHand {
+  T w;
+  T a = T(0), b = T(0), c = T(0);
+
+  XC_HOST_DEVICE void update_by(const R& rule, const T& mean) {
+    static_assert(kMaxSlots == 3);
+    const T* const extra = nullptr;
+    if constexpr (R::kSlots == 0) update(rule, &mean, extra, 0, w);
+    if constexpr (R::kSlots == 1) update(rule, &mean, extra, 0, w, a);
+    if constexpr (R::kSlots == 2) update(rule, &mean, extra, 0, w, a, b);
+    if constexpr (R::kSlots == 3) update(rule, &mean, extra, 0, w, a, b, c);
+  }
+
+  // What a gradient is multiplied with to displace the weight in the units of the rule's steps.
+  XC_HOST_DEVICE T factor(const R& rule) const {
+    if constexpr (R::kSlots == 0) return rule.factor(w);
+    if constexpr (R::kSlots == 1) return rule.factor(w, a);
+    if constexpr (R::kSlots == 2) return rule.factor(w, a, b);
+    if constexpr (R::kSlots == 3) return rule.factor(w, a, b, c);
+  }
+};
 
 }  // namespace xc
