@@ -17,7 +17,6 @@ from rivals import Contestant
 
 import extrapcomm as xc
 
-
 # Rounds before the clock starts: engines find out in their first 24 steps how they store.
 WARM_UP = 30
 
