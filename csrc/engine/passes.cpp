@@ -341,27 +341,31 @@ Pass publish_pass() { return {.weights = Pass::Weights::store}; }
 
 namespace {
 
-// Whether nothing else is asked of the pass than new weights, by workers whose gradients are all at hand.
+// Elements that are observed together, in the nearest cache, while those that follow are fetched.
+constexpr std::int64_t kObserved = 512;
+
+// Whether the pass is asked for new weights and at most for squares of gradients that nothing clips, by
+// workers whose gradients are all at hand.
 template <class T>
 bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept) {
-  const bool alone = !pass.spread && !pass.projection && !pass.displace && !pass.sums.any();
+  const bool alone = !pass.spread && !pass.projection && !pass.displace && pass.sums.measure < 0 &&
+                     !pass.sums.own_squares && pass.sums.mean == pass.sums.workers &&
+                     !(pass.sums.mean && pass.clip);
   const bool local = pass.source == Pass::Source::gradients || pass.source == Pass::Source::none;
   return alone && local && pass.apply && pass.weights != Pass::Weights::keep && !kept.mean && !kept.factor &&
          workers.sources == workers.own && workers.targets.size() == workers.sources.size();
 }
 
 template <class T>
-void walk_fused(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
-                StoreWidth store) {
-  const std::int64_t first = std::max(run.begin, shard.begin), end = std::min(run.end, shard.end);
-  if (first >= end) return;
+void step_fused(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
+                StoreWidth store, std::int64_t first, std::int64_t count) {
   const std::int64_t place = first - shard.begin;
   T* slots[kMaxSlots];
   for (int s = 0; s < kMaxSlots; ++s) slots[s] = shard.slots[s] ? shard.slots[s] + place : nullptr;
   run.fused({.sources = workers.sources.data(),
              .targets = workers.targets.data(),
              .first_byte = run.byte_begin + (first - run.begin) * run.element_size,
-             .count = end - first,
+             .count = count,
              .w = shard.w + place,
              .slots = slots,
              .scalars = run.scalars,
@@ -369,6 +373,32 @@ void walk_fused(const Pass& pass, const Workers& workers, const Run<T>& run, con
              .clip = pass.clip ? run.clip : T(1),
              .own_rate = run.own_rate,
              .store = pass.weights == Pass::Weights::stream ? store : StoreWidth::none});
+}
+
+template <class T>
+void step_and_observe(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
+                      StoreWidth store, const Kept<T>& kept, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t first = begin; first < end;) {
+    const std::int64_t most = std::min(end - first, kObserved - first % kObserved);
+    kept.mean_squares->add(
+        first, most, [&](std::int64_t, std::int64_t at, std::int64_t count, double* mean_lanes) {
+          step_fused(pass, workers, run, shard, store, at, count);
+          run.observe(workers.sources.data(), run.byte_begin + (at - run.begin) * run.element_size, at, count,
+                      run.scale, run.own, mean_lanes, kept.worker_squares->lanes_within(at, count));
+        });
+    first += most;
+  }
+}
+
+template <class T>
+void walk_fused(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
+                StoreWidth store, const Kept<T>& kept) {
+  const std::int64_t first = std::max(run.begin, shard.begin), end = std::min(run.end, shard.end);
+  if (first >= end) return;
+  if (pass.sums.mean)
+    step_and_observe(pass, workers, run, shard, store, kept, first, end);
+  else
+    step_fused(pass, workers, run, shard, store, first, end - first);
 }
 
 }  // namespace
@@ -379,8 +409,8 @@ void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs
   const std::vector<Stage<T>> stages = stages_of<T>(pass);
   const bool plain = is_plain_step(pass, workers, kept);
   for (const Run<T>& run : runs) {
-    if (plain && run.fused) {
-      walk_fused(pass, workers, run, shard, buffers.store());
+    if (plain && run.fused && (run.observe || !pass.sums.any())) {
+      walk_fused(pass, workers, run, shard, buffers.store(), kept);
       continue;
     }
     const std::int64_t end = std::min(run.end, shard.end);

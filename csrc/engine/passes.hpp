@@ -66,6 +66,7 @@ struct Run {
   PublishFn<T> publish;
   StreamFn<T> stream;
   DisplaceFn<T> displace;
+  ObserveFn<T> observe;
   FusedFn<T> fused;  // the whole step; null where it has no loop of its own
   alignas(kLine) std::byte scalars[kMaxScalarBytes];
 };

@@ -98,6 +98,7 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   run.scale = T(signs_[group] / (worker_count_ * step.divisor));
   run.own = T(signs_[group] / step.divisor);
   run.decay = kernel.own_decay ? kernel.own_decay(run.scalars) : T(0);
+  run.observe = observe_kernel<T>(spec.dtype, worker_count_);
   run.spread = spread_kernel<T>(spec.dtype);
   run.own_squares = own_squares_kernel<T>(spec.dtype, run.decay != T(0));
   run.noise = {options_.seed, static_cast<std::uint32_t>(updates + 1), 0};

@@ -1,6 +1,7 @@
 #include "stages/squares.hpp"
 
 #include "core/clones.hpp"
+#include "stages/tree.hpp"
 
 namespace xc {
 namespace {
@@ -29,6 +30,46 @@ XC_CLONES void squares(const T* __restrict values, std::int64_t first, std::int6
                [&](std::int64_t i, double* term) XC_INLINE { term[0] = product(values[i], values[i]); });
 }
 
+template <class E, int kWorkers>
+XC_CLONES void observe(const std::byte* const* sources, std::int64_t first_byte, std::int64_t first,
+                       std::int64_t count, Master<E> scale, Master<E> own, double* mean_lanes,
+                       double* own_lanes) {
+  const E* g[kWorkers];
+  for (int k = 0; k < kWorkers; ++k) g[k] = reinterpret_cast<const E*>(sources[k] + first_byte);
+  double means[kLanes], owns[kWorkers][kLanes];
+  std::copy_n(mean_lanes, kLanes, means);
+  for (int k = 0; k < kWorkers; ++k) std::copy_n(own_lanes + k * kLanes, kLanes, owns[k]);
+  const auto add = [&](std::int64_t i, int lane) XC_INLINE {
+    const Master<E> mean = tree<0, kWorkers>(g, i) * scale;
+    means[lane] += product(mean, mean);
+    for (int k = 0; k < kWorkers; ++k) {
+      const Master<E> value = widen(g[k][i]) * own;
+      owns[k][lane] += product(value, value);
+    }
+  };
+  std::int64_t i = 0;
+  for (; i < count && (first + i) % kLanes != 0; ++i) add(i, static_cast<int>((first + i) % kLanes));
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+  for (int lane = 0; i < count; ++i, ++lane) add(i, lane);
+  std::copy_n(means, kLanes, mean_lanes);
+  for (int k = 0; k < kWorkers; ++k) std::copy_n(owns[k], kLanes, own_lanes + k * kLanes);
+}
+
+template <class E>
+ObserveFn<Master<E>> observe_of(int workers) {
+  switch (workers) {
+    case 1:
+      return &observe<E, 1>;
+    case 2:
+      return &observe<E, 2>;
+    case 4:
+      return &observe<E, 4>;
+    default:
+      return nullptr;
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -50,5 +91,16 @@ OwnSquaresFn<double> own_squares_kernel<double>(DType, bool decayed) {
 
 template void add_squares<float>(const float*, std::int64_t, std::int64_t, double*, const Upcoming&);
 template void add_squares<double>(const double*, std::int64_t, std::int64_t, double*, const Upcoming&);
+
+template <>
+ObserveFn<float> observe_kernel<float>(DType element, int workers) {
+  if (element == DType::f32) return observe_of<float>(workers);
+  return element == DType::bf16 ? observe_of<Bf16>(workers) : nullptr;
+}
+
+template <>
+ObserveFn<double> observe_kernel<double>(DType, int) {
+  return nullptr;
+}
 
 }  // namespace xc

@@ -129,6 +129,12 @@ template <class T>
 using OwnSquaresFn = void (*)(const std::byte* gradient, T own, T decay, const T* w, std::int64_t first,
                               std::int64_t count, double* lanes);
 
+// Adds the squares of the mean gradient, which is the tree of the sources times `scale`, and of every source
+// times `own`, to the lanes of a sum each; element `first` is the first.
+template <class T>
+using ObserveFn = void (*)(const std::byte* const* sources, std::int64_t first_byte, std::int64_t first,
+                           std::int64_t count, T scale, T own, double* mean_lanes, double* own_lanes);
+
 // noise[i] is the random number of flat element first + i, whatever run it is part of.
 template <class T>
 void make_noise(Noise kind, const NoiseKey& key, std::int64_t first, std::int64_t count, T* noise);
@@ -207,5 +213,8 @@ FusedFn<T> fused_kernel(DType element, int family, unsigned member, int workers,
                         bool scaled);
 template <class T>
 DisplaceFn<T> displace_kernel(DType element, Direction direction);
+// Returns none for numbers of workers and types that have no loop of their own.
+template <class T>
+ObserveFn<T> observe_kernel(DType element, int workers);
 
 }  // namespace xc
