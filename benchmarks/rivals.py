@@ -9,7 +9,9 @@ MPI sees are made once.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -124,6 +126,45 @@ class GlooTorch(Separate):
             self.weights.grad.copy_(self.total)
 
 
+class DeepSpeedShm(Separate):
+    """DeepSpeed's all-reduce in shared memory, and for Adam its optimizer for CPUs."""
+
+    def __init__(self, problem: Problem, world: xc.World) -> None:
+        super().__init__(problem, world)
+        self.all_reduce = deepspeeds_all_reduce(world.comm)
+        if problem.rule == "adam":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            numbers = {"lr": LR, "betas": BETAS, "eps": EPS * problem.all_workers}
+            self.optimizer = DeepSpeedCPUAdam([self.weights], adamw_mode=False, **numbers)
+
+    def reduce(self) -> None:
+        self.all_reduce(self.total)
+
+
+_loaded: list[Callable[[torch.Tensor], torch.Tensor]] = []  # once for the process
+
+
+def deepspeeds_all_reduce(comm: MPI.Comm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Collective: DeepSpeed compiles it when it is first used, on rank 0 here; its names in /dev/shm go at once."""
+    if _loaded:
+        return _loaded[0]
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    port = comm.bcast(str(os.getpid()))
+    os.environ |= {"LOCAL_SIZE": str(comm.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(min(comm.size, 2)):
+        if (comm.rank == 0) == (rank == 0):
+            module = ShareMemCommBuilder().load(verbose=False)
+        comm.Barrier()
+    module.initialize(comm.size, comm.rank)
+    comm.Barrier()
+    for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*") if comm.rank == 0 else ():
+        path.unlink()
+    _loaded.append(torch.ops.deepspeed.inference_all_reduce_)
+    return _loaded[0]
+
+
 class MpiZero1(Contestant):
     """Reduce-scatter, update of the own block, all-gather, extrapolation: the optimizer state is sharded.
 
@@ -187,6 +228,7 @@ RIVALS = {
     "mpi_torch": MpiTorch,
     "gloo_torch": GlooTorch,
     "mpi_zero1": MpiZero1,
+    "deepspeed_shm": DeepSpeedShm,
     "unfused": Unfused,
     "mpi_allreduce": MpiAllReduce,
 }
@@ -196,6 +238,11 @@ def why_absent(rival: str, dtype: torch.dtype) -> str:
     """Why a rival cannot run, or nothing."""
     if rival.startswith("mpi") and dtype.itemsize == 2:
         return f"MPI cannot reduce {dtype_name(dtype)}"
+    if rival == "deepspeed_shm":
+        if dtype != torch.float32:
+            return "written here for float32"
+        if find_spec("deepspeed") is None or find_spec("ninja") is None:
+            return "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed ninja"
     return ""
 
 

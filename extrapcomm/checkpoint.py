@@ -329,7 +329,9 @@ class Checkpoints(BoundOptimizer):
         with self.collected_state(0 if rank0_only else None):
             if not rank0_only or self.world.rank == 0:
                 params = range(len(self._binding.params))
-                packed["state"] = self._saved_entries(whole)
+                packed["state"] = {
+                    i: self._saved_entry(i) for i in params if whole or self._live_state.updated(i)
+                }
                 packed[KEY][MASTER] = {i: self._saved_master(i) for i in params}
         packed[KEY] |= self.extra_state_dict()
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -351,18 +353,11 @@ class Checkpoints(BoundOptimizer):
         assert self._live is not None
         return self._live
 
-    def _saved_entries(self, whole: bool) -> dict[int, dict[str, Any]]:
-        """Of all parameters, as a template that is written into; or of those that were updated."""
-        live, keys = self._live_state, self._entries.keys
-        numbers = range(len(self._binding.params))
-        if whole:
-            saved = {i: {key: live.read(i, key) for key in keys(i) if key != MASTER} for i in numbers}
-        else:
-            saved = live.saved()
-        for i, entry in saved.items():
-            if MASTER in keys(i):
-                entry[MASTER] = self._saved_master(i)
-        return saved
+    def _saved_entry(self, i: int) -> dict[str, Any]:
+        keys = self._entries.keys(i)
+        return {
+            key: self._saved_master(i) if key == MASTER else self._live_state.read(i, key) for key in keys
+        }
 
     def _saved_master(self, i: int) -> torch.Tensor:
         if i in self._found_masters and self._fits(i, self._found_masters[i]):

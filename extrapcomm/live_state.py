@@ -171,26 +171,10 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def value(self, i: int, key: str) -> Any:
         """A copy of a value, as staged or as the engine has it; writes into the copy are noticed."""
         self._require_readable()
-        self._forget_unwritten()
-        return self._watched(i, key)
-
-    def saved(self) -> dict[int, dict[str, Any]]:
-        """The entries of the parameters that were updated, by number, as `value` hands them out, without masters."""
-        self._forget_unwritten()
-        return {
-            i: {key: self._watched(i, key) for key in self.keys_of(i) if key != MASTER}
-            for i in range(len(self))
-            if self.updated(i)
-        }
-
-    def _watched(self, i: int, key: str) -> torch.Tensor:
         tensor = self.read(i, key)
+        self._handed_out = [out for out in self._handed_out if out.alive or out.written]
         self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
         return tensor
-
-    def _forget_unwritten(self) -> None:
-        """Forget the copies that nobody has any more, and that nobody wrote into."""
-        self._handed_out = [out for out in self._handed_out if out.alive or out.written]
 
     def read(self, i: int, key: str) -> torch.Tensor:
         """A copy of a value, as staged or as the engine has it."""
@@ -301,9 +285,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._handed_out = [out for out in self._handed_out if out.alive and not out.written]
         if written is not None:
             raise UsageError(
-                f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value), or load "
-                "the dict that has it (opt.load_state_dict(...)), on every rank, and the next step takes it. Another "
-                "optimizer that loaded this one's state_dict() writes there, too: give it a copy.deepcopy()"
+                f"opt.{written} was written in place, but it is a copy: assign it (opt.state[p][key] = value) on every "
+                "rank, and the next step takes it"
             )
 
 

@@ -93,8 +93,6 @@ class World:
         require_mpi()
         self._name = ""  # of the communicator
         self._comm = self._duplicate(comm)
-        self._name = self.gather_words(communicators.new_name())[0]
-        communicators.free_retired(self._comm, self._all_gather)
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.workers = workers
@@ -254,7 +252,10 @@ class World:
         if not isinstance(comm, MPI.Intracomm):
             raise UsageError(f"comm must be an mpi4py intracommunicator, not {comm!r}")
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        return self._copy(comm)
+        self._comm = self._copy(comm)
+        self._name = self.gather_words(communicators.new_name())[0]
+        communicators.free_retired(self._comm, self._all_gather)
+        return self._comm
 
     def _copy(self, comm: "MPI.Intracomm") -> "MPI.Intracomm":
         duplicate, request = comm.Idup()

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 from hand_written import HAND_WRITTEN, why_not  # noqa: E402
 from problem import Problem, count_wrong  # noqa: E402
-from rivals import RIVALS, Fused, Solver  # noqa: E402
+from rivals import RIVALS, Fused, Solver, why_absent  # noqa: E402
 
 CONTESTANTS = {"fused": Fused} | RIVALS | HAND_WRITTEN
 STEPS = 3
@@ -20,6 +20,8 @@ STEPS = 3
 @pytest.mark.parametrize("name", sorted(set(CONTESTANTS) - {"gloo_torch", "mpi_allreduce"}))
 def test_contestants_make_the_same_step(world, name, count, displaced, rule):
     if name in HAND_WRITTEN and (reason := why_not(name, torch.float32, 1)):
+        pytest.skip(reason)
+    if name in RIVALS and (reason := why_absent(name, torch.float32)):
         pytest.skip(reason)
     if name == "window_compile" and (count < 1000 or COMM.size > 1):
         pytest.skip("compiles for long: one process is enough")
