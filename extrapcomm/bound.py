@@ -65,7 +65,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _saving: bool  # a state_dict() is being made,
     _shows_for_saving: bool  # and the model has the master weights meanwhile
     _inside_worker: int  # so many worker() are open
-    _outside = 0  # the worker that was bound before the first of them
+    _begun = 0  # so many steps, of whose failures this rank tells the others
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""
@@ -155,8 +155,6 @@ class BoundOptimizer(torch.optim.Optimizer):
         """
         v = self._checked_worker(v)
         before = self._binding.bound
-        if not self._inside_worker:
-            self._outside = before
         self._require_outside("worker()")
         self._binding.require_own_process()
         if v != before and not self._to_adopt:
@@ -171,7 +169,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._inside_worker -= 1
             if self._inside_worker >= depth:
                 raise UsageError("the contexts of worker() must end in the reverse order of their beginnings")
-            self._leave_for(before if self._inside_worker else self._outside)
+            self._leave_for(before if self._inside_worker else 0)
 
     def _checked_worker(self, v: int) -> int:
         number = None if isinstance(v, bool) else getattr(v, "__index__", lambda: None)()

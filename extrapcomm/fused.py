@@ -21,7 +21,7 @@ from .micro_batches import MicroBatches
 from .observed import ObservedCore
 from .order import AttachedModels, Fingerprint, require_same_order
 from .replay import Captured
-from .step_hooks import hooked_as_torchs
+from .step_hooks import hooked_as_torchs, with_torchs_hooks
 from .switches import refuse_switches
 from .world import World, log
 
@@ -162,9 +162,13 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._has_begun = True
+            begun = self._begun
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            finally:
+                self._begun = begun  # whatever steps it took
+        self._begun += 1
         self._require_open()
         capturing = self._core.captures
         if capturing and self._has_pending_state:
@@ -187,6 +191,11 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         if not skipped:  # as far as the host knows: what a GPU decides it does not wait for
             self._binding.mark_stepped()
         return loss
+
+    @staticmethod
+    def profile_hook_step(func: Any) -> Any:
+        """As torch's, which it calls for the step of a class of the user's own."""
+        return with_torchs_hooks(func)
 
     def _tell_all(self, error: Exception) -> None:
         """Collective with the others' step: this rank's step failed before it began, and so does theirs."""

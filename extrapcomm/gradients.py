@@ -103,8 +103,11 @@ class Gradients:
         """
         shown = self._shown[self.bound]
         grads, self._odd, held = self._reader.read(self.bound, self._params, shown, self._sources)
-        for i in held:
-            self._let_go(i)
+        if held:  # one of them may be another parameter's gradient, whose address changes
+            del grads
+            for i in held:
+                self._let_go(i)
+            grads, self._odd, _ = self._reader.read(self.bound, self._params, shown, self._sources)
         if self._odd:
             self._convert(grads, self._odd)
         self._core.gather(self.bound, self._sources, self.present[self.bound])
@@ -112,8 +115,16 @@ class Gradients:
     def _let_go(self, i: int) -> None:
         """Give a tensor that was a gradient, and that somebody kept, memory of its own."""
         shown, place = self._shown[self.bound], self._places[self.bound][i]
-        shown[i].data = shown[i].detach().clone()
+        if shown[i].data_ptr() in self._memory:  # else a user has given it other data, and shares that
+            shown[i].data = shown[i].detach().clone()
         shown[i] = place.detach()
+
+    def _let_go_of_replaced(self, which: Sequence[int]) -> None:
+        """The same for those of these parameters whose gradient is another tensor by now."""
+        shown = self._shown[self.bound]
+        for i in which:
+            if self._params[i].grad is not shown[i] and is_held(shown, i):
+                self._let_go(i)
 
     @torch.no_grad()
     def _convert(self, grads: list[Any], odd: Sequence[int]) -> None:
@@ -240,6 +251,7 @@ class Gradients:
     def _zero_some(self, which: Sequence[int]) -> None:
         """Zeros in shared memory."""
         self.renew()
+        self._let_go_of_replaced(which)
         self.present[self.bound, which] = [self._params[i].grad is not None for i in which]
         for i in which:
             for here, places, wide in zip(self.present, self._places, self._wide, strict=True):
@@ -255,10 +267,12 @@ class Gradients:
         v = self.bound
         self.renew()
         self.witnesses.forget()
+        self._let_go_of_replaced(range(len(self._params)))
+        strays = set(self._reader.strays(v, self._shown[v]))
         grads = [param.grad for param in self._params]
         self.present[v] = [grad is not None for grad in grads]
-        looks = zip(grads, self._shown[v], strict=True)
-        others = [i for i, (grad, shown) in enumerate(looks) if grad is not None and grad is not shown]
+        looks = enumerate(zip(grads, self._shown[v], strict=True))
+        others = [i for i, (grad, shown) in looks if grad is not None and (grad is not shown or i in strays)]
         del grads, looks  # they would count as holders
         kept = [i for i in others if self._stays(i)]
         self._wide[v] = {i: grad for i in kept if (grad := self._params[i].grad) is not None}

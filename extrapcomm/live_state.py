@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import UsageError
+from .modes import outside_inference
 from .state_entries import MASTER, Layer, StateEntries, digest_of, is_nothing
 
 __all__ = ["LiveState", "StateEntry"]
@@ -76,12 +77,16 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_writable = require_writable
         self._name = name
         self._staged: dict[int, dict[str, Any]] = {}
+        self._looks: list[weakref.ref[StateEntry]] = []  # at entries that a user has
         self._handed_out: list[_HandedOut] = []
 
     # -- The mapping ---------------------------------------------------------------------------------------------
 
     def __getitem__(self, param: torch.Tensor) -> "StateEntry":
-        return StateEntry(self, self._index(param))
+        entry: StateEntry = StateEntry(self, self._index(param))
+        self._looks = [look for look in self._looks if look() is not None]
+        self._looks.append(weakref.ref(entry))
+        return entry
 
     def __setitem__(self, param: torch.Tensor, entry: Mapping[str, Any]) -> None:
         i = self._index(param)
@@ -90,14 +95,24 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_writable()
         if isinstance(entry, StateEntry) and entry.belongs_to(self, i):
             return
-        self._stage(
+        self._replace(
             i, {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
         )
+        if isinstance(entry, StateEntry):
+            entry.come_back(self, i)
 
     def __delitem__(self, param: torch.Tensor) -> None:
         i = self._index(param)
         self._require_writable()
-        self._stage(i, {})
+        self._replace(i, {})
+
+    def pop(self, param: torch.Tensor, *default: Any) -> Any:
+        """The entry as a dictionary of copies; the parameter starts afresh."""
+        if param not in self and default:
+            return default[0]
+        entry = dict(self[param])
+        del self[param]
+        return entry
 
     def popitem(self) -> Any:
         """Refuse: every parameter keeps its entry."""
@@ -106,13 +121,13 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def start_afresh(self, i: int) -> None:
         """Stage a fresh start for parameter i."""
         self._require_writable()
-        self._stage(i, {})
+        self._replace(i, {})
 
     def clear(self) -> None:
         """Stage a fresh start for every parameter."""
         self._require_writable()
         for i in range(len(self)):
-            self._stage(i, {})
+            self._replace(i, {})
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(list(self._entries().params))
@@ -176,6 +191,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
         return tensor
 
+    @outside_inference
     def read(self, i: int, key: str) -> torch.Tensor:
         """A copy of a value, as staged or as the engine has it."""
         if i in self._staged and key != MASTER:
@@ -199,15 +215,21 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_readable()
         if self._is_there(i, key, value):
             return
-        others = {name: self.read(i, name) for name in self.keys_of(i) if name not in (key, MASTER)}
+        begins = self._entries().begins_by(key) and not self.updated(
+            i
+        )  # then a count of 0 would hide the value
+        without = (key, MASTER, "step") if begins else (key, MASTER)
+        others = {name: self.read(i, name) for name in self.keys_of(i) if name not in without}
         self._stage(i, others | {key: value})
 
     def _is_there(self, i: int, key: str, value: Any) -> bool:
         """Return true for a value that changes nothing: trainers move states to and fro."""
-        if not isinstance(value, torch.Tensor) or any(
-            out.written for out in self._handed_out if out.tensor() is value
-        ):
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return False
+        if any(out.written for out in self._handed_out if out.tensor() is value):
+            return False
+        if self._entries().begins_by(key) and not self.updated(i):
+            return False  # a buffer of zeros is more than none
         here = self.read(i, key)
         return (
             value.shape == here.shape
@@ -238,6 +260,14 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
 
     # -- Staging -------------------------------------------------------------------------------------------------
 
+    def _replace(self, i: int, entry: Mapping[str, Any]) -> None:
+        """Stage an entry in place of the one that is there, which goes on in the hands of those who have it."""
+        for look in self._looks:
+            if (out := look()) is not None and out.belongs_to(self, i):
+                out.part()
+        self._stage(i, entry)
+
+    @outside_inference
     def _stage(self, i: int, entry: Mapping[str, Any]) -> None:
         unknown = [key for key in entry if key not in self.keys_of(i)]
         if unknown:
@@ -303,24 +333,45 @@ class StateEntry(MutableMapping[str, Any]):
     def __init__(self, state: LiveState, i: int) -> None:
         self._state = state
         self._i = i
+        self._apart: dict[str, Any] | None = None  # its values, once another entry has taken its place
 
     def belongs_to(self, state: LiveState, i: int) -> bool:
         """Returns true if this is parameter i's entry of that state."""
-        return self._state is state and self._i == i
+        return self._state is state and self._i == i and self._apart is None
+
+    def part(self) -> None:
+        """Another entry takes the place of this one, which keeps its values."""
+        self._apart = {key: self._state.read(self._i, key) for key in self}
+
+    def come_back(self, state: LiveState, i: int) -> None:
+        """This entry has been assigned: it is parameter i's again, if it was before."""
+        if self._state is state and self._i == i:
+            self._apart = None
 
     def __getitem__(self, key: str) -> Any:
+        if self._apart is not None:
+            return self._apart[key]
         if key not in self._state.keys_of(self._i):
             raise KeyError(key)
         return self._state.value(self._i, key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._state.put(self._i, key, value)
+        if self._apart is not None:
+            self._apart[key] = value
+        else:
+            self._state.put(self._i, key, value)
 
     def __delitem__(self, key: str) -> None:
-        self._state.drop(self._i, key)
+        if self._apart is not None:
+            del self._apart[key]
+        else:
+            self._state.drop(self._i, key)
 
     def clear(self) -> None:
         """Stage a fresh start for the parameter. The keys stay, so the inherited loop would never end."""
+        if self._apart is not None:
+            self._apart.clear()
+            return
         self._state.start_afresh(self._i)
 
     def popitem(self) -> Any:
@@ -328,13 +379,17 @@ class StateEntry(MutableMapping[str, Any]):
         raise UsageError("opt.state keeps its keys: use clear(), or delete the entries by name")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state.keys_of(self._i))
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._state.keys_of(self._i))
+        return len(self._keys)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._state.keys_of(self._i)
+        return key in self._keys
+
+    @property
+    def _keys(self) -> list[str]:
+        return self._state.keys_of(self._i) if self._apart is None else list(self._apart)
 
     def __repr__(self) -> str:
         return f"<state: {', '.join(self)}>"

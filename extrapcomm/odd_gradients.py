@@ -134,11 +134,7 @@ class Reader:
             although another tensor is the gradient.
         """
         grads = [param.grad for param in params]
-        held = [
-            i
-            for i, grad in enumerate(grads)
-            if grad is not None and grad is not shown[i] and is_held(shown, i)
-        ]
+        held = [i for i, grad in enumerate(grads) if grad is not shown[i] and is_held(shown, i)]
         odd = []
         for i, (grad, place) in enumerate(zip(grads, self._places[worker], strict=True)):
             sources[i] = 0, ABSENT

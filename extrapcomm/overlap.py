@@ -26,10 +26,13 @@ class Watch:
         self._grads = grads
         self._micro_batches = micro_batches
         self._versions: dict[tuple[int, int], int] = {}
+        self._late: set[tuple[int, int]] = set()  # came within no_sync() after others were finished
 
     def finish(self, worker: int, i: int) -> None:
         """A backward pass has brought this gradient into shared memory; moves what is on its way."""
         if self._micro_batches.open:
+            if self._versions:  # a bucket that did not wait for this one may have been sent
+                self._late.add((worker, i))
             return
         self._versions[worker, i] = self._grads[worker][i]._version
         self._core.finished(worker, i)
@@ -39,7 +42,10 @@ class Watch:
         for (worker, i), version in self._versions.items():
             if self._grads[worker][i]._version != version:
                 self._core.changed(worker, i)
+        for worker, i in self._late:
+            self._core.changed(worker, i)
 
     def forget(self) -> None:
         """The step was taken."""
         self._versions.clear()
+        self._late.clear()

@@ -152,6 +152,8 @@ def step_count(step: Any) -> int:
         UsageError: if it is none.
     """
     try:
+        if isinstance(step, (str, bytes, bool)) or int(step) != float(step):
+            raise ValueError("not a whole number")
         count = int(step)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"a state's step must be a whole number, not {step!r}") from None

@@ -1,5 +1,6 @@
 """torch's hooks around `optimizer.step()`, at no cost where there are none."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -7,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.optim import optimizer as torchs
 
-__all__ = ["hooked_as_torchs"]
+__all__ = ["hooked_as_torchs", "with_torchs_hooks"]
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -19,8 +20,6 @@ _FOR_ALL = [getattr(torchs, f"_global_optimizer_{when}_hooks", None) for when in
 
 def hooked_as_torchs(step: Step) -> Step:
     """A step without gradients that runs torch's hooks, that its profiler sees, and whose failure all ranks hear of.
-
-    The step sets `_has_begun` where it begins to tell the other ranks of its failures itself.
 
     torch wraps the step of every optimizer in hooks and in a profiler's label, and that takes a good part of a
     small step's time. Here it happens only if a hook is registered or a profiler runs.
@@ -40,18 +39,39 @@ def hooked_as_torchs(step: Step) -> Step:
     @functools.wraps(step)
     def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
         # torch may have wrapped that of a subclass by itself.
-        own = getattr(type(self).step, "__code__", None) is not torchs_way.__code__
+        own = not getattr(type(self).step, "runs_hooks", False)
         way = torchs_way if own and (_is_watched(self) or _profiler_runs()) else without_gradients
-        self._has_begun = False
+        return way(self, *args, **kwargs)
+
+    hooked = failing_for_all(hooked)
+    hooked.hooked = not any(hooks is None for hooks in _FOR_ALL)  # type: ignore[attr-defined]
+    return cast(Step, hooked)
+
+
+def failing_for_all(step: Step) -> Step:
+    """A step whose failure before it has begun is an error on all ranks; the step itself counts `_begun` up."""
+
+    @functools.wraps(step)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        begun = self._begun
         try:
-            return way(self, *args, **kwargs)
+            return step(self, *args, **kwargs)
         except Exception as error:
-            if not self._has_begun:  # in a hook, a closure or the arguments: no other rank has heard of it
+            # Else in a hook, a closure or the arguments: no other rank has heard of it, unless from a step inside.
+            if self._begun == begun and not getattr(error, "told_to_all", False):
+                with contextlib.suppress(AttributeError):
+                    error.told_to_all = True  # type: ignore[attr-defined]
                 self._tell_all(error)
             raise
 
-    hooked.hooked = not any(hooks is None for hooks in _FOR_ALL)  # type: ignore[attr-defined]
-    return cast(Step, hooked)
+    return cast(Step, told)
+
+
+def with_torchs_hooks(step: Step) -> Step:
+    """What torch makes of the step of a class of the user's own, and the failures of hooks told to all ranks."""
+    outer: Any = failing_for_all(torch.optim.Optimizer.profile_hook_step(step))
+    outer.runs_hooks = True
+    return cast(Step, outer)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:

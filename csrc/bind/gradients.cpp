@@ -99,7 +99,9 @@ py::tuple GradientReader::read(int v, const py::list& params, const py::list& sh
         py::reinterpret_steal<py::object>(PyObject_GetAttr(const_cast<PyObject*>(param), grad_.ptr()));
     if (!grad) throw py::error_already_set();
     Engine::Source source{nullptr, Engine::kAbsent};
-    if (!grad.is_none()) {
+    if (grad.is_none()) {
+      if (is_held(shown, i, grad)) held.append(i);
+    } else {
       const std::byte* const place = mine + layers[i].byte_begin;
       const auto found = plain(layers[i], grad, place, memory);
       if (!found) odd.append(i);
