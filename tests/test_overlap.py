@@ -1,5 +1,6 @@
 """Sums that travel during backward give the bits of those that travel in the step, whatever happens in between."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -336,3 +337,35 @@ def test_one_team_says_once_that_there_is_nothing_to_send(virtual, caplog):
 def test_a_bucket_that_is_no_number_of_elements_is_refused(world, bucket):
     with pytest.raises(xc.UsageError, match="bucket must be a whole number"):
         xc.SGD(torch.nn.Linear(2, 2).parameters(), world=world, bucket=bucket)
+
+
+ORDERS = ["out, in", "in, out", "out, in, out", "out, in by one rank", "out, in the first alone"]
+
+
+@pytest.mark.parametrize("bucket", [16, 1 << 18])
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_within_no_sync_after_others_went_are_not_lost(teams, order, bucket):
+    """A bucket does not wait for a layer that had no gradient in the last step; it may come within no_sync() yet."""
+    world, moved = teams(1), {}
+    for overlap in (False, True):
+        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(2)]
+        opt = xc.SGD(params, lr=1.0, world=world, overlap=overlap, bucket=bucket, accumulation="sum")
+        a, b = params
+        for _ in range(2):
+            opt.zero_grad()
+            b.sum().backward()
+            opt.step()
+        opt.zero_grad()
+        for part in order.split(", "):
+            within = part.startswith("in")
+            late = (3 * a).sum() + (0 if "alone" in part else b.sum())
+            if "one rank" in part and world.rank:
+                late = b.sum()
+            with opt.no_sync() if within else contextlib.nullcontext():
+                (late if within else b.sum()).backward()
+        opt.step()
+        moved[overlap] = [p.detach().clone() for p in params]
+        opt.close()
+    for found, wanted in zip(moved[True], moved[False], strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert moved[True][0].any()

@@ -558,3 +558,109 @@ def test_saving_plain_leaves_draws_no_warning_of_hooks(worlds, gradients, recwar
     torch.save(leaf, io.BytesIO())
     assert not [warning for warning in recwarn if "hook" in str(warning.message)]
     opt.close()
+
+
+# -- Gradients in shared memory that somebody keeps -----------------------------------------------------------------
+
+
+def in_shared_memory(kind, count=1, **options):
+    """Parameters whose gradients lie in shared memory, where the engine is ours."""
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(count)]
+    opt = kind(params, lr=1.0, **options)
+    for turn in range(2):
+        sum((i + 1) * p.sum() for i, p in enumerate(params)).backward()
+        if turn == 0:
+            opt.step()
+            opt.zero_grad(set_to_none=False)
+    return params, opt
+
+
+def keep_and_drop(params, opt):
+    """A gradient that is kept, while its parameter has none: what is written into it is nobody's gradient."""
+    kept, params[0].grad = params[0].grad, None
+    opt.step()
+    seen = kept.clone()
+    kept.fill_(5.0)
+    opt.step()
+    return [seen, *(p.detach().clone() for p in params)]
+
+
+def keep_and_give_back(params, opt):
+    kept, params[0].grad = params[0].grad, None
+    opt.step()
+    params[0].grad = kept
+    opt.step()
+    return [kept.clone(), *(p.detach().clone() for p in params)]
+
+
+def keep_and_zero(params, opt):
+    """A gradient that is kept when another takes its place is not zeroed, and no later pass writes into it."""
+    kept, params[0].grad = params[0].grad, None
+    params[0].grad = torch.full((4,), 7.0)
+    opt.zero_grad(set_to_none=False)
+    seen = kept.clone()
+    (5 * params[0].sum()).backward()
+    opt.step()
+    return [seen, kept.clone(), *(p.detach().clone() for p in params)]
+
+
+def give_data_and_exchange(params, opt):
+    params[0].grad.data = torch.full((4,), 7.0)
+    params[0].grad, params[-1].grad = params[-1].grad, params[0].grad
+    opt.step()
+    return [p.detach().clone() for p in params]
+
+
+def give_data_and_zero(params, opt):
+    """One buffer for a gradient's data: it is zeroed, and what is written into it counts."""
+    flat = torch.zeros(4)
+    params[0].grad.data = flat
+    params[0].sum().backward()
+    opt.zero_grad(set_to_none=False)
+    seen = flat.clone()
+    flat.fill_(3.0)
+    opt.step()
+    return [seen, *(p.detach().clone() for p in params)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "what", [keep_and_drop, keep_and_give_back, keep_and_zero, give_data_and_exchange, give_data_and_zero]
+)
+def test_a_gradient_that_somebody_keeps_is_theirs(world, what, mode):
+    wanted = what(*in_shared_memory(torch.optim.SGD, 2))
+    params, opt = in_shared_memory(xc.SGD, 2, world=world, gradients=mode)
+    for found, value in zip(what(params, opt), wanted, strict=True):
+        torch.testing.assert_close(found, value)
+    opt.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_writes_into_a_kept_gradient_reach_no_mean(worlds, mode, workers):
+    world = worlds(workers)
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    opt = xc.SGD(params, lr=1.0, world=world, gradients=mode)
+    kept = []
+
+    def bring(drops):
+        for v in range(workers):
+            with opt.worker(v):
+                params[1].sum().backward()
+                if not drops or world.rank * workers + v > 0:
+                    params[0].sum().backward()
+                elif kept == []:
+                    kept.append(params[0].grad)
+                    params[0].grad = None
+
+    bring(False)
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    bring(False)
+    bring(True)
+    for grad in kept:
+        grad.fill_(100.0)
+    before = opt.master(0).clone()
+    opt.step()
+    torch.testing.assert_close(opt.master(0), before - 2.0 * (world.K - 1) / world.K)
+    opt.close()

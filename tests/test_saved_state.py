@@ -924,3 +924,104 @@ def test_a_state_dict_holds_copies_that_others_may_write(world):
     opt.load_state_dict(state)
     assert not opt.state_dict()["state"][0]["momentum_buffer"].any()
     opt.close()
+
+
+def restore(opt, p, entry):
+    opt.state[p] = entry
+
+
+MOVES = {
+    "pop and put back": lambda opt, p, q: restore(opt, p, opt.state.pop(p)),
+    "pop one for the other": lambda opt, p, q: restore(opt, q, opt.state.pop(p)),
+    "take, delete, put back": lambda opt, p, q: [e := opt.state[p], opt.state.pop(p), restore(opt, p, e)],
+    "keep all, clear, update": lambda opt, p, q: [
+        e := dict(opt.state),
+        opt.state.clear(),
+        opt.state.update(e),
+    ],
+    "keep all by items": lambda opt, p, q: [
+        e := {k: v for k, v in opt.state.items()},  # noqa: C416
+        opt.state.clear(),
+        opt.state.update(e),
+    ],
+    "exchange": lambda opt, p, q: [
+        one := opt.state[p],
+        other := opt.state[q],
+        restore(opt, p, other),
+        restore(opt, q, one),
+    ],
+    "nothing": lambda opt, p, q: None,
+}
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("move", MOVES)
+def test_entries_that_are_taken_out_keep_their_values(world, move, name):
+    outcome = []
+    for library, more in ((torch.optim, {}), (xc, {"world": world})):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        opt = getattr(library, name)(params, lr=0.1, **({"momentum": 0.9} if name == "SGD" else {}), **more)
+        for size in (1.0, 2.0, 0.0):
+            if size == 0:
+                MOVES[move](opt, *params)
+            for i, param in enumerate(params):
+                param.grad = torch.full((2,), size * 10**i)
+            opt.step()
+        outcome.append([param.detach().clone() for param in params])
+    torch.testing.assert_close(outcome[0], outcome[1])
+    opt.close()
+
+
+def test_an_entry_that_came_back_is_live_again(world):
+    param, opt = dampened(xc.SGD, world)
+    take_steps(param, opt, 1)
+    entry = opt.state[param]
+    del opt.state[param]
+    before = entry["momentum_buffer"].clone()
+    assert before.any() and not opt.state[param]["momentum_buffer"].any()
+    opt.state[param] = entry
+    entry["momentum_buffer"] = 2 * before
+    torch.testing.assert_close(opt.state[param]["momentum_buffer"], 2 * before)
+    take_steps(param, opt, 1)
+    opt.close()
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_a_momentum_of_zeros_is_more_than_none(world, dampening):
+    """torch takes the first gradient undamped only where there is no buffer."""
+    outcome = []
+    for kind, more in ((torch.optim.SGD, {}), (xc.SGD, {"world": world})):
+        param = torch.nn.Parameter(torch.zeros(3))
+        opt = kind([param], lr=1.0, momentum=0.9, dampening=dampening, **more)
+        opt.state[param]["momentum_buffer"] = torch.zeros(3)
+        param.grad = torch.ones(3)
+        opt.step()
+        outcome.append(param.detach().clone())
+    torch.testing.assert_close(*outcome)
+    opt.close()
+
+
+def test_what_is_staged_may_be_read_and_written_in_inference_mode(world):
+    param, opt = dampened(xc.SGD, world)
+    take_steps(param, opt, 1)
+    with torch.inference_mode():
+        opt.state[param] = {"momentum_buffer": torch.full((3,), 5.0)}
+        assert opt.state_dict()["state"][0]["momentum_buffer"].eq(5).all()
+        assert opt.state[param]["momentum_buffer"].eq(5).all()
+    opt.state[param]["momentum_buffer"] *= 2
+    assert opt.state_dict()["state"][0]["momentum_buffer"].eq(10).all()
+    take_steps(param, opt, 1)
+    opt.close()
+
+
+@pytest.mark.parametrize("step", [1.5, "3", True, float("nan"), -1, torch.tensor(2.5)], ids=str)
+def test_a_count_that_is_none_is_refused(world, step):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = xc.Adam([param], lr=0.1, world=world)
+    take_steps(param, opt, 1)
+    with pytest.raises(xc.UsageError, match="step must"):
+        opt.state[param]["step"] = step
+    with pytest.raises(xc.UsageError, match="dense tensor"):
+        opt.state[param]["exp_avg"] = torch.zeros(3).to_sparse()
+    take_steps(param, opt, 1)
+    opt.close()

@@ -139,14 +139,16 @@ class Removed:
         self.close = handle.remove
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["closure", "hook", "arguments"])
-def test_a_step_that_fails_on_one_rank_before_it_begins_fails_on_all(world, where):
+def test_a_step_that_fails_on_one_rank_before_it_begins_fails_on_all(world, where, kind):
     """Whoever catches the error goes on, and must not take its next step with the others' last one."""
-    param, opt = made(world)
+    made(world, kind)[1].close()
+    param, opt = made(world, kind)
     fails = world.rank == world.size - 1
     param.grad = torch.ones(4)
-    kind = (TypeError if where == "arguments" else ZeroDivisionError) if fails else xc.UsageError
-    with pytest.raises(kind, match="takes" if where == "arguments" else "no step"):
+    error = (TypeError if where == "arguments" else ZeroDivisionError) if fails else xc.UsageError
+    with pytest.raises(error, match="takes" if where == "arguments" else "no step"):
         raise_in(where, opt, param) if fails else opt.step()
     torch.testing.assert_close(opt.master(0), torch.ones(4))
     opt.step()
@@ -161,3 +163,20 @@ def test_a_step_that_fails_on_all_ranks_keeps_each_ones_error(world):
     opt.close()
     with pytest.raises(ZeroDivisionError):
         raise_in("closure", opt, param)
+
+
+def test_a_closure_that_fails_after_a_step_of_its_own_is_told_once(world):
+    param, opt = made(world)
+    param.grad = torch.ones(4)
+
+    def closure():
+        opt.step()
+        if world.rank == world.size - 1:
+            raise ZeroDivisionError("no step")
+        return 1.0
+
+    with pytest.raises(ZeroDivisionError if world.rank == world.size - 1 else xc.UsageError, match="no step"):
+        opt.step(closure)
+    opt.step()
+    torch.testing.assert_close(opt.master(0), torch.full((4,), 0.8))
+    opt.close()
