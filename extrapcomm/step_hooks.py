@@ -1,6 +1,5 @@
 """torch's hooks around `optimizer.step()`, at no cost where there are none."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -53,16 +52,20 @@ def failing_for_all(step: Step) -> Step:
 
     @functools.wraps(step)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        begun = self._begun
+        begun, outermost = self._begun, self._told is None
+        if outermost:
+            self._told = []
         try:
             return step(self, *args, **kwargs)
         except Exception as error:
             # Else in a hook, a closure or the arguments: no other rank has heard of it, unless from a step inside.
-            if self._begun == begun and not getattr(error, "told_to_all", False):
-                with contextlib.suppress(AttributeError):
-                    error.told_to_all = True  # type: ignore[attr-defined]
+            if self._begun == begun and not any(other is error for other in self._told):
+                self._told.append(error)
                 self._tell_all(error)
             raise
+        finally:
+            if outermost:
+                self._told = None
 
     return cast(Step, told)
 

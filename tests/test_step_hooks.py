@@ -180,3 +180,20 @@ def test_a_closure_that_fails_after_a_step_of_its_own_is_told_once(world):
     opt.step()
     torch.testing.assert_close(opt.master(0), torch.full((4,), 0.8))
     opt.close()
+
+
+def test_an_error_that_is_raised_again_is_told_again(world):
+    param, opt = made(world)
+    param.grad = torch.ones(4)
+    always = ZeroDivisionError("no step")
+
+    def closure():
+        raise always
+
+    fails = world.rank == world.size - 1
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError if fails else xc.UsageError, match="no step"):
+            opt.step(closure) if fails else opt.step()
+    opt.step()
+    torch.testing.assert_close(opt.master(0), torch.full((4,), 0.9))
+    opt.close()
