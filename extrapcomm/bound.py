@@ -65,8 +65,8 @@ class BoundOptimizer(torch.optim.Optimizer):
     _saving: bool  # a state_dict() is being made,
     _shows_for_saving: bool  # and the model has the master weights meanwhile
     _inside_worker: int  # so many worker() are open
-    _begun = 0  # so many steps, of whose failures this rank tells the others
-    _told: list[Exception] | None = None  # within a step, what the others have heard of
+    _calls = 0  # so many calls of the library's own step
+    _begun = 0  # so many steps that tell the other ranks of their failures themselves
 
     def _make_core(self, layers: list[Any], groups: list[Any]) -> Core:
         """Collective: an engine for these groups."""

@@ -249,17 +249,33 @@ class Gradients:
 
     @torch.no_grad()
     def _zero_some(self, which: Sequence[int]) -> None:
-        """Zeros in shared memory."""
+        """Zeros in shared memory; a gradient that somebody else holds is zeroed where it is."""
+        v = self.bound
         self.renew()
         self._let_go_of_replaced(which)
-        self.present[self.bound, which] = [self._params[i].grad is not None for i in which]
+        self.present[v, which] = [self._params[i].grad is not None for i in which]
+        kept = [i for i in self._elsewhere(which) if self._stays(i)]
         for i in which:
             for here, places, wide in zip(self.present, self._places, self._wide, strict=True):
                 wide.pop(i, None)
                 if here[i]:
                     places[i].zero_()
-        self._mend_shown(self.bound)
-        self._give(self.bound, which)
+        for i in kept:
+            grad: Any = self._params[i].grad
+            self._wide[v][i] = grad
+            _apart_from_graph(grad).zero_()
+        self._mend_shown(v)
+        self._give(v, which)
+        for i in kept:
+            del self._wide[v][i]
+
+    def _elsewhere(self, which: Sequence[int]) -> list[int]:
+        """Those of these parameters whose gradient does not lie in its place in the engine's memory."""
+        shown = self._shown[self.bound]
+        strays = set(self._reader.strays(self.bound, shown))
+        grads = [self._params[i].grad for i in which]
+        looks = zip(which, grads, strict=True)
+        return [i for i, grad in looks if grad is not None and (grad is not shown[i] or i in strays)]
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -268,12 +284,8 @@ class Gradients:
         self.renew()
         self.witnesses.forget()
         self._let_go_of_replaced(range(len(self._params)))
-        strays = set(self._reader.strays(v, self._shown[v]))
-        grads = [param.grad for param in self._params]
-        self.present[v] = [grad is not None for grad in grads]
-        looks = enumerate(zip(grads, self._shown[v], strict=True))
-        others = [i for i, (grad, shown) in looks if grad is not None and (grad is not shown or i in strays)]
-        del grads, looks  # they would count as holders
+        self.present[v] = [param.grad is not None for param in self._params]
+        others = self._elsewhere(range(len(self._params)))
         kept = [i for i in others if self._stays(i)]
         self._wide[v] = {i: grad for i in kept if (grad := self._params[i].grad) is not None}
         workers = zip(self.present, self._places, strict=True)

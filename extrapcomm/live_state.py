@@ -77,15 +77,18 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_writable = require_writable
         self._name = name
         self._staged: dict[int, dict[str, Any]] = {}
-        self._looks: list[weakref.ref[StateEntry]] = []  # at entries that a user has
+        self._looks: weakref.WeakValueDictionary[int, StateEntry] = (
+            weakref.WeakValueDictionary()
+        )  # that users have
         self._handed_out: list[_HandedOut] = []
 
     # -- The mapping ---------------------------------------------------------------------------------------------
 
     def __getitem__(self, param: torch.Tensor) -> "StateEntry":
-        entry: StateEntry = StateEntry(self, self._index(param))
-        self._looks = [look for look in self._looks if look() is not None]
-        self._looks.append(weakref.ref(entry))
+        i = self._index(param)
+        entry = self._looks.get(i)
+        if entry is None:
+            entry = self._looks[i] = StateEntry(self, i)
         return entry
 
     def __setitem__(self, param: torch.Tensor, entry: Mapping[str, Any]) -> None:
@@ -98,8 +101,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._replace(
             i, {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
         )
-        if isinstance(entry, StateEntry):
-            entry.come_back(self, i)
+        if isinstance(entry, StateEntry) and entry.come_back(self, i):
+            self._looks[i] = entry
 
     def __delitem__(self, param: torch.Tensor) -> None:
         i = self._index(param)
@@ -110,18 +113,24 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         """The entry as a dictionary of copies; the parameter starts afresh."""
         if param not in self and default:
             return default[0]
-        entry = dict(self[param])
+        i = self._index(param)
+        self._require_readable()
+        entry = {key: self.read(i, key) for key in self.keys_of(i) if key != MASTER}
         del self[param]
         return entry
+
+    def __ior__(self, other: Any) -> "LiveState":
+        self.update(other)
+        return self
 
     def popitem(self) -> Any:
         """Refuse: every parameter keeps its entry."""
         raise UsageError("opt.state keeps an entry for each parameter: use clear(), or delete them by name")
 
     def start_afresh(self, i: int) -> None:
-        """Stage a fresh start for parameter i."""
+        """Stage a fresh start for parameter i, in the entries that a user has as well."""
         self._require_writable()
-        self._replace(i, {})
+        self._stage(i, {})
 
     def clear(self) -> None:
         """Stage a fresh start for every parameter."""
@@ -229,7 +238,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         if any(out.written for out in self._handed_out if out.tensor() is value):
             return False
         if self._entries().begins_by(key) and not self.updated(i):
-            return False  # a buffer of zeros is more than none
+            # A buffer of zeros is more than none, unless it is what was read here in place of none.
+            return any(out.tensor() is value for out in self._handed_out)
         here = self.read(i, key)
         return (
             value.shape == here.shape
@@ -261,18 +271,35 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     # -- Staging -------------------------------------------------------------------------------------------------
 
     def _replace(self, i: int, entry: Mapping[str, Any]) -> None:
-        """Stage an entry in place of the one that is there, which goes on in the hands of those who have it."""
-        for look in self._looks:
-            if (out := look()) is not None and out.belongs_to(self, i):
-                out.part()
+        """Stage an entry in place of the one that is there, which goes on in the hands of who has it."""
+        self._require_fitting(i, entry)
+        if (out := self._looks.pop(i, None)) is not None:
+            out.part()
         self._stage(i, entry)
 
-    @outside_inference
-    def _stage(self, i: int, entry: Mapping[str, Any]) -> None:
+    def _require_fitting(self, i: int, entry: Mapping[str, Any]) -> int:
+        """The number of updates that an entry stands for; UsageError if it does not fit."""
         unknown = [key for key in entry if key not in self.keys_of(i)]
         if unknown:
             raise UsageError(f"the rule's state has no {unknown[0]!r}; it has {', '.join(self.keys_of(i))}")
-        *_, updates = self._entries().layer(i, entry)  # raises if a value does not fit
+        return self._entries().layer(i, entry)[2]
+
+    def watch(self, i: int, key: str, tensor: Any) -> None:
+        """Notice writes into a tensor that stands for a value."""
+        if isinstance(tensor, torch.Tensor):
+            self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
+
+    def is_readable(self) -> bool:
+        """Return true if values can be read without other ranks."""
+        try:
+            self._require_readable()
+        except UsageError:
+            return False
+        return True
+
+    @outside_inference
+    def _stage(self, i: int, entry: Mapping[str, Any]) -> None:
+        updates = self._require_fitting(i, entry)
         own: dict[str, Any] = {key: value for key, value in entry.items() if not is_nothing(value)}
         own.update(
             {key: value.detach().clone() for key, value in own.items() if isinstance(value, torch.Tensor)}
@@ -334,21 +361,33 @@ class StateEntry(MutableMapping[str, Any]):
         self._state = state
         self._i = i
         self._apart: dict[str, Any] | None = None  # its values, once another entry has taken its place
+        self._lost = False  # its values could not be read then
 
     def belongs_to(self, state: LiveState, i: int) -> bool:
         """Returns true if this is parameter i's entry of that state."""
         return self._state is state and self._i == i and self._apart is None
 
     def part(self) -> None:
-        """Another entry takes the place of this one, which keeps its values."""
-        self._apart = {key: self._state.read(self._i, key) for key in self}
+        """Another entry takes the place of this one, which keeps its values where they can be read."""
+        self._lost = not self._state.is_readable()
+        keys = [] if self._lost else [key for key in self if key != MASTER]
+        self._apart = {key: self._state.read(self._i, key) for key in keys}
 
-    def come_back(self, state: LiveState, i: int) -> None:
-        """This entry has been assigned: it is parameter i's again, if it was before."""
-        if self._state is state and self._i == i:
-            self._apart = None
+    def come_back(self, state: LiveState, i: int) -> bool:
+        """This entry has been assigned: true if it is parameter i's again, as it was before."""
+        if self._state is not state or self._i != i:
+            return False
+        for key, value in (self._apart or {}).items():
+            state.watch(i, key, value)
+        self._apart = None
+        return True
 
     def __getitem__(self, key: str) -> Any:
+        if self._lost:
+            raise UsageError(
+                "this entry was taken out of opt.state, and another host has a part of its values: take it out inside "
+                "collected_state()"
+            )
         if self._apart is not None:
             return self._apart[key]
         if key not in self._state.keys_of(self._i):
@@ -378,6 +417,10 @@ class StateEntry(MutableMapping[str, Any]):
         """Refuse: the keys of a state stay."""
         raise UsageError("opt.state keeps its keys: use clear(), or delete the entries by name")
 
+    def __ior__(self, other: Any) -> "StateEntry":
+        self.update(other)
+        return self
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
@@ -389,7 +432,7 @@ class StateEntry(MutableMapping[str, Any]):
 
     @property
     def _keys(self) -> list[str]:
-        return self._state.keys_of(self._i) if self._apart is None else list(self._apart)
+        return self._state.keys_of(self._i) if self._apart is None or self._lost else list(self._apart)
 
     def __repr__(self) -> str:
         return f"<state: {', '.join(self)}>"

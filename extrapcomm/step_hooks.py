@@ -40,41 +40,35 @@ def hooked_as_torchs(step: Step) -> Step:
         # torch may have wrapped that of a subclass by itself.
         own = not getattr(type(self).step, "runs_hooks", False)
         way = torchs_way if own and (_is_watched(self) or _profiler_runs()) else without_gradients
-        return way(self, *args, **kwargs)
+        self._calls += 1
+        begun = self._begun
+        try:
+            return way(self, *args, **kwargs)
+        except Exception as error:
+            if self._begun == begun:  # in a hook, a closure or the arguments: no other rank has heard of it
+                self._tell_all(error)
+            raise
 
-    hooked = failing_for_all(hooked)
     hooked.hooked = not any(hooks is None for hooks in _FOR_ALL)  # type: ignore[attr-defined]
     return cast(Step, hooked)
 
 
-def failing_for_all(step: Step) -> Step:
-    """A step whose failure before it has begun is an error on all ranks; the step itself counts `_begun` up."""
+def with_torchs_hooks(step: Step) -> Step:
+    """What torch makes of the step of a class of the user's own, and the failures of its hooks told to all ranks."""
+    torchs_way = torch.optim.Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        begun, outermost = self._begun, self._told is None
-        if outermost:
-            self._told = []
+        calls = self._calls
         try:
-            return step(self, *args, **kwargs)
+            return torchs_way(self, *args, **kwargs)
         except Exception as error:
-            # Else in a hook, a closure or the arguments: no other rank has heard of it, unless from a step inside.
-            if self._begun == begun and not any(other is error for other in self._told):
-                self._told.append(error)
+            if self._calls == calls:  # else the library's own step has told what there was to tell
                 self._tell_all(error)
             raise
-        finally:
-            if outermost:
-                self._told = None
 
+    told.runs_hooks = True  # type: ignore[attr-defined]
     return cast(Step, told)
-
-
-def with_torchs_hooks(step: Step) -> Step:
-    """What torch makes of the step of a class of the user's own, and the failures of hooks told to all ranks."""
-    outer: Any = failing_for_all(torch.optim.Optimizer.profile_hook_step(step))
-    outer.runs_hooks = True
-    return cast(Step, outer)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:

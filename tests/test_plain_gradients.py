@@ -664,3 +664,31 @@ def test_writes_into_a_kept_gradient_reach_no_mean(worlds, mode, workers):
     opt.step()
     torch.testing.assert_close(opt.master(0), before - 2.0 * (world.K - 1) / world.K)
     opt.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["gradient", "data"])
+def test_zeroing_a_part_leaves_gradients_where_others_hold_them(world, mode, how):
+    outcome = []
+    for kind, more in ((torch.optim.SGD, {}), (xc.SGD, {"world": world, "gradients": mode})):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+        opt = kind(model.parameters(), lr=1.0, **more)
+        if more:
+            opt.attach(model)
+        for _ in range(2):
+            model(torch.ones(1, 2)).sum().backward()
+            opt.zero_grad(set_to_none=False)
+        flat = torch.ones(2, 2)
+        if how == "data":
+            model[0].weight.grad.data = flat
+        else:
+            model[0].weight.grad = flat
+        model[0].zero_grad(set_to_none=False)
+        seen = flat.clone()
+        flat.add_(3)
+        opt.step()
+        outcome.append([seen, *(p.detach().clone() for p in model.parameters())])
+    for found, wanted in zip(*outcome, strict=True):
+        torch.testing.assert_close(found, wanted)
+    opt.close()

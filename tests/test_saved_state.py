@@ -7,7 +7,7 @@ import itertools
 import logging
 
 import pytest
-from conftest import COMM
+from conftest import COMM, TEAM
 from test_ownership import net, train, values
 
 import extrapcomm as xc
@@ -872,6 +872,8 @@ def test_momentum_that_begins_late_with_dampening_is_refused(world):
 
 # -- Entries that are staged, and copies in a state_dict ------------------------------------------------------------
 
+inside_one_team = pytest.mark.skipif(bool(TEAM), reason="opt.state is read inside one team, or collected")
+
 
 def dampened(kind, world=None):
     torch.manual_seed(0)
@@ -887,6 +889,7 @@ def take_steps(param, opt, number):
         opt.step()
 
 
+@inside_one_team
 @pytest.mark.parametrize("then", ["edit", "save and load", "save"])
 def test_a_staged_entry_of_torchs_form_keeps_its_momentum(world, then):
     """torch's SGD has no count of steps in its entries."""
@@ -954,6 +957,7 @@ MOVES = {
 }
 
 
+@inside_one_team
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 @pytest.mark.parametrize("move", MOVES)
 def test_entries_that_are_taken_out_keep_their_values(world, move, name):
@@ -972,6 +976,7 @@ def test_entries_that_are_taken_out_keep_their_values(world, move, name):
     opt.close()
 
 
+@inside_one_team
 def test_an_entry_that_came_back_is_live_again(world):
     param, opt = dampened(xc.SGD, world)
     take_steps(param, opt, 1)
@@ -986,6 +991,7 @@ def test_an_entry_that_came_back_is_live_again(world):
     opt.close()
 
 
+@inside_one_team
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
 def test_a_momentum_of_zeros_is_more_than_none(world, dampening):
     """torch takes the first gradient undamped only where there is no buffer."""
@@ -1001,6 +1007,7 @@ def test_a_momentum_of_zeros_is_more_than_none(world, dampening):
     opt.close()
 
 
+@inside_one_team
 def test_what_is_staged_may_be_read_and_written_in_inference_mode(world):
     param, opt = dampened(xc.SGD, world)
     take_steps(param, opt, 1)
@@ -1014,6 +1021,7 @@ def test_what_is_staged_may_be_read_and_written_in_inference_mode(world):
     opt.close()
 
 
+@inside_one_team
 @pytest.mark.parametrize("step", [1.5, "3", True, float("nan"), -1, torch.tensor(2.5)], ids=str)
 def test_a_count_that_is_none_is_refused(world, step):
     param = torch.nn.Parameter(torch.ones(3))
@@ -1023,5 +1031,90 @@ def test_a_count_that_is_none_is_refused(world, step):
         opt.state[param]["step"] = step
     with pytest.raises(xc.UsageError, match="dense tensor"):
         opt.state[param]["exp_avg"] = torch.zeros(3).to_sparse()
+    take_steps(param, opt, 1)
+    opt.close()
+
+
+def clear_and_set(opt, p):
+    entry = opt.state[p]
+    entry.clear()
+    entry["momentum_buffer"] = torch.full((3,), 4.0)
+
+
+def clear_and_update(opt, p):
+    entry = opt.state[p]
+    kept = dict(entry)
+    entry.clear()
+    entry.update(kept)
+
+
+def two_looks(opt, p):
+    one, other = opt.state[p], opt.state[p]
+    del opt.state[p]
+    one["momentum_buffer"] = torch.full((3,), 4.0)
+    opt.state[p] = other
+
+
+def merged(opt, p):
+    opt.state[p] |= {"momentum_buffer": torch.full((3,), 4.0)}
+    opt.state |= {p: opt.state[p]}
+
+
+def moved(opt, p):
+    for entry in opt.state.values():
+        for key, value in entry.items():
+            entry[key] = value.to("cpu")
+
+
+def refused_then_written(opt, p):
+    entry = opt.state[p]
+    if isinstance(opt, xc.SGD):
+        with pytest.raises(xc.UsageError):
+            opt.state[p] = {"momentum_buffer": torch.ones(7)}
+    entry["momentum_buffer"] = torch.full((3,), 4.0)
+
+
+@inside_one_team
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize(
+    "change", [clear_and_set, clear_and_update, two_looks, merged, moved, refused_then_written]
+)
+def test_entries_that_users_hold_are_torchs(world, change, steps):
+    if steps == 0 and change is two_looks:
+        pytest.skip("torch has no entry before the first step")
+    outcome = []
+    for kind, where in ((torch.optim.SGD, None), (xc.SGD, world)):
+        param, opt = dampened(kind, where)
+        take_steps(param, opt, steps)
+        change(opt, param)
+        take_steps(param, opt, 2)
+        outcome.append(param.detach().clone())
+    torch.testing.assert_close(*outcome)
+    opt.close()
+
+
+@inside_one_team
+def test_a_tensor_of_an_entry_that_came_back_is_watched(world):
+    param, opt = dampened(xc.SGD, world)
+    take_steps(param, opt, 1)
+    entry = opt.state[param]
+    del opt.state[param]
+    buffer = entry["momentum_buffer"]
+    opt.state[param] = entry
+    buffer.mul_(4)
+    with pytest.raises(xc.UsageError, match="written in place"):
+        take_steps(param, opt, 1)
+    opt.close()
+
+
+@pytest.mark.skipif(not TEAM, reason="needs several teams")
+def test_entries_may_be_held_where_they_cannot_be_read(world):
+    param, opt = dampened(xc.SGD, world)
+    take_steps(param, opt, 1)
+    entry = opt.state[param]
+    opt.state[param].clear()
+    del opt.state[param]
+    with pytest.raises(xc.UsageError, match="collected_state"):
+        entry["momentum_buffer"]
     take_steps(param, opt, 1)
     opt.close()

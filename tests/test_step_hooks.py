@@ -197,3 +197,49 @@ def test_an_error_that_is_raised_again_is_told_again(world):
     opt.step()
     torch.testing.assert_close(opt.master(0), torch.full((4,), 0.9))
     opt.close()
+
+
+class Renaming(xc.SGD):
+    """A user's own, which gives errors another name."""
+
+    def step(self, closure=None):
+        try:
+            return super().step(closure)
+        except ZeroDivisionError as error:
+            raise RuntimeError("no step") from error
+
+
+def test_an_error_that_a_subclass_renames_is_told_once(world):
+    param = torch.nn.Parameter(torch.ones(4))
+    opt = Renaming([param], lr=0.1, world=world)
+    param.grad = torch.ones(4)
+
+    def closure():
+        raise ZeroDivisionError("no step")
+
+    fails = world.rank == world.size - 1
+    for turn in range(1, 3):
+        with pytest.raises(RuntimeError if fails else xc.UsageError, match="no step"):
+            opt.step(closure) if fails else opt.step()
+        opt.step()
+        torch.testing.assert_close(opt.master(0), torch.full((4,), 1 - 0.1 * turn))
+    opt.close()
+
+
+def test_another_optimizers_failure_inside_a_closure_is_everybodys(world):
+    param, opt = made(world)
+    other_param, other = made(world)
+    param.grad = other_param.grad = torch.ones(4)
+
+    def fail():
+        raise ZeroDivisionError("no step")
+
+    def closure():
+        other.step(fail if world.rank == world.size - 1 else None)
+
+    with pytest.raises((ZeroDivisionError, xc.UsageError), match="no step"):
+        opt.step(closure)
+    for each in (opt, other):
+        each.step()
+        torch.testing.assert_close(each.master(0), torch.full((4,), 0.9))
+        each.close()
