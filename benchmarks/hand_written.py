@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Window(Contestant):
             self.w[:] = self.problem.weights.numpy()
 
     def corrections(self) -> tuple[float, float]:
-        """What Adam's moments are multiplied with in the step that begins."""
+        """The bias corrections of Adam's moments for the step that begins."""
         self.steps += 1
         first, second = BETAS
         return 1 / (1 - first**self.steps), 1 / (1 - second**self.steps)
@@ -162,7 +162,7 @@ class WindowNumba(Window):
         self.steps = 0
 
     def numbers(self) -> tuple[np.float32, ...]:
-        """Of one step."""
+        """The numbers of one step."""
         own = (MOMENTUM,)
         if self.problem.rule == "adam":
             own = (*BETAS, EPS, *self.corrections())
@@ -186,7 +186,7 @@ class WindowCompile(Window):
             [torch.from_numpy(a[own]) for a in arrays]
             for arrays in (self.grads, points, [self.w, *self.slots])
         ]
-        self.kernel = torch.compile(compiled_adam if problem.rule == "adam" else compiled_sgd, dynamic=False)
+        self.kernel = torch.compile(partial(compiled_step, UPDATES[problem.rule]), dynamic=False)
         kept = [array.clone() for array in self.arrays[2]]
         self.kernel(*self.arrays, problem.gamma, self.numbers())
         self.steps = 0
@@ -195,7 +195,7 @@ class WindowCompile(Window):
         self.comm.Barrier()
 
     def numbers(self) -> list[torch.Tensor]:
-        """That change from step to step: as tensors, or each step would be compiled anew."""
+        """The numbers that change from step to step: as tensors, or each step would be compiled anew."""
         return [torch.tensor(number) for number in self.corrections()] if self.problem.rule == "adam" else []
 
     def step(self) -> None:
@@ -205,36 +205,33 @@ class WindowCompile(Window):
         self.comm.Barrier()
 
 
-def compiled_sgd(
+def compiled_step(
+    update: Callable[..., None],
     grads: list[torch.Tensor],
     points: list[torch.Tensor],
     state: list[torch.Tensor],
     gamma: float,
     numbers: list[torch.Tensor],
 ) -> None:
-    w, m = state
-    mean = sum(grads[1:], grads[0]) / len(grads)
+    update(sum(grads[1:], grads[0]) / len(grads), *state, *numbers)
+    for point, g in zip(points, grads, strict=False):
+        point.copy_(state[0] - gamma * g)
+
+
+def sgd(mean: torch.Tensor, w: torch.Tensor, m: torch.Tensor) -> None:
     m.mul_(MOMENTUM).add_(mean)
     w.sub_(m, alpha=LR)
-    for point, g in zip(points, grads, strict=False):
-        point.copy_(w - gamma * g)
 
 
-def compiled_adam(
-    grads: list[torch.Tensor],
-    points: list[torch.Tensor],
-    state: list[torch.Tensor],
-    gamma: float,
-    numbers: list[torch.Tensor],
+def adam(
+    mean: torch.Tensor, w: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *corrections: torch.Tensor
 ) -> None:
-    w, m, v = state
-    mean = sum(grads[1:], grads[0]) / len(grads)
     m.mul_(BETAS[0]).add_(mean, alpha=1 - BETAS[0])
     v.mul_(BETAS[1]).add_(mean * mean, alpha=1 - BETAS[1])
-    w.sub_(LR * (m * numbers[0]) / ((v * numbers[1]).sqrt() + EPS))
-    for point, g in zip(points, grads, strict=False):
-        point.copy_(w - gamma * g)
+    w.sub_(LR * (m * corrections[0]) / ((v * corrections[1]).sqrt() + EPS))
 
+
+UPDATES = {"sgd": sgd, "adam": adam}
 
 # The numbers and arrays of a rule's loop, and the lines of its body.
 LOOPS = {

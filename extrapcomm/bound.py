@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -173,10 +174,9 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._leave_for(before if self._inside_worker else 0)
 
     def _checked_worker(self, v: int) -> int:
-        number = None if isinstance(v, bool) else getattr(v, "__index__", lambda: None)()
-        if number is None or not 0 <= number < self.world.workers:
+        if not isinstance(v, Integral) or isinstance(v, bool) or not 0 <= v < self.world.workers:
             raise UsageError(f"there is no worker {v!r}; this rank drives {self.world.workers}, from 0")
-        return int(number)
+        return int(v)
 
     def _leave_for(self, v: int) -> None:
         """Go back to worker v. What others wrote into the one that is left is an error at the next step."""

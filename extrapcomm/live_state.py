@@ -98,7 +98,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_writable()
         if isinstance(entry, StateEntry) and entry.belongs_to(self, i):
             return
-        self._replace(
+        self._stage(
             i, {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
         )
         if isinstance(entry, StateEntry) and entry.come_back(self, i):
@@ -107,7 +107,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def __delitem__(self, param: torch.Tensor) -> None:
         i = self._index(param)
         self._require_writable()
-        self._replace(i, {})
+        self._stage(i, {})
 
     def pop(self, param: torch.Tensor, *default: Any) -> Any:
         """The entry as a dictionary of copies; the parameter starts afresh."""
@@ -130,13 +130,13 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def start_afresh(self, i: int) -> None:
         """Stage a fresh start for parameter i, in the entries that a user has as well."""
         self._require_writable()
-        self._stage(i, {})
+        self._stage(i, {}, replaces=False)
 
     def clear(self) -> None:
         """Stage a fresh start for every parameter."""
         self._require_writable()
         for i in range(len(self)):
-            self._replace(i, {})
+            self._stage(i, {})
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(list(self._entries().params))
@@ -197,7 +197,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         self._require_readable()
         tensor = self.read(i, key)
         self._handed_out = [out for out in self._handed_out if out.alive or out.written]
-        self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
+        self.watch(i, key, tensor)
         return tensor
 
     @outside_inference
@@ -229,7 +229,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         )  # then a count of 0 would hide the value
         without = (key, MASTER, "step") if begins else (key, MASTER)
         others = {name: self.read(i, name) for name in self.keys_of(i) if name not in without}
-        self._stage(i, others | {key: value})
+        self._stage(i, others | {key: value}, replaces=False)
 
     def _is_there(self, i: int, key: str, value: Any) -> bool:
         """Return true for a value that changes nothing: trainers move states to and fro."""
@@ -270,13 +270,6 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
 
     # -- Staging -------------------------------------------------------------------------------------------------
 
-    def _replace(self, i: int, entry: Mapping[str, Any]) -> None:
-        """Stage an entry in place of the one that is there, which goes on in the hands of who has it."""
-        self._require_fitting(i, entry)
-        if (out := self._looks.pop(i, None)) is not None:
-            out.part()
-        self._stage(i, entry)
-
     def _require_fitting(self, i: int, entry: Mapping[str, Any]) -> int:
         """The number of updates that an entry stands for; UsageError if it does not fit."""
         unknown = [key for key in entry if key not in self.keys_of(i)]
@@ -298,7 +291,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         return True
 
     @outside_inference
-    def _stage(self, i: int, entry: Mapping[str, Any]) -> None:
+    def _stage(self, i: int, entry: Mapping[str, Any], replaces: bool = True) -> None:
+        """Stage an entry, in place of the one that is there or for it: a replaced one goes on with who has it."""
         updates = self._require_fitting(i, entry)
         own: dict[str, Any] = {key: value for key, value in entry.items() if not is_nothing(value)}
         own.update(
@@ -306,6 +300,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         )
         if own and not isinstance(count := own.get("step", updates), torch.Tensor):
             own["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+        if replaces and (look := self._looks.pop(i, None)) is not None:
+            look.part()
         self._staged[i] = own
         values = {id(value) for value in entry.values() if value is not None}
         for out in self._handed_out:
