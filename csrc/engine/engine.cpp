@@ -64,7 +64,7 @@ class EngineOf final : public Engine {
         tile_(useful_tile(plan_, options.tile)),
         touched_(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())),
         streaming_(options.streaming.value_or(exceeds_cache(touched_))),
-        store_choice_(streaming_, !options.streaming && !team->wire() && worth_trying(touched_),
+        store_choice_(streaming_, !options.streaming && !device_ && !team->wire() && worth_trying(touched_),
                       team->workers_per_rank()),
         buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
         arenas_(

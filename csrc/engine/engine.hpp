@@ -212,7 +212,7 @@ class Engine {
   virtual const char* way() const = 0;
   virtual std::int64_t steps() const = 0;
   virtual double last_step_seconds() const = 0;
-  // Whether steps publish past the cache; nothing as long as both ways are tried.
+  // True if steps publish past the cache; nothing as long as both ways are tried.
   virtual std::optional<bool> streaming() const = 0;
   // Leaves w in every X of this rank and ends its part in the engine. Not collective, idempotent.
   virtual void close() = 0;

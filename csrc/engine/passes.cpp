@@ -344,7 +344,7 @@ namespace {
 // Elements that are observed together, in the nearest cache, while those that follow are fetched.
 constexpr std::int64_t kObserved = 512;
 
-// Whether the pass is asked for new weights and at most for squares of gradients that nothing clips, by
+// True if the pass is asked for new weights and at most for squares of gradients that nothing clips, by
 // workers whose gradients are all at hand.
 template <class T>
 bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept) {

@@ -5,16 +5,16 @@
 
 namespace xc {
 
-// Whether a step's weights go past the cache, found out during the first steps: both ways are timed in turns,
-// several steps each, because what a step leaves in the cache is the next one's. Neither way changes a bit,
-// so each rank chooses for itself, with the gradients as its own training brings them.
+// The choice to store a step's weights past the cache or not, made during the first steps: both ways are
+// timed in turns, several steps each, because what a step leaves in the cache is the next one's. Neither way
+// changes a bit, so each rank chooses for itself, with the gradients as its own training brings them.
 class StoreChoice {
  public:
   // `usual` is how it begins, and how it stays where nothing is tried or the other way gains little; `walks`
   // is how many walks make a step.
   StoreChoice(bool usual, bool tries, int walks);
 
-  // How the next walk stores.
+  // True if the next walk stores past the cache.
   bool streams() const;
   // The walk has taken so long for so many elements.
   void took(double seconds, std::int64_t elements);

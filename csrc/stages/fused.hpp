@@ -21,10 +21,10 @@ namespace xc {
 // the next.
 inline constexpr std::int64_t kFusedBlock = 32;
 
-// How far ahead, in elements, arrays past the cache are fetched.
+// The distance, in elements, at which arrays past the cache are fetched ahead.
 inline constexpr std::int64_t kAhead = 256;
 
-// Whether the rule looks at the mean gradient. Some that measure have taken it into their slots before.
+// True if the rule looks at the mean gradient. Some that measure have taken it into their slots before.
 template <class R>
 constexpr bool reduces() {
   if constexpr (Measuring<R>)
@@ -124,7 +124,7 @@ XC_CLONES void fused(const FusedStep<Master<E>>& step) {
   loop.elements(streamed, step.count, to);
 }
 
-// What a loop is chosen by, beside the family and the type of weights and gradients.
+// The choice among loops, beside the family and the type of weights and gradients.
 struct FusedChoice {
   unsigned member;
   int workers;
