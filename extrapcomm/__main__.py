@@ -120,7 +120,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines = [
         f"extrapcomm {facts['extrapcomm']}, Python {facts['python']}",
         f"  built with      {facts['build']['compiler']}; tile loops use {facts['build']['instruction_set']}, "
-        f"stores past the cache {facts['build']['store_bytes']} bytes",
+        f"stores past the cache {facts['build']['store_bytes']} bytes, tiles {facts['build']['tile']}",
         f"  MPI loaded      {facts['mpi']} (MPI {facts['mpi_standard']})",
         "  packages        " + ", ".join(f"{n} {v or 'not installed'}" for n, v in facts["packages"].items()),
         f"  memory          {_size(limits['memory_available'])} available, container limit "

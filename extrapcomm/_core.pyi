@@ -83,6 +83,7 @@ class Engine:
     slots: int
     last_step_seconds: float
     streaming: bool | None
+    tile: int | None
     local_steps: int | None
     most_updates: int
     outcome: tuple[float | None, bool]
@@ -93,7 +94,7 @@ class Engine:
         groups: Sequence[tuple[int, Sequence[float], bool]],
         rule: str,
         extrapolation: tuple[str, bool, bool, int],
-        tile: int,
+        tile: int | None,
         version: str,
         streaming: bool | None = None,
         bucket: int = 0,

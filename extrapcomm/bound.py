@@ -40,7 +40,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     RULE = ""
     world: World
     _rule: Rule
-    _tile: int
+    _tile: int | None
     _manner: str
     _overlap: bool
     _bucket: int

@@ -55,7 +55,8 @@ class Engine(Gained):
             "anisotropic" (own less mean), or random: "gaussian", "uniform", "filter".
         inner_lr: the inner learning rate: a number, "lr", "lr/K", "noise", or a function of lr.
         displacement, inner_clip, noise, seed: see `SGD`.
-        tile: how many elements go through all stages before the next ones; results do not depend on it.
+        tile: how many elements go through all stages before the next ones; by default the first steps of 4 MiB or
+            more try several lengths, where they walk tiles at all. No bit depends on it. `XC_TILE` overrides it.
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
             the same factor; the step then takes a second pass over memory.
         skip_nonfinite: let a step whose mean gradient is not finite change nothing on any rank; likewise.
@@ -97,7 +98,7 @@ class Engine(Gained):
         inner_clip: bool = True,
         noise: float = 1.0,
         seed: int = 0,
-        tile: int = 512,
+        tile: int | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         gain: AdaScale | None = None,
@@ -181,6 +182,13 @@ class Engine(Gained):
     def streaming(self) -> bool | None:
         """Whether this rank publishes weights past the cache; None while it tries both ways. No bit depends on it."""
         return self._core.streaming
+
+    @property
+    def tile(self) -> int | None:
+        """How many elements go through all stages together on this rank; None while it tries several lengths, and where
+        it need not because its steps have no tiles.
+        """
+        return self._core.tile
 
     @property
     def last_step_seconds(self) -> float:

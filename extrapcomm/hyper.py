@@ -342,9 +342,11 @@ def check_max_norm(value: Any) -> None:
 
 
 def check_tile(tile: Any) -> None:
-    """UsageError if this is no number of elements."""
+    """UsageError if this is neither None nor a number of elements."""
+    if tile is None:
+        return
     if not isinstance(tile, int) or isinstance(tile, bool) or not 1 <= tile < 2**40:
-        raise UsageError(f"tile must be a whole number of at least 1, not {tile!r}")
+        raise UsageError(f"tile must be None or a whole number of at least 1, not {tile!r}")
 
 
 def check_bucket(bucket: Any) -> None:

@@ -23,7 +23,7 @@ class Options(TypedDict, total=False):
     noise: float
     seed: int
     world: World | None
-    tile: int
+    tile: int | None
     max_grad_norm: float | None
     skip_nonfinite: bool
     accumulation: str
@@ -65,7 +65,8 @@ class SGD(FusedOptimizer):
         noise: scale of random displacements.
         seed: of random displacements, alike on all ranks.
         world: a World; one over MPI.COMM_WORLD by default.
-        tile: elements that go through all stages before the next ones; results do not depend on it.
+        tile: elements that go through all stages before the next ones; by default the engine finds out what suits.
+            Results do not depend on it.
         max_grad_norm: scale the mean gradient down to this norm if it is longer, and each worker's displacement by
             the same factor; the step then takes a second pass over memory.
         skip_nonfinite: let a step whose mean gradient is not finite change nothing on any rank; likewise.

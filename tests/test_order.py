@@ -1,6 +1,7 @@
 """The bits depend on the number of workers and on nothing else: not on tiles, ranks or the run."""
 
 import hashlib
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -90,6 +91,39 @@ def test_the_faster_way_of_storing_is_found_in_steps_that_have_the_same_bits(tea
             np.testing.assert_array_equal(worker.weights, other.weights)
     for engine in engines.values():
         engine.close()
+
+
+@pytest.mark.skipif(bool(TEAM), reason="lengths of tiles are tried inside one team")
+def test_tiles_that_suit_are_found_in_steps_that_have_the_same_bits(team):
+    count = 300_000
+    rule = {"rule": "adamp", "lr": 0.01, "weight_decay": 0.01}
+    engines = {tile: xc.Engine(team, np.ones((600, 500), "float32"), tile=tile, **rule) for tile in (None, 512)}
+    for worker in (worker for engine in engines.values() for worker in engine.workers):
+        worker.grads[...] = np.linspace(-1, 1, count, dtype="float32").reshape(600, 500)
+    tried = []
+    for _ in range(63):
+        tried.append(engines[None].tile)
+        for engine in engines.values():
+            engine.step()
+    assert tried[:60] == [None] * 60 and tried[62] in (512, 1024, 2048)
+    assert engines[512].tile == 512
+    for worker, other in zip(engines[512].workers, engines[None].workers, strict=True):
+        np.testing.assert_array_equal(worker.weights, other.weights)
+    for engine in engines.values():
+        engine.close()
+
+
+@pytest.mark.parametrize("variable, text", [("XC_TILE", "x"), ("XC_TILE", "0"), ("XC_STORE", "24")])
+def test_the_environment_takes_numbers(team, monkeypatch, variable, text):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(xc.UsageError, match=variable):
+        xc.Engine(team, np.ones(4, "float32"), lr=0.1)
+
+
+def test_the_environment_overrides_tiles(team, monkeypatch):
+    monkeypatch.setenv("XC_TILE", "96")
+    with closing(xc.Engine(team, np.ones(4096, "float32"), tile=512, lr=0.1)) as engine:
+        assert engine.tile == 96
 
 
 FUSED = {

@@ -49,7 +49,7 @@ using ExtrapolationTuple = std::tuple<std::string, bool, bool, std::uint64_t>;
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<Team> team, const std::vector<LayerTuple>& layers,
                                     const std::vector<GroupTuple>& groups, const std::string& rule,
-                                    const ExtrapolationTuple& extrapolation, std::int64_t tile,
+                                    const ExtrapolationTuple& extrapolation, std::optional<std::int64_t> tile,
                                     const std::string& version, std::optional<bool> streaming,
                                     std::int64_t bucket, std::shared_ptr<Device> device) {
   const auto specs = layers_from(layers);
@@ -291,7 +291,8 @@ void register_engine_class(py::module_& module) {
       .def_property_readonly("way", &Engine::way)
       .def_property_readonly("steps", &Engine::steps)
       .def_property_readonly("last_step_seconds", &Engine::last_step_seconds)
-      .def_property_readonly("streaming", &Engine::streaming);
+      .def_property_readonly("streaming", &Engine::streaming)
+      .def_property_readonly("tile", &Engine::tile);
 }
 
 std::unique_ptr<SharedArray> make_array(std::shared_ptr<Team> team, const std::string& dtype,

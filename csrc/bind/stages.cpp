@@ -5,6 +5,7 @@
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
 #include "core/streaming.hpp"
+#include "engine/ways.hpp"
 #include "rules/extrapolation.hpp"
 #include "stages/tables.hpp"
 
@@ -70,6 +71,8 @@ void register_stages(py::module_& module) {
     info["compiler"] = "C++ compiler " __VERSION__;
     info["instruction_set"] = std::string(instruction_set());
     info["store_bytes"] = std::to_string(static_cast<int>(usual_store()));
+    const auto tile = asked_tile();
+    info["tile"] = tile ? std::to_string(*tile) + " elements, by XC_TILE" : "found out in the first steps";
     return info;
   });
   module.def("rules", &describe_rules, "Rule name to its hyper-parameters with presets, flags and slots.");

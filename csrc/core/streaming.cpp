@@ -1,12 +1,15 @@
 #include "core/streaming.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <fstream>
+#include <optional>
+#include <string>
 #include <string_view>
 #include <thread>
 
 #include "core/clones.hpp"
+#include "core/environment.hpp"
+#include "core/error.hpp"
 
 namespace xc {
 namespace {
@@ -19,6 +22,14 @@ std::int64_t last_level_cache_bytes() {
   return file >> kilobytes ? kilobytes << 10 : std::int64_t{32} << 20;
 }
 
+std::optional<StoreWidth> asked_store() {
+  const auto bytes = number_in_environment("XC_STORE");
+  if (!bytes) return std::nullopt;
+  if (*bytes != 16 && *bytes != 32 && *bytes != 64)
+    throw UsageError("XC_STORE is " + std::to_string(*bytes) + "; it takes 16, 32 or 64 bytes");
+  return static_cast<StoreWidth>(*bytes);
+}
+
 }  // namespace
 
 StoreWidth widest_store() {
@@ -28,15 +39,11 @@ StoreWidth widest_store() {
 }
 
 StoreWidth usual_store() {
-  static const StoreWidth kUsual = [] {
-    const char* const asked = std::getenv("XC_STORE");
-    const int bytes = asked ? std::atoi(asked) : 0;
-    for (const StoreWidth width : {StoreWidth::bytes16, StoreWidth::bytes32})
-      if (bytes == static_cast<int>(width)) return std::min(width, widest_store());
-    return widest_store();
-  }();
+  static const StoreWidth kUsual = std::min(asked_store().value_or(widest_store()), widest_store());
   return kUsual;
 }
+
+void check_store() { asked_store(); }
 
 // A step reads and writes each byte once, so what a cache keeps of one step for the next is less than its
 // size, and in virtual machines the kernel may report a cache that strangers share.
@@ -47,9 +54,9 @@ bool exceeds_cache(std::int64_t bytes) {
   return bytes > kCache;
 }
 
-bool worth_trying(std::int64_t bytes) {
-  static const bool kFixed = std::getenv("XC_STORE") != nullptr;
-  return !kFixed && bytes >= (std::int64_t{4} << 20);
+bool store_is_fixed() {
+  static const bool kFixed = asked_store().has_value();
+  return kFixed;
 }
 
 }  // namespace xc

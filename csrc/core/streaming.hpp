@@ -18,10 +18,8 @@ inline constexpr std::int64_t kLineBytes = 64;
 // better written past them.
 bool exceeds_cache(std::int64_t bytes);
 
-// Returns true if it may differ from machine to machine, and from one neighbour of a virtual machine to the
-// next, whether steps of so many bytes are faster past the cache; false if XC_STORE in the environment fixes
-// how steps store.
-bool worth_trying(std::int64_t bytes);
+// Returns true if XC_STORE in the environment fixes how steps store.
+bool store_is_fixed();
 
 // Asks for the next bytes to be brought near; never faults, wherever it points.
 [[gnu::always_inline]] inline void fetch(const std::byte* from, std::int64_t bytes) {
@@ -36,6 +34,9 @@ StoreWidth widest_store();
 
 // Returns the width that steps use: the widest, or XC_STORE=16, 32 or 64 in the environment if that is less.
 StoreWidth usual_store();
+
+// Throws UsageError if XC_STORE is anything else.
+void check_store();
 
 // Returns the widest store, up to `most`, for which the address is aligned; none below 16 bytes.
 inline StoreWidth store_for(const void* to, StoreWidth most) {

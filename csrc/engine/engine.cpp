@@ -7,7 +7,6 @@
 
 #include "core/error.hpp"
 #include "core/float_environment.hpp"
-#include "core/streaming.hpp"
 #include "device/collective_rails.hpp"
 #include "device/device.hpp"
 #include "device/judge.hpp"
@@ -25,6 +24,7 @@
 #include "engine/signature.hpp"
 #include "engine/state.hpp"
 #include "engine/step.hpp"
+#include "engine/ways.hpp"
 #include "engine/write_check.hpp"
 
 namespace xc {
@@ -33,13 +33,6 @@ namespace {
 // Bytes that one step of all workers touches.
 std::int64_t touched_bytes(const Plan& plan, int slots, int workers) {
   return 2 * workers * plan.bytes + (1 + slots) * plan.length * size_of(plan.master);
-}
-
-// No tile is longer than the longest shard.
-std::int64_t useful_tile(const Plan& plan, std::int64_t tile) {
-  std::int64_t longest = 1;
-  for (const Segment& segment : plan.segments) longest = std::max(longest, segment.count());
-  return std::min(tile, longest);
 }
 
 using Agreed = Exchange::Agreed;
@@ -61,22 +54,20 @@ class EngineOf final : public Engine {
         own_runs_(plan_, options, 1),
         names_(names_of_step_numbers(families()[static_cast<std::size_t>(family_index(options.rule))],
                                      options.groups.size())),
-        tile_(useful_tile(plan_, options.tile)),
-        touched_(touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank())),
-        streaming_(options.streaming.value_or(exceeds_cache(touched_))),
-        store_choice_(streaming_, !options.streaming && !device_ && !team->wire() && worth_trying(touched_),
-                      team->workers_per_rank()),
+        ways_(make_ways(plan_, options,
+                        touched_bytes(plan_, runs_.slots(), team->size() * team->workers_per_rank()),
+                        team->worker_count(), team->workers_per_rank(), !device_ && !team->wire())),
         buckets_(make_buckets(plan_, team->wire() ? options.bucket : 0)),
         arenas_(
             *team, [&](std::size_t bytes) { return storage_->share(*team, bytes); }, plan_, runs_.slots(),
-            runs_.sums(), tile_, overlap_words() + sizeof(BucketWord)),
+            runs_.sums(), ways_.longest(), overlap_words() + sizeof(BucketWord)),
         exchange_(team, arenas_.control(), names_, plan_.layers.size() + buckets_.size()),
         rails_(make_rails()),
         overlap_(make_overlap()),
         state_(plan_, arenas_, *storage_, *team, rails_.get(), runs_.slots()),
         hands_(make_hands()),
         stepper_(plan_, arenas_, *storage_, runs_, *hands_.walker, *hands_.mover, hands_.judge.get(),
-                 rails_.get(), overlap_.get(), tile_, streaming_),
+                 rails_.get(), overlap_.get(), ways_.tiles.front(), ways_.streams),
         updates_(plan_.layers.size(), 0),
         displaced_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
@@ -100,7 +91,10 @@ class EngineOf final : public Engine {
   std::int64_t steps() const override { return steps_; }
   double last_step_seconds() const override { return last_step_.count(); }
   std::optional<bool> streaming() const override {
-    return store_choice_.tries() ? std::nullopt : std::optional(store_choice_.streams());
+    return ways_.stores.goes_on() ? std::nullopt : std::optional(ways_.streaming());
+  }
+  std::optional<std::int64_t> tile() const override {
+    return ways_.lengths.goes_on() ? std::nullopt : std::optional(ways_.tile());
   }
 
   void gather(int v, std::span<const Source> sources, std::span<std::uint8_t> present) override;
@@ -190,10 +184,7 @@ class EngineOf final : public Engine {
   RunMaker<T> runs_;
   RunMaker<T> own_runs_;  // of one worker alone
   std::vector<std::string> names_;
-  std::int64_t tile_;
-  std::int64_t touched_;  // bytes of a step, of all ranks here
-  bool streaming_;
-  StoreChoice store_choice_;
+  Ways ways_;
   std::vector<Bucket> buckets_;  // if sums travel during backward
   Arenas<T> arenas_;
   Exchange exchange_;
@@ -251,8 +242,8 @@ void EngineOf<T>::gather(int v, std::span<const Source> sources, std::span<std::
 template <class T>
 typename EngineOf<T>::Hands EngineOf<T>::hands_of_host() {
   const int workers = team().worker_count();
-  return {nullptr, std::make_unique<TileWalker<T>>(tile_, workers, &store_choice_),
-          std::make_unique<TileWalker<T>>(tile_, workers, nullptr)};
+  return {nullptr, std::make_unique<TileWalker<T>>(ways_.longest(), workers, &ways_),
+          std::make_unique<TileWalker<T>>(ways_.tiles.front(), workers, nullptr)};
 }
 
 // Sums that come over the wire are the host's to decide by.
@@ -313,7 +304,7 @@ template <class T>
 std::unique_ptr<Overlap<T>> EngineOf<T>::make_overlap() {
   if (buckets_.empty()) return nullptr;
   return std::make_unique<Overlap<T>>(
-      team(), plan_, arenas_, buckets_, runs_.plain(), tile_, tag_of(exchange_.channel(), Tag::overlapped),
+      team(), plan_, arenas_, buckets_, runs_.plain(), ways_.tiles.front(), tag_of(exchange_.channel(), Tag::overlapped),
       overlap_words(),
       [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); });
 }
@@ -537,7 +528,7 @@ void EngineOf<T>::begin_local() {
   if (overlap_) throw UsageError("local steps have no sums to send during backward");
   if (device_) throw UsageError("local steps are taken on the CPU only, not on " + device_->name());
   collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
-  local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), tile_, streaming_);
+  local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), ways_.tiles.front(), ways_.streams);
   collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
   published_undisplaced();
@@ -657,7 +648,7 @@ void check_arguments(std::span<const LayerSpec> layers, const EngineOptions& opt
         "hosts take another rule");
   if (extrapolation_index(options.extrapolation.name) < 0)
     throw UsageError("there is no extrapolation '" + options.extrapolation.name + "'");
-  if (options.tile < 1) throw UsageError("tile must be at least one element");
+  if (options.tile && *options.tile < 1) throw UsageError("tile must be at least one element");
   for (const LayerSpec& layer : layers)
     if (layer.group < 0 || layer.group >= static_cast<int>(options.groups.size()))
       throw UsageError("'" + layer.name + "' belongs to a group that does not exist");
@@ -709,10 +700,13 @@ std::size_t bytes_of(std::span<const LayerSpec> layers) {
 }  // namespace
 
 std::unique_ptr<Engine> Engine::create(std::shared_ptr<Team> team, std::span<const LayerSpec> layers,
-                                       const EngineOptions& options, std::shared_ptr<Device> device) {
+                                       const EngineOptions& asked, std::shared_ptr<Device> device) {
+  EngineOptions options = asked;
   Plan plan;
   std::size_t least = 0;
   team->agree<UsageError>(complaint_of([&] {
+    check_store();
+    if (const auto tile = asked_tile()) options.tile = tile;
     check_arguments(layers, options, team->topology());
     least = bytes_of(layers);
   }));

@@ -43,7 +43,7 @@ struct EngineOptions {
   std::string rule;
   ExtrapolationOptions extrapolation;
   std::vector<GroupSpec> groups;
-  std::int64_t tile = 512;
+  std::optional<std::int64_t> tile;  // elements; by default what suits, found out in the first steps
   std::optional<bool>
       streaming;  // publish past the cache; by default when a step moves more than the cache holds
   std::int64_t bucket =
@@ -214,6 +214,8 @@ class Engine {
   virtual double last_step_seconds() const = 0;
   // True if steps publish past the cache; nothing as long as both ways are tried.
   virtual std::optional<bool> streaming() const = 0;
+  // Elements that go through all stages together; nothing as long as several lengths are tried.
+  virtual std::optional<std::int64_t> tile() const = 0;
   // Leaves w in every X of this rank and ends its part in the engine. Not collective, idempotent.
   virtual void close() = 0;
 };

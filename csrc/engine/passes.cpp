@@ -357,6 +357,11 @@ bool is_plain_step(const Pass& pass, const Workers& workers, const Kept<T>& kept
 }
 
 template <class T>
+bool has_own_loop(const Pass& pass, const Run<T>& run) {
+  return run.fused && (run.observe || !pass.sums.any());
+}
+
+template <class T>
 void step_fused(const Pass& pass, const Workers& workers, const Run<T>& run, const Shard<T>& shard,
                 StoreWidth store, std::int64_t first, std::int64_t count) {
   const std::int64_t place = first - shard.begin;
@@ -409,7 +414,7 @@ void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs
   const std::vector<Stage<T>> stages = stages_of<T>(pass);
   const bool plain = is_plain_step(pass, workers, kept);
   for (const Run<T>& run : runs) {
-    if (plain && run.fused && (run.observe || !pass.sums.any())) {
+    if (plain && has_own_loop(pass, run)) {
       walk_fused(pass, workers, run, shard, buffers.store(), kept);
       continue;
     }
@@ -434,20 +439,34 @@ std::int64_t elements_of(std::span<const Run<T>> runs, const Shard<T>& shard) {
   return count;
 }
 
+template <class T>
+bool has_tiles(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Kept<T>& kept) {
+  const auto has = [&](const Run<T>& run) { return has_own_loop(pass, run); };
+  return !is_plain_step(pass, workers, kept) || !std::all_of(runs.begin(), runs.end(), has);
+}
+
+// What a walk is timed for; null: for nothing.
+Trial* trial_of(Ways& ways, bool has_tiles) {
+  if (ways.stores.goes_on()) return &ways.stores;
+  return has_tiles && ways.lengths.goes_on() ? &ways.lengths : nullptr;
+}
+
 }  // namespace
 
 template <class T>
 void TileWalker<T>::walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs,
                          const Shard<T>& shard, const Kept<T>& kept) {
-  if (!choice_ || !pass.apply || pass.weights == Pass::Weights::keep)
+  if (ways_) buffers_.use(ways_->tile());
+  if (!ways_ || !pass.apply || pass.weights == Pass::Weights::keep)
     return xc::walk<T>(pass, workers, runs, shard, buffers_, kept);
   Pass chosen = pass;
-  chosen.weights = choice_->streams() ? Pass::Weights::stream : Pass::Weights::store;
-  if (!choice_->tries()) return xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
+  chosen.weights = published(ways_->streaming());
+  Trial* const trial = trial_of(*ways_, has_tiles(chosen, workers, runs, kept));
+  if (!trial) return xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
   const auto begin = std::chrono::steady_clock::now();
   xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
   const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
-  choice_->took(taken.count(), elements_of(runs, shard));
+  trial->took(taken.count(), elements_of(runs, shard));
 }
 
 #define XC_INSTANTIATE(T)                                                                      \

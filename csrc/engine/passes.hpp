@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -10,7 +11,7 @@
 #include "comm/control.hpp"
 #include "engine/cell_sums.hpp"
 #include "engine/plan.hpp"
-#include "engine/store_choice.hpp"
+#include "engine/ways.hpp"
 #include "rules/clipping.hpp"
 #include "stages/tables.hpp"
 
@@ -180,19 +181,23 @@ Pass load_pass();               // reduce
 Pass sum_pass(bool streaming);  // reduce, publish: collectives without a rule; w is the sum itself
 Pass publish_pass();            // publish what w holds
 
-// Private memory of the walk over tiles.
+// Private memory of the walk over tiles of at most `longest` elements.
 template <class T>
 class TileBuffers {
  public:
-  TileBuffers(std::int64_t tile, int source_count, StoreWidth store = usual_store())
-      : tile_(tile), store_(store), memory_(allocate(tile * (4 + reduce_scratch_tiles(source_count)))) {}
+  TileBuffers(std::int64_t longest, int source_count, StoreWidth store = usual_store())
+      : tile_(longest),
+        longest_(longest),
+        store_(store),
+        memory_(allocate(longest * (4 + reduce_scratch_tiles(source_count)))) {}
   std::int64_t tile() const { return tile_; }
+  void use(std::int64_t tile) { tile_ = std::min(tile, longest_); }
   StoreWidth store() const { return store_; }
   T* mean() { return memory_.get(); }
-  T* extra() { return memory_.get() + tile_; }
-  T* factor() { return memory_.get() + 2 * tile_; }
-  T* noise() { return memory_.get() + 3 * tile_; }
-  T* scratch() { return memory_.get() + 4 * tile_; }
+  T* extra() { return memory_.get() + longest_; }
+  T* factor() { return memory_.get() + 2 * longest_; }
+  T* noise() { return memory_.get() + 3 * longest_; }
+  T* scratch() { return memory_.get() + 4 * longest_; }
 
  private:
   struct Free {
@@ -202,6 +207,7 @@ class TileBuffers {
     return new (std::align_val_t(kLine)) T[static_cast<std::size_t>(count)]();
   }
   std::int64_t tile_;
+  std::int64_t longest_;
   StoreWidth store_;
   std::unique_ptr<T[], Free> memory_;
 };
@@ -225,15 +231,16 @@ class Walker {
 template <class T>
 class TileWalker final : public Walker<T> {
  public:
-  // `choice` decides, in place of the pass, how steps store the weights; null: the pass does.
-  TileWalker(std::int64_t tile, int source_count, StoreChoice* choice)
-      : buffers_(tile, source_count), choice_(choice) {}
+  // `ways` decides, in place of the pass, how steps store the weights, and how long tiles are; null: the pass,
+  // and all tiles are the longest.
+  TileWalker(std::int64_t longest, int source_count, Ways* ways)
+      : buffers_(longest, source_count), ways_(ways) {}
   void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,
             const Kept<T>& kept) override;
 
  private:
   TileBuffers<T> buffers_;
-  StoreChoice* choice_;
+  Ways* ways_;
 };
 
 }  // namespace xc

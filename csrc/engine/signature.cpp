@@ -41,7 +41,7 @@ std::string line_at(const std::string& text, std::size_t position) {
 std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& options, const Team& team) {
   std::vector<std::string> lines = {"extrapcomm " + options.version,
                                     std::to_string(team.workers_per_rank()) + " workers per rank",
-                                    "tile " + std::to_string(options.tile),
+                                    options.tile ? "tile " + std::to_string(*options.tile) : "tiles that suit",
                                     "buckets of " + std::to_string(options.bucket) + " elements",
                                     "rule " + options.rule,
                                     "extrapolation " + line_of(options.extrapolation),
