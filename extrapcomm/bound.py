@@ -22,6 +22,7 @@ from .model_methods import restore_methods
 from .observed import Numbers
 from .order import AttachedModels, Fingerprint, fingerprints
 from .ownership import forget_derived
+from .registered import remove_all
 from .replay import Captured
 from .world import World
 
@@ -51,6 +52,7 @@ class BoundOptimizer(torch.optim.Optimizer):
     _micro_batches: MicroBatches
     _handed_out: HandedOut
     _attached: AttachedModels
+    _handles: list[Any]  # of the hooks on attached models
     _gain: Gain | None
     _settled: list[tuple[int, bool]]  # of each group, what its engine was built for
     _table: Numbers | None  # of all groups, at the last step
@@ -129,6 +131,11 @@ class BoundOptimizer(torch.optim.Optimizer):
                         f"parameter {name!r} was made in torch.inference_mode() and can never be trained: make the "
                         "model outside of it"
                     )
+                if not (param.is_floating_point() or param.is_complex()):
+                    raise UsageError(
+                        f"parameter {name!r} has elements of type {str(param.dtype).removeprefix('torch.')}, which are "
+                        "never trained: give [p for p in model.parameters() if p.requires_grad]"
+                    )
                 form = form_of(param, f"parameter {name!r}")
                 self._rule.check_filters(name, form.shape, form.strides, group["inner_lr"])
                 layers.append((name, form.dtype, form.shape, form.strides, g))
@@ -200,15 +207,17 @@ class BoundOptimizer(torch.optim.Optimizer):
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
     def _begin_loading(self) -> None:
-        """The model gets the master weights, if nobody else wrote into it; what is loaded then goes over them."""
+        """The model gets the master weights but where others wrote into it; what is loaded then goes over them."""
         if self._binding.bound != 0:
             raise UsageError(
                 "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
             )
-        if not self._to_adopt and self._binding.ownership.is_own():
+        if self._to_adopt:
+            return
+        with self._binding.kept(self._binding.ownership.written()):
             self._core.show_master(0)
             self._core.keep_master(0)
-            self._binding.mark_written()
+        self._binding.mark_written()
 
     def adopt(self) -> None:
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
@@ -461,6 +470,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         binding, whole = self._binding, len(which) == len(self._binding.index)
         binding.require_own_process()
         if self._inside_worker:
+            binding.gradients.witnesses.forget_bound(which)
             if whole:
                 self._micro_batches.forget(binding.bound)
         elif whole:
@@ -503,6 +513,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._closed = True
         for model in self._attached.living():
             restore_methods(model)
+        remove_all(self._handles)
         with self._binding.kept(held) if self._to_adopt else nullcontext():
             self._core.close()
             ownership.end(held)

@@ -234,6 +234,10 @@ class Checkpoints(BoundOptimizer):
         try:
             self._live.require_unwritten()
             self._handed_out.require_unwritten()
+            if (
+                self._has_pending_state and not self._to_adopt
+            ):  # what is loaded would hide writes into the weights
+                self._binding.require_own_weights(everywhere=True)
         except UsageError as error:
             self._core.complain(describe(error))
             raise
@@ -330,7 +334,7 @@ class Checkpoints(BoundOptimizer):
             if not rank0_only or self.world.rank == 0:
                 params = range(len(self._binding.params))
                 packed["state"] = {
-                    i: self._saved_entry(i) for i in params if whole or self._live_state.updated(i)
+                    i: self._saved_entry(i) for i in params if whole or self._live_state.has_state(i)
                 }
                 packed[KEY][MASTER] = {i: self._saved_master(i) for i in params}
         packed[KEY] |= self.extra_state_dict()

@@ -18,8 +18,10 @@ from .gradients import MANNERS
 from .handed_out import HandedOut
 from .hyper import Extrapolation, InnerRate, Rule, check_bucket, check_choice, check_max_norm, check_tile
 from .micro_batches import MicroBatches
+from .modes import keep_from_dynamo
 from .observed import ObservedCore
 from .order import AttachedModels, Fingerprint, require_same_order
+from .registered import remove_with
 from .replay import Captured
 from .step_hooks import hooked_as_torchs, with_torchs_hooks
 from .switches import refuse_switches
@@ -90,6 +92,8 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._warned: set[str] = set()
         self._handed_out = HandedOut()
         self._attached = AttachedModels()
+        self._handles: list[Any] = []
+        remove_with(self, self._handles)
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients
@@ -113,6 +117,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
             switches = {"capturable": capturable, "differentiable": differentiable}
             refuse_switches(switches, self.RULE, self._rule.flags)
             super().__init__(params, defaults | {"inner_lr": inner_lr, "maximize": bool(maximize)})
+            keep_from_dynamo()
             layers, groups = self._describe()
             prints = self._fingerprints(layers, 0)
             self._device = device_for([str(p.device) for group in self.param_groups for p in group["params"]])
@@ -329,6 +334,7 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         """The engine's step, its arguments checked."""
         table = self._checked_table()
         gradients = self._binding.gradients
+        gradients.require_one_thread()
         gradients.witnesses.check()
         gradients.witnesses.require_whole()
         gradients.collect()

@@ -1,6 +1,7 @@
 """The gradients of a model whose weights lie in an engine's memory: how they come there, and who else holds them."""
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -12,10 +13,12 @@ from torch.utils.hooks import unserializable_hook
 
 from . import _core
 from .arrays import look_at
+from .errors import UsageError
 from .micro_batches import MicroBatches
 from .odd_gradients import held_alone, is_held, is_plain_class, looks_at, reader_for, require_usable
 from .overlap import Watch
 from .ownership import Views
+from .registered import remove_all, remove_with
 from .witnesses import Witnesses, version_of
 
 __all__ = ["MANNERS", "Gradients"]
@@ -88,9 +91,12 @@ class Gradients:
         self._rescaled = False
         self._watched, self._last = self._ends_of_trained()
         self._micro_batches = micro_batches
+        self._threads: set[int] = set()  # that backward passes ran in since the last step
+        self._moves_early = manner == "hook" or overlapped
         self._watch_all = Watch(core, self._places, micro_batches) if overlapped else None
         self._hooks: dict[int, Any] = {}
-        self._install_hooks(everywhere=manner == "hook" or overlapped)
+        remove_with(self, self._hooks)
+        self._install_hooks(everywhere=self._moves_early)
         self.witnesses = Witnesses(params, workers, micro_batches)
 
     # -- Into the engine's memory --------------------------------------------------------------------------------
@@ -106,15 +112,15 @@ class Gradients:
         if held:  # one of them may be another parameter's gradient, whose address changes
             del grads
             for i in held:
-                self._let_go(i)
+                self._let_go(self.bound, i)
             grads, self._odd, _ = self._reader.read(self.bound, self._params, shown, self._sources)
         if self._odd:
             self._convert(grads, self._odd)
         self._core.gather(self.bound, self._sources, self.present[self.bound])
 
-    def _let_go(self, i: int) -> None:
-        """Give a tensor that was a gradient, and that somebody kept, memory of its own."""
-        shown, place = self._shown[self.bound], self._places[self.bound][i]
+    def _let_go(self, v: int, i: int) -> None:
+        """Give a tensor that was a gradient of worker v, and that somebody kept, memory of its own."""
+        shown, place = self._shown[v], self._places[v][i]
         if shown[i].data_ptr() in self._memory:  # else a user has given it other data, and shares that
             shown[i].data = shown[i].detach().clone()
         shown[i] = place.detach()
@@ -124,7 +130,14 @@ class Gradients:
         shown = self._shown[self.bound]
         for i in which:
             if self._params[i].grad is not shown[i] and is_held(shown, i):
-                self._let_go(i)
+                self._let_go(self.bound, i)
+
+    def _let_go_of_others(self, which: Sequence[int]) -> None:
+        """The same for the gradients of the workers that the model does not show, which are dropped."""
+        for v, shown in enumerate(self._shown):
+            for i in which if v != self.bound else ():
+                if is_held(shown, i):
+                    self._let_go(v, i)
 
     @torch.no_grad()
     def _convert(self, grads: list[Any], odd: Sequence[int]) -> None:
@@ -215,6 +228,8 @@ class Gradients:
 
     def forget(self) -> None:
         """All workers of this rank have none."""
+        self._let_go_of_others(range(len(self._params)))
+        self._threads.clear()
         self.present[:] = 0
         self._wide = [{} for _ in self._wide]
         self.witnesses.forget()
@@ -241,6 +256,7 @@ class Gradients:
         return False
 
     def _forget_some(self, which: Sequence[int]) -> None:
+        self._let_go_of_others(which)
         self.present[:, which] = 0
         for i in which:
             self._params[i].grad = None
@@ -310,7 +326,7 @@ class Gradients:
         if not is_plain_class(grad) or grad.layout != torch.strided or grad.data_ptr() in self._arena:
             return False
         like_it = grad.dtype == param.dtype and grad.shape == param.shape
-        if not like_it or grad.is_neg() or grad.grad_fn is not None:
+        if not like_it or grad.is_neg() or grad.grad_fn is not None or grad.is_inference():
             return False
         return bool(grad.is_contiguous() or grad.stride() == param.stride())
 
@@ -350,13 +366,14 @@ class Gradients:
         """Autograd has accumulated into this parameter's gradient."""
         if param.grad is None or os.getpid() != self._pid:
             return  # a forked process has gradients of its own
+        self._threads.add(threading.get_ident())
         if i in (self._watched, self._last):
             self._micro_batches.passed(self.bound, i)
         shown = self._shown[self.bound]
-        if copy and param.grad is not shown[i] and self._moves(i, param):
+        if copy and param.grad is not shown[i] and len(self._threads) == 1 and self._moves(i, param):
             place = self._places[self.bound][i]
             if is_held(shown, i):
-                self._let_go(i)
+                self._let_go(self.bound, i)
             self._core.touch(self.bound, i)
             place.copy_(param.grad)
             param.grad = shown[i] = place.detach()
@@ -399,6 +416,16 @@ class Gradients:
         if self._watch_all is not None:
             self._watch_all.report()
 
+    def require_one_thread(self) -> None:
+        """UsageError if gradients may have been moved in one thread while another one wrote them."""
+        threads, self._threads = self._threads, set()
+        if self._moves_early and len(threads) > 1:
+            raise UsageError(
+                f"since the last step, backward() ran in {len(threads)} threads, and gradients that move to shared "
+                'memory as soon as they are there take one thread only: construct with gradients="copy" and without '
+                "overlap"
+            )
+
     def step_taken(self) -> None:
         """Note that the step was taken: later gradients belong to the next one."""
         self.witnesses.step_taken()
@@ -438,8 +465,7 @@ class Gradients:
 
     def remove_hooks(self) -> None:
         """Leave the model without traces of these gradients."""
-        for hook in self._hooks.values():
-            hook.remove()
+        remove_all(self._hooks)
         self.witnesses.remove()
 
 

@@ -22,7 +22,7 @@ __all__ = ["attach", "attach_again", "computes_what_it_saves", "sync_buffers"]
 def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
     """Hook every module of the model, also for parameters that the optimizer takes in later.
 
-    The hooks do not keep the optimizer alive, and do nothing once it is closed: then the model holds w anyway.
+    The hooks do not keep the optimizer alive, and go when it is closed or dropped.
     """
     if not any(id(param) in optimizer._binding.index for param in model.parameters()):
         raise UsageError("the model holds none of this optimizer's parameters")
@@ -30,9 +30,11 @@ def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
     _require_no_scripted_parameters(optimizer, model)
     for module in plain:
         if not _is_hooked(optimizer, module):
-            module._register_state_dict_hook(Saving(optimizer))  # type: ignore[no-untyped-call]
-            module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_post_hook(AfterLoading(optimizer))  # type: ignore[no-untyped-call]
+            optimizer._handles += [
+                module._register_state_dict_hook(Saving(optimizer)),  # type: ignore[no-untyped-call]
+                module._register_load_state_dict_pre_hook(BeforeLoading(optimizer), with_module=True),  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_post_hook(AfterLoading(optimizer)),  # type: ignore[no-untyped-call]
+            ]
     forward_methods(optimizer, model)
     optimizer._attached.add(model)
     optimizer._declare_names()

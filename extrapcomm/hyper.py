@@ -191,7 +191,8 @@ class Rule:
                 "the momentum was 0 until now, and torch.optim.SGD takes the first gradient of a momentum undamped, "
                 "which cannot be done later: give the momentum from the first step on, or no dampening"
             )
-        if group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
+        first = place >= len(self._taken)  # torch.optim.SGD, too, asks for it at the beginning only
+        if first and group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
             raise UsageError("Nesterov momentum requires a momentum and zero dampening")
         if self.projects and group["momentum"] >= 1:
             raise UsageError(

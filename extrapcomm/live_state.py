@@ -14,6 +14,7 @@ import torch
 
 from .errors import UsageError
 from .modes import outside_inference
+from .odd_gradients import is_shared
 from .state_entries import MASTER, Layer, StateEntries, digest_of, is_nothing
 
 __all__ = ["LiveState", "StateEntry"]
@@ -22,37 +23,31 @@ Source = Callable[[], StateEntries]
 
 
 class _HandedOut:
-    """A copy that a user has, watched for in-place writes without keeping it in memory.
+    """A copy that a user has, watched for in-place writes.
 
-    A detached alias shares the version counter. When the user's tensor goes, the alias tells whether it was written.
+    A detached alias shares the version counter, with the copy and with all views of it. It stays as long as anybody has
+    one of them.
     """
 
     def __init__(self, tensor: torch.Tensor, name: str) -> None:
         self.name = name
-        self.tensor = weakref.ref(tensor, self._look)
-        self._alias: torch.Tensor | None = tensor.detach()
+        self.tensor = weakref.ref(tensor)
+        self._alias = tensor.detach()
         self._version = tensor._version
-        self._written = False
 
     def assigned(self) -> None:
         """Forget the writes until now: they have been staged."""
-        if self._alias is not None:
-            self._version, self._written = self._alias._version, False
-
-    def _look(self, _: Any) -> None:
-        if self._alias is not None:
-            self._written = self._alias._version != self._version
-            self._alias = None
+        self._version = self._alias._version
 
     @property
     def alive(self) -> bool:
-        """True if somebody still has the copy."""
-        return self._alias is not None
+        """True if somebody still has the copy, or a view of it."""
+        return self.tensor() is not None or is_shared(self._alias)
 
     @property
     def written(self) -> bool:
         """True if somebody wrote into the copy."""
-        return self._written or (self._alias is not None and self._alias._version != self._version)
+        return self._alias._version != self._version
 
 
 class LiveState(MutableMapping[torch.Tensor, Any]):
@@ -93,16 +88,27 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
 
     def __setitem__(self, param: torch.Tensor, entry: Mapping[str, Any]) -> None:
         i = self._index(param)
-        if not isinstance(entry, Mapping):
-            raise UsageError(f"a parameter's state must be a mapping, not {type(entry).__name__}")
         self._require_writable()
         if isinstance(entry, StateEntry) and entry.belongs_to(self, i):
             return
-        self._stage(
-            i, {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
-        )
+        self._stage(i, self._without_master(i, entry))
         if isinstance(entry, StateEntry) and entry.come_back(self, i):
             self._looks[i] = entry
+
+    def _without_master(self, i: int, entry: Any) -> dict[str, Any]:
+        """What an entry says of the rule's state."""
+        if not isinstance(entry, Mapping):
+            raise UsageError(f"a parameter's state must be a mapping, not {type(entry).__name__}")
+        return {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Stage the entries of a mapping, or of pairs: all of them, or none if one does not fit."""
+        given = dict(*args, **kwargs)
+        for param, entry in given.items():
+            i = self._index(param)
+            self._require_fitting(i, self._without_master(i, entry))
+        for param, entry in given.items():
+            self[param] = entry
 
     def __delitem__(self, param: torch.Tensor) -> None:
         i = self._index(param)
@@ -164,6 +170,15 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def __copy__(self) -> Any:
         return self.plain()
 
+    def copy(self) -> Any:
+        """As `dict.copy()`: all entries as dictionaries of copies."""
+        return self.plain()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # values are tensors, which have no truth
+
+    __hash__ = None  # type: ignore[assignment]
+
     def replace(self, state: Any) -> None:
         """Stage another state for all parameters: those that `state` lacks start afresh.
 
@@ -175,6 +190,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         if not isinstance(state, Mapping):
             raise UsageError(f"an optimizer's state must be a mapping, not {type(state).__name__}")
         given = {self._index(param): entry for param, entry in state.items()}
+        for i, entry in given.items():  # all of them first, or a half would be staged
+            self._require_fitting(i, self._without_master(i, entry))
         for i, param in enumerate(self):
             if i in given:
                 self[param] = given[i]
@@ -213,6 +230,13 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         if i in self._staged:
             return self._entries().layer(i, self._staged[i])[2] > 0
         return self._entries().updates(i) > 0
+
+    def has_state(self, i: int) -> bool:
+        """Return true if parameter i has been updated or given something else than a fresh parameter has."""
+        if self.updated(i):
+            return True
+        slots = [key for key in self.keys_of(i) if key not in ("step", MASTER)]
+        return any(bool(self.read(i, key).any()) for key in slots)
 
     def put(self, i: int, key: str, value: Any) -> None:
         """Stage one value; the others of the parameter stay."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.hooks import unserializable_hook
 
 from .errors import UsageError
+from .registered import remove_all, remove_with
 
 __all__ = ["MicroBatches", "MicroSquares"]
 
@@ -173,6 +174,7 @@ class MicroSquares:
         self._params = [param for group in groups for param in group]
         self._group_of = [g for g, group in enumerate(groups) for _ in group]
         self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        remove_with(self, self._hooks)
         self._sums = [0.0] * len(groups)
         self.reset()
 
@@ -221,8 +223,7 @@ class MicroSquares:
 
     def remove(self) -> None:
         """Leave the parameters without traces."""
-        for hook in self._hooks.values():
-            hook.remove()
+        remove_all(self._hooks)
 
     def _unwatched(self) -> list[int]:
         return [i for i, p in enumerate(self._params) if p.requires_grad and i not in self._hooks]

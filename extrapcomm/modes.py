@@ -1,12 +1,13 @@
-"""Work outside of torch's inference mode, whose tensors can never be trained."""
+"""Work outside of torch's modes: inference, whose tensors can never be trained, and compilation."""
 
+import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["outside_inference"]
+__all__ = ["keep_from_dynamo", "outside_inference"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -24,3 +25,15 @@ def outside_inference(method: Callable[Arguments, Result]) -> Callable[Arguments
             return method(*args, **kwargs)
 
     return call
+
+
+@cache
+def keep_from_dynamo() -> None:
+    """Have torch.compile leave this package's functions as they are.
+
+    They talk to other ranks and look at addresses, which cannot be traced; hooks among them run in whatever a user
+    compiles. torch loads the compiler's front end when it makes its first optimizer.
+    """
+    rules = getattr(sys.modules.get("torch._dynamo"), "trace_rules", None)
+    if (skip := getattr(rules, "add", None)) is not None:
+        skip(__package__)

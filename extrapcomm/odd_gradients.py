@@ -16,6 +16,8 @@ __all__ = [
     "PLAIN_CLASSES",
     "Reader",
     "held_alone",
+    "is_held",
+    "is_shared",
     "is_plain_class",
     "looks_at",
     "reader_for",
@@ -102,6 +104,19 @@ def looks_at(tensor: torch.Tensor) -> tuple[int, int]:
     if _storage_count is None or not hasattr(tensor, "_use_count"):
         return (0, 0)
     return tensor._use_count(), _storage_count(tensor.untyped_storage()._cdata)
+
+
+def is_shared(tensor: torch.Tensor) -> bool:
+    """Return true if another tensor lies in the memory of this one, which the caller alone has."""
+    return _storage_count is not None and _storage_count(tensor.untyped_storage()._cdata) > _SOLE
+
+
+def _count_of_one() -> int:
+    tensor = torch.empty(1, dtype=torch.float32, device="cpu").detach()
+    return 0 if _storage_count is None else int(_storage_count(tensor.untyped_storage()._cdata))
+
+
+_SOLE = _count_of_one()
 
 
 def is_held(tensors: list[torch.Tensor], i: int) -> bool:

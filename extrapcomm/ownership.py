@@ -209,6 +209,22 @@ class Ownership:
         self.mark_written()
         self.record()
 
+    def written(self) -> list[int]:
+        """Return the parameters that others were seen to write or to replace, with the first worker bound."""
+        looks = zip(self.params, self.weights, self._versions, self._addresses, strict=True)
+        seen = {
+            i
+            for i, (param, mine, version, at) in enumerate(looks)
+            if param._version != version + self._writes
+            or param.data_ptr() != at
+            or _form(param) != _form(mine)
+        }
+        i = self.core.written(self.bound)
+        while i is not None:
+            seen.add(i)
+            i = self.core.written(self.bound, i + 1)
+        return sorted(seen)
+
     def is_own(self) -> bool:
         """Return true if nobody else was seen to write or replace a parameter."""
         return self._complaint([self.bound]) is None

@@ -102,8 +102,10 @@ class StateEntries:
         if is_nothing(step := entry.get("step")):
             return None, slots, int(there)
         count = step_count(step)
-        is_first = bool(self._slots) and not there  # without a momentum the next step is the first
-        return None, slots, 0 if is_first else count
+        if self._slots and not there:
+            return None, slots, 0  # without a momentum the next step is the first
+        begun = len(self._slots) == 1 and slots[0] is not None and slots[0].any()  # and with one it is not
+        return None, slots, max(count, int(begun))
 
     def begins_by(self, key: str) -> bool:
         """Return true for the only slot of a rule whose first step puts the gradient there."""

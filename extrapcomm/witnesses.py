@@ -8,6 +8,7 @@ from torch.utils.hooks import unserializable_hook
 
 from .errors import UsageError
 from .micro_batches import MicroBatches
+from .registered import remove_all, remove_with
 
 __all__ = ["Witnesses", "version_of"]
 
@@ -37,6 +38,7 @@ class Witnesses:
         self._micro_batches = micro_batches
         self._bound = 0
         self._hooks: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        remove_with(self, self._hooks)
         # Their gradients, each with the version that it has as long as nobody but autograd writes into it.
         self._noted: list[dict[int, tuple[torch.Tensor, int]]] = [{} for _ in range(workers)]
         self.forget()
@@ -54,6 +56,13 @@ class Witnesses:
             for i in which:
                 noted.pop(i, None)
                 vanished.discard(i)
+
+    def forget_bound(self, which: Sequence[int]) -> None:
+        """The bound worker's gradients of these parameters were dropped in its own turn; other workers keep theirs."""
+        noted, vanished = self._noted[self._bound], self._vanished[self._bound]
+        for i in which:
+            noted.pop(i, None)
+            vanished.discard(i)
 
     def _restart(self) -> None:
         self._dropped = [False] * len(self._noted)  # its gradients vanished, once or more
@@ -153,9 +162,7 @@ class Witnesses:
     def remove(self) -> None:
         """Leave the parameters without traces."""
         self.forget()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        remove_all(self._hooks)
 
 
 def version_of(grad: torch.Tensor) -> int:

@@ -49,7 +49,7 @@ class World:
             their order. For hosts whose parts are far from each other, and to try on one machine what several do.
         wire: how sums travel between teams.
         step_timeout: seconds that a rank may be late for a step before the others raise PeerError.
-        pass_timeout: the same inside a step, when all have come.
+        pass_timeout: the same inside a step, when all have come, and in constructions, which all ranks make together.
         warn_after: seconds of waiting after which a warning names who is awaited.
 
     Attributes:

@@ -1191,3 +1191,48 @@ def test_a_parent_that_ignores_a_hooks_new_dict_saves_the_master_weights(world):
         torch.testing.assert_close(saved, opt.master(0))
         assert saved.data_ptr() != model[0].weight.data_ptr()
     opt.close()
+
+
+@pytest.mark.parametrize("how", ["counted", "uncounted"])
+def test_loading_a_part_after_a_write_keeps_the_other_layers(world, how):
+    """Those that nobody wrote or loaded go on from the master weights, although the model showed displaced ones."""
+    opt, model = attached(world)
+    before = [opt.master(i) for i in range(len(list(model.parameters())))]
+    names = [name for name, _ in model.named_parameters()]
+    written, loaded = model.encoder.bias, names.index("encoder.weight")
+    if how == "counted":
+        with torch.no_grad():
+            written.fill_(2.0)
+    else:
+        written.data.fill_(2.0)
+    model.encoder.load_state_dict({"weight": torch.eye(4)}, strict=False)
+    opt.adopt()
+    for i, (name, was) in enumerate(zip(names, before, strict=True)):
+        if i == loaded:
+            assert torch.equal(opt.master(i), torch.eye(4))
+        elif name == "encoder.bias":
+            assert torch.equal(opt.master(i), torch.full((4,), 2.0))
+        else:
+            assert torch.equal(opt.master(i), was), name
+    opt.close()
+
+
+@pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_no_hook_stays_behind(world, gradients, end):
+    model = Tied()
+    for _ in range(3):
+        opt = xc.SGD(model.parameters(), lr=0.1, world=world, gradients=gradients)
+        opt.attach(model)
+        backward(opt, model)
+        opt.step()
+        opt.zero_grad()
+        if end == "closed":
+            opt.close()
+        del opt
+        gc.collect()
+    for module in model.modules():
+        assert not module._state_dict_hooks and not module._load_state_dict_pre_hooks
+        assert not module._load_state_dict_post_hooks
+    for param in model.parameters():
+        assert not param._backward_hooks and not getattr(param, "_post_accumulate_grad_hooks", None)

@@ -522,3 +522,52 @@ def test_a_gradient_that_was_zeroed_and_dropped_on_one_rank_counts_as_zeros(
     wanted = before - 2.0 * (world.K - 1) / world.K
     torch.testing.assert_close(opt.master(0), wanted)
     opt.close()
+
+
+@modes
+@pytest.mark.parametrize("workers", [2, 3])
+@dropping
+def test_a_worker_drops_its_own_gradients_in_its_own_turn(worlds, workers, drop, mode):
+    """An attached model hears of it, so that the others' gradients are whole: those of the dropped one are zeros."""
+    if drop == "by hand":
+        pytest.skip("nothing tells the optimizer of it: see the test of refusals")
+    model, opt = started(worlds, workers, mode)
+    opt.attach(model)
+    opt.zero_grad()
+    iterate(model, opt, workers, 1)
+    with opt.worker(0):
+        wanted = [p.grad * (workers - 1) / workers for p in model.parameters()]
+    before = [opt.master(i) for i in range(4)]
+    with opt.worker(workers - 1):
+        DROPS[drop](model)
+    opt.step()
+    for i, (was, mean) in enumerate(zip(before, wanted, strict=True)):
+        torch.testing.assert_close(opt.master(i), was - 0.01 * mean)
+    opt.close()
+
+
+@modes
+@pytest.mark.parametrize("whole", [True, False])
+def test_kept_gradients_of_a_worker_that_is_not_bound_keep_their_values(worlds, mode, whole):
+    model, opt = started(worlds, 2, mode)
+    opt.attach(model)
+    opt.zero_grad(set_to_none=True)
+    iterate(model, opt, 2, 1)
+    with opt.worker(1):
+        kept = [p.grad for p in model.parameters()]
+    values = [grad.clone() for grad in kept]
+    opt.step()
+    if whole:
+        opt.zero_grad(set_to_none=True)
+    else:
+        for module in (model[0], model[2]):
+            module.zero_grad()
+    with opt.worker(0):
+        backward(model, 2)
+    opt.step()
+    opt.zero_grad()
+    iterate(model, opt, 2, 3)
+    opt.step()
+    for grad, value in zip(kept, values, strict=True):
+        assert torch.equal(grad, value)
+    opt.close()

@@ -97,7 +97,9 @@ def test_the_faster_way_of_storing_is_found_in_steps_that_have_the_same_bits(tea
 def test_tiles_that_suit_are_found_in_steps_that_have_the_same_bits(team):
     count = 300_000
     rule = {"rule": "adamp", "lr": 0.01, "weight_decay": 0.01}
-    engines = {tile: xc.Engine(team, np.ones((600, 500), "float32"), tile=tile, **rule) for tile in (None, 512)}
+    engines = {
+        tile: xc.Engine(team, np.ones((600, 500), "float32"), tile=tile, **rule) for tile in (None, 512)
+    }
     for worker in (worker for engine in engines.values() for worker in engine.workers):
         worker.grads[...] = np.linspace(-1, 1, count, dtype="float32").reshape(600, 500)
     tried = []

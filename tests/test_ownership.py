@@ -660,6 +660,39 @@ def try_everything_in_a_fork(opt, weight):
     os._exit(4 - refused)
 
 
+def test_parameters_that_are_never_trained_are_named(world):
+    frozen = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(xc.UsageError, match=r"int8.*requires_grad"):
+        xc.SGD([torch.nn.Parameter(torch.ones(3)), frozen], lr=0.1, world=world)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
+def test_what_a_forked_process_writes_stays_there(worlds, gradients, closed):
+    """As torch's own tensors; the memory is shared with other ranks, and not with children."""
+    weight = torch.nn.Parameter(torch.zeros(3000))
+    opt = xc.SGD([weight], lr=1.0, world=worlds(1), gradients=gradients)
+    weight.sum().backward()
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    weight.sum().backward()
+    if closed:
+        opt.close()
+    before = weight.detach().clone(), weight.grad.clone()
+    if (child := os.fork()) == 0:
+        (weight.sum() * 5).backward()
+        seen = bool((weight.grad == 6).all())
+        with torch.no_grad():
+            weight.fill_(7.0)
+        os._exit(0 if seen and bool((weight == 7).all()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(weight.detach(), before[0]) and torch.equal(weight.grad, before[1])
+    if not closed:
+        opt.step()
+        torch.testing.assert_close(weight.detach(), before[0] - 1)
+        opt.close()
+
+
 # --- loading in every order -----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -691,4 +692,28 @@ def test_zeroing_a_part_leaves_gradients_where_others_hold_them(world, mode, how
         outcome.append([seen, *(p.detach().clone() for p in model.parameters())])
     for found, wanted in zip(*outcome, strict=True):
         torch.testing.assert_close(found, wanted)
+    opt.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_passes_in_several_threads(world, mode):
+    """With gradients that are copied when the step begins they are added up; early ones take one thread."""
+    params, opt = in_shared_memory(xc.SGD, 2, world=world, gradients=mode)
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):  # one after the other, which is not told from both at once
+        thread = threading.Thread(target=lambda: (params[0].sum() + 2 * params[1].sum()).backward())
+        thread.start()
+        thread.join()
+    (params[0].sum() + 2 * params[1].sum()).backward()
+    if mode == "hook":
+        with pytest.raises(xc.UsageError, match="ran in 2 threads"):
+            opt.step()
+        for p, was in zip(params, before, strict=True):
+            assert torch.equal(p.detach(), was)
+        opt.zero_grad()
+        (params[0].sum() + 2 * params[1].sum()).backward()
+    opt.step()
+    times = 1 if mode == "hook" else 4  # one is from the beginning
+    for factor, p, was in zip((1, 2), params, before, strict=True):
+        torch.testing.assert_close(p.detach(), was - times * factor)
     opt.close()

@@ -1118,3 +1118,104 @@ def test_entries_may_be_held_where_they_cannot_be_read(world):
         entry["momentum_buffer"]
     take_steps(param, opt, 1)
     opt.close()
+
+
+STAGED = {
+    "assigned": lambda opt, p: opt.state[p].update(momentum_buffer=torch.ones_like(p)),
+    "cleared": lambda opt, _: opt.state.clear(),
+    "loaded": lambda opt, _: opt.load_state_dict(
+        {key: value for key, value in opt.state_dict().items() if key != "extrapcomm"}
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("stage", STAGED)
+def test_staged_state_does_not_hide_writes_into_the_weights(world, stage, dtype):
+    """As after re-initialising units together with their moments."""
+    model = net(dtype=dtype)
+    opt = xc.SGD(model.parameters(), lr=0.05, momentum=0.9, world=world)
+    train(model, opt, world)
+    STAGED[stage](opt, model[0].weight)
+    if world.rank == world.size - 1:
+        with torch.no_grad():
+            model[0].weight.fill_(100.0)
+    with pytest.raises(xc.UsageError, match=r"was written.*adopt"):
+        train(model, opt, world, steps=1)
+    opt.adopt()
+    train(model, opt, world, steps=1)
+    opt.close()
+
+
+VIEWS = {
+    "row": lambda copy: copy[0].zero_(),
+    "flat": lambda copy: copy.view(-1)[:3].fill_(2),
+    "transposed": lambda copy: copy.t().zero_(),
+    "detached": lambda copy: copy.detach().mul_(2),
+}
+
+
+@pytest.mark.parametrize("write", VIEWS)
+def test_writes_through_a_view_of_a_copy_are_noticed(world, write):
+    model = net()
+    opt = xc.Adam(model.parameters(), lr=0.05, world=world)
+    train(model, opt, world)
+    view = opt.state[model[0].weight]["exp_avg"][:2]  # another one, into which nobody writes
+    VIEWS[write](opt.state[model[0].weight]["exp_avg"])
+    with pytest.raises(xc.UsageError, match=r"\['exp_avg'\] was written in place"):
+        train(model, opt, world, steps=1)
+    train(model, opt, world, steps=1)
+    assert view.shape == (2, 7)
+    opt.close()
+
+
+def test_a_restarted_bias_correction_keeps_its_moments(world):
+    """A count of 0 with moments, as torch has it, is saved and loaded."""
+    models = [net(), net()]
+    theirs, ours = (
+        torch.optim.Adam(models[0].parameters(), lr=0.01),
+        xc.Adam(models[1].parameters(), lr=0.01, world=world),
+    )
+    for model, opt in zip(models, (theirs, ours), strict=True):
+        train(model, opt, world)
+        for p in model.parameters():
+            opt.state[p]["step"] = torch.tensor(0.0)
+    for _ in range(2):
+        saved = ours.state_dict()
+        assert [entry["step"].item() for entry in saved["state"].values()] == [0.0] * 4
+        ours.load_state_dict(saved)
+    for model, opt in zip(models, (theirs, ours), strict=True):
+        train(model, opt, world, start=3)
+    for a, b in zip(*map(values, models), strict=True):
+        torch.testing.assert_close(a, b)
+    ours.close()
+
+
+@pytest.mark.parametrize("how", ["replace", "update"])
+def test_a_mapping_of_which_one_entry_does_not_fit_changes_nothing(world, how):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.05, momentum=0.9, world=world)
+    train(model, opt, world)
+    before = [opt.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    given = {p: {"momentum_buffer": torch.ones_like(p)} for p in model.parameters()}
+    given[model[2].bias] = {"exp_avg": torch.ones(3)}
+    with pytest.raises(xc.UsageError, match="exp_avg"):
+        if how == "replace":
+            opt.state = given
+        else:
+            opt.state.update(given)
+    for p, buffer in zip(model.parameters(), before, strict=True):
+        assert torch.equal(opt.state[p]["momentum_buffer"], buffer)
+    opt.close()
+
+
+def test_the_state_is_copied_and_compared_as_a_dictionary(world):
+    model = net()
+    opt = xc.SGD(model.parameters(), lr=0.05, momentum=0.9, world=world)
+    train(model, opt, world)
+    copied = opt.state.copy()
+    assert isinstance(copied, dict) and list(copied) == list(model.parameters())
+    copied[model[0].weight]["momentum_buffer"].zero_()
+    assert opt.state == opt.state and opt.state != {} and opt.state != copied
+    train(model, opt, world, steps=1)
+    opt.close()

@@ -296,3 +296,54 @@ def test_every_rule_of_the_library_has_an_optimizer():
 
     assert all(getattr(xc, name) for name in xc.__all__)  # loads all modules
     assert {kind.RULE for kind in below(FusedOptimizer)} - {""} == set(xc._core.rules())
+
+
+def test_a_momentum_that_goes_to_zero_ends_nesterovs(world):
+    """As torch.optim.SGD, which asks for a momentum at construction only."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    options = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    ours = xc.SGD(models[0].parameters(), **options, world=world)
+    theirs = torch.optim.SGD(models[1].parameters(), **options)
+    for momentum in (0.9, 0.9, 0.0, 0.0, 0.5, 0.0, 0.9):
+        x = torch.randn(4, 5)
+        for model, opt in zip(models, (ours, theirs), strict=True):
+            opt.param_groups[0]["momentum"] = momentum
+            opt.zero_grad()
+            model(x).square().sum().backward()
+            opt.step()
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(a.detach(), b.detach())
+    ours.close()
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know", "error:.*recompile_limit")
+@pytest.mark.parametrize("whole", [True, False], ids=["step and backward", "step"])
+@pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
+def test_a_compiled_training_step_is_torchs(world, gradients, whole):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(6, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = xc.SGD(models[0].parameters(), lr=0.1, gradients=gradients, world=world)
+    theirs = torch.optim.SGD(models[1].parameters(), lr=0.1)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+
+    def trains(model, opt, take):
+        opt.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        take()
+        return loss
+
+    steps = [lambda: trains(models[0], ours, ours.step), lambda: trains(models[1], theirs, theirs.step)]
+    if whole:
+        steps[0] = torch.compile(steps[0], backend="eager")
+    else:
+        take = torch.compile(ours.step, backend="eager")
+        steps[0] = lambda: trains(models[0], ours, take)
+    for _ in range(12):
+        losses = [step() for step in steps]
+        torch.testing.assert_close(*losses)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+    ours.close()

@@ -278,8 +278,10 @@ void register_engine_class(py::module_& module) {
       .def("keep_master", &Engine::keep_master)
       .def("watch_writes", &Engine::watch_writes)
       .def(
-          "written", [](const Engine& e, int v) { return e.written(checked_worker(e, v)); },
-          py::arg("worker"), "The first layer in which somebody else was seen to write, or None.")
+          "written",
+          [](const Engine& e, int v, std::size_t begin) { return e.written(checked_worker(e, v), begin); },
+          py::arg("worker"), py::arg("begin") = 0,
+          "The first layer, of those from `begin` on, in which somebody else was seen to write, or None.")
       .def("displaced", &Engine::displaced, py::arg("layer"))
       .def("updates", &Engine::updates, py::arg("layer"), Free())
       .def_property_readonly("most_updates", py::cpp_function(&Engine::most_updates, Free()))

@@ -1,6 +1,7 @@
 #include "comm/memory.hpp"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -8,8 +9,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <fstream>
+#include <mutex>
 #include <random>
 #include <utility>
+#include <vector>
 
 #include "core/error.hpp"
 
@@ -51,6 +54,46 @@ std::string unique_name() {
          std::to_string(random());
 }
 
+// The mappings of which forked children get copies. A child of a process with threads may do little before it
+// begins another program: here it only maps anew.
+class CopiedForChildren {
+ public:
+  struct Place {
+    std::byte* at;
+    std::size_t bytes;
+    int fd;
+  };
+
+  static CopiedForChildren& all() {
+    static auto* const kAll = new CopiedForChildren;  // handlers of fork may run as late as exit handlers
+    return *kAll;
+  }
+
+  void add(const Place& place) {
+    const std::lock_guard guard(lock_);
+    places_.push_back(place);
+  }
+
+  void remove(const std::byte* at) {
+    const std::lock_guard guard(lock_);
+    std::erase_if(places_, [=](const Place& place) { return place.at == at; });
+  }
+
+ private:
+  CopiedForChildren() {
+    pthread_atfork([] { all().lock_.lock(); }, [] { all().lock_.unlock(); },
+                   [] {
+                     for (const Place& place : all().places_)
+                       mmap(place.at, place.bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, place.fd, 0);
+                     all().lock_.unlock();
+                   });
+  }
+
+  std::mutex lock_;
+  std::vector<Place> places_;
+};
+
 FileDescriptor create(Provider provider, const std::string& name) {
   if (provider == Provider::memfd) return FileDescriptor(memfd_create("extrapcomm", MFD_CLOEXEC));
   return FileDescriptor(shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600));
@@ -84,7 +127,13 @@ Mapping::Mapping(std::size_t bytes) : bytes_(bytes) {
   data_ = static_cast<std::byte*>(at);
 }
 
+void Mapping::copy_for_children(FileDescriptor fd) {
+  for_children_ = std::move(fd);
+  CopiedForChildren::all().add({data_, bytes_, for_children_.get()});
+}
+
 Mapping::~Mapping() {
+  if (for_children_.get() >= 0) CopiedForChildren::all().remove(data_);
   if (release_)
     release_();
   else

@@ -40,6 +40,9 @@ class Mapping {
   ~Mapping();
   Mapping(const Mapping&) = delete;
   Mapping& operator=(const Mapping&) = delete;
+  // Gives children that this process forks from now on a copy of their own, made page by page when they
+  // write. `fd` is the file that is mapped.
+  void copy_for_children(FileDescriptor fd);
   std::byte* data() const { return data_; }
   std::size_t size() const { return bytes_; }
 
@@ -47,6 +50,7 @@ class Mapping {
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
   std::function<void()> release_;
+  FileDescriptor for_children_;
 };
 
 // A file that peers can open while it lives: what its ticket says. Memory and liveness locks both use it.

@@ -81,7 +81,7 @@ void Team::require_memory(std::size_t bytes) const {
   agree(complaint_of([&] { require_obtainable(total); }));
 }
 
-Shared Team::share_files(std::size_t bytes) {
+Shared Team::share_files(std::size_t bytes, Forked children) {
   require_memory(bytes);
   std::optional<SharedFile> mine;
   std::string complaint = complaint_of([&] { mine.emplace(options_.provider, bytes); });
@@ -92,8 +92,10 @@ Shared Team::share_files(std::size_t bytes) {
       for (const std::string& ticket : tickets) {
         if (ticket.empty()) return;  // its owner complains
         const std::size_t space = ticket.find(' ');
-        const FileDescriptor fd = SharedFile::open(ticket.substr(space + 1));
+        FileDescriptor fd = SharedFile::open(ticket.substr(space + 1));
         all.push_back(std::make_shared<Mapping>(fd, std::stoull(ticket.substr(0, space))));
+        if (children == Forked::copy && all.size() == static_cast<std::size_t>(place_) + 1)
+          all.back()->copy_for_children(std::move(fd));
       }
     });
   agree(complaint);

@@ -39,6 +39,9 @@ struct TeamOptions {
 // Every member's part of one piece of shared memory, in the order of places.
 using Shared = std::vector<std::shared_ptr<Mapping>>;
 
+// What children that a member forks have of its own part: the same memory, or a copy.
+enum class Forked : std::uint8_t { share, copy };
+
 class Team {
  public:
   explicit Team(TeamOptions options);  // collective
@@ -63,7 +66,9 @@ class Team {
   const RailOptions& rails() const { return options_.rails; }
 
   // Collective. Each rank brings `bytes` of its own, zeroed, and sees its team's.
-  Shared share(std::size_t bytes) { return is_local() ? share_locally(bytes) : share_files(bytes); }
+  Shared share(std::size_t bytes, Forked children = Forked::share) {
+    return is_local() ? share_locally(bytes) : share_files(bytes, children);
+  }
   // Collective. The text of every rank of all teams; the exchange that constructors agree by.
   std::vector<std::string> all_gather(const std::string& bytes) const { return options_.all_gather(bytes); }
   // Collective. Throws the same E on every rank if any rank brings a text.
@@ -95,7 +100,7 @@ class Team {
   bool is_local() const { return options_.provider == Provider::local; }
   void greet();
   void require_memory(std::size_t bytes) const;
-  Shared share_files(std::size_t bytes);
+  Shared share_files(std::size_t bytes, Forked children);
   Shared share_locally(std::size_t bytes);
 
   TeamOptions options_;

@@ -130,11 +130,11 @@ class EngineOf final : public Engine {
     if (write_check_) write_check_->forget(static_cast<std::size_t>(v));
   }
   void watch_writes() override;
-  std::optional<std::size_t> written(int v) const override {
+  std::optional<std::size_t> written(int v, std::size_t begin) const override {
     if (!write_check_ || closed_ || exchange_.unsettled()) return std::nullopt;
     if (const auto shown = hidden_.find(v); shown != hidden_.end())
-      return shown->second.check ? shown->second.check->written(0) : std::nullopt;
-    return write_check_->written(static_cast<std::size_t>(v));
+      return shown->second.check ? shown->second.check->written(0, begin) : std::nullopt;
+    return write_check_->written(static_cast<std::size_t>(v), begin);
   }
   bool displaced(std::size_t layer) const override {
     return local_ ? local_->touched().at(layer) : displaced_.at(layer);
@@ -304,8 +304,8 @@ template <class T>
 std::unique_ptr<Overlap<T>> EngineOf<T>::make_overlap() {
   if (buckets_.empty()) return nullptr;
   return std::make_unique<Overlap<T>>(
-      team(), plan_, arenas_, buckets_, runs_.plain(), ways_.tiles.front(), tag_of(exchange_.channel(), Tag::overlapped),
-      overlap_words(),
+      team(), plan_, arenas_, buckets_, runs_.plain(), ways_.tiles.front(),
+      tag_of(exchange_.channel(), Tag::overlapped), overlap_words(),
       [this](const auto& done, const auto& awaited) { exchange_.wait_for_wire(done, awaited); });
 }
 

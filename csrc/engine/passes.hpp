@@ -231,8 +231,8 @@ class Walker {
 template <class T>
 class TileWalker final : public Walker<T> {
  public:
-  // `ways` decides, in place of the pass, how steps store the weights, and how long tiles are; null: the pass,
-  // and all tiles are the longest.
+  // `ways` decides, in place of the pass, how steps store the weights, and how long tiles are; null: the
+  // pass, and all tiles are the longest.
   TileWalker(std::int64_t longest, int source_count, Ways* ways)
       : buffers_(longest, source_count), ways_(ways) {}
   void walk(const Pass& pass, const Workers& workers, std::span<const Run<T>> runs, const Shard<T>& shard,

@@ -39,13 +39,14 @@ std::string line_at(const std::string& text, std::size_t position) {
 }  // namespace
 
 std::vector<std::string> full_signature(const Plan& plan, const EngineOptions& options, const Team& team) {
-  std::vector<std::string> lines = {"extrapcomm " + options.version,
-                                    std::to_string(team.workers_per_rank()) + " workers per rank",
-                                    options.tile ? "tile " + std::to_string(*options.tile) : "tiles that suit",
-                                    "buckets of " + std::to_string(options.bucket) + " elements",
-                                    "rule " + options.rule,
-                                    "extrapolation " + line_of(options.extrapolation),
-                                    std::to_string(options.groups.size()) + " parameter groups"};
+  std::vector<std::string> lines = {
+      "extrapcomm " + options.version,
+      std::to_string(team.workers_per_rank()) + " workers per rank",
+      options.tile ? "tile " + std::to_string(*options.tile) : "tiles that suit",
+      "buckets of " + std::to_string(options.bucket) + " elements",
+      "rule " + options.rule,
+      "extrapolation " + line_of(options.extrapolation),
+      std::to_string(options.groups.size()) + " parameter groups"};
   for (std::size_t g = 0; g < options.groups.size(); ++g) lines.push_back(member_line(options, g));
   for (std::string& line : signature_of(plan)) lines.push_back(std::move(line));
   return lines;

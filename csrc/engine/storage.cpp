@@ -8,7 +8,7 @@ void Storage::copy_all(std::span<const Copy> copies) {
   for (const Copy& each : copies) copy(each.to, each.from, static_cast<std::size_t>(each.bytes));
 }
 
-Shared HostStorage::share(Team& team, std::size_t bytes) { return team.share(bytes); }
+Shared HostStorage::share(Team& team, std::size_t bytes) { return team.share(bytes, Forked::copy); }
 
 std::shared_ptr<std::byte> HostStorage::allocate(std::size_t bytes) {
   return {new std::byte[bytes], std::default_delete<std::byte[]>()};

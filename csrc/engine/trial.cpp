@@ -22,9 +22,7 @@ Trial::Trial(int ways, int walks) : turn_(kStepsOfTurn * walks) {
   if (ways > 1) seconds_.resize(static_cast<std::size_t>(ways));
 }
 
-int Trial::way() const {
-  return goes_on() ? number_ / turn_ % static_cast<int>(seconds_.size()) : chosen_;
-}
+int Trial::way() const { return goes_on() ? number_ / turn_ % static_cast<int>(seconds_.size()) : chosen_; }
 
 void Trial::took(double seconds, std::int64_t elements) {
   if (!goes_on() || elements == 0) return;

@@ -11,8 +11,8 @@ namespace {
 
 constexpr std::int64_t kWorthTrying = std::int64_t{4} << 20;  // bytes
 
-// The streams of a tile of few workers stay in the nearest cache; those of many leave it in any case, and lose
-// less with longer runs of each.
+// The streams of a tile of few workers stay in the nearest cache; those of many leave it in any case, and
+// lose less with longer runs of each.
 std::vector<std::int64_t> usual_lengths(int workers) {
   constexpr int kMany = 8;
   return workers < kMany ? std::vector<std::int64_t>{512, 1024, 2048}

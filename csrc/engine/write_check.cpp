@@ -55,9 +55,9 @@ void WriteCheck::record() {
   }
 }
 
-std::optional<std::size_t> WriteCheck::written(std::size_t worker) const {
+std::optional<std::size_t> WriteCheck::written(std::size_t worker, std::size_t begin) const {
   const std::vector<Samples>& copies = copies_[worker];
-  for (std::size_t i = 0; i < copies.size(); ++i)
+  for (std::size_t i = begin; i < copies.size(); ++i)
     if (copies[i] != samples_of(worker, i)) return i;
   return std::nullopt;
 }
