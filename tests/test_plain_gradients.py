@@ -706,7 +706,7 @@ def test_backward_passes_in_several_threads(world, mode):
         thread.join()
     (params[0].sum() + 2 * params[1].sum()).backward()
     if mode == "hook":
-        with pytest.raises(xc.UsageError, match="ran in 2 threads"):
+        with pytest.raises(xc.UsageError, match=r"ran in \d threads"):
             opt.step()
         for p, was in zip(params, before, strict=True):
             assert torch.equal(p.detach(), was)
