@@ -285,7 +285,6 @@ class Checkpoints(BoundOptimizer):
         """Use master weights that only the rule's state had, where they round to the weights that are there."""
         fitting = {i: master for i, master in self._found_masters.items() if self._fits(i, master)}
         stale = next((i for i in self._found_masters if i not in fitting), None)
-        self._found_masters = {}
         layers: dict[int, Layer] = {
             i: (master, *KEPT_STATE)
             for i, master in fitting.items()
@@ -293,6 +292,7 @@ class Checkpoints(BoundOptimizer):
         }
         if layers:
             self._load_some(layers, digest_of(list(layers.values())))
+        self._found_masters = {}  # not before: after an error of another rank, all ranks must have the same
         if stale is not None:
             log.warning(
                 "the loaded optimizer state has master weights of parameter %r that are not those of the model: the "
