@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,14 @@ import extrapcomm as xc
 WARM_UP = 30
 
 
-def race(comm: MPI.Comm, contestants: Sequence[Contestant], iterations: int, warmup: int) -> np.ndarray:
-    """Seconds by iteration and contestant, as the slowest rank saw them.
+def race(
+    comm: MPI.Comm,
+    contestants: Sequence[Contestant],
+    iterations: int,
+    warmup: int,
+    before: Callable[[Contestant], None] = lambda _: None,
+) -> np.ndarray:
+    """Seconds by iteration and contestant, as the slowest rank saw them; `before` is called before each step.
 
     The contestants take turns, in a fresh order each round that is the same on all ranks: what disturbs the
     machine disturbs all of them, and none always inherits the caches of the same neighbour.
@@ -31,22 +39,56 @@ def race(comm: MPI.Comm, contestants: Sequence[Contestant], iterations: int, war
     gc.disable()
     orders = np.random.default_rng(0)
     for _ in range(warmup):
-        run_round(comm, contestants, orders)
-    seconds = np.array([run_round(comm, contestants, orders) for _ in range(iterations)])
+        run_round(comm, contestants, orders, before)
+    seconds = np.array([run_round(comm, contestants, orders, before) for _ in range(iterations)])
     gc.enable()
     comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     return seconds
 
 
-def run_round(comm: MPI.Comm, contestants: Sequence[Contestant], orders: np.random.Generator) -> np.ndarray:
+def run_round(
+    comm: MPI.Comm,
+    contestants: Sequence[Contestant],
+    orders: np.random.Generator,
+    before: Callable[[Contestant], None],
+) -> np.ndarray:
     seconds = np.empty(len(contestants))
     for i in orders.permutation(len(contestants)):
         contestants[i].prepare()
+        before(contestants[i])
         comm.Barrier()
         start = time.perf_counter()
         contestants[i].step()
         seconds[i] = time.perf_counter() - start
     return seconds
+
+
+def leave_turns(_: Contestant) -> None:
+    """A step finds in the caches what the others have left there of its own."""
+
+
+def warm(contestant: Contestant) -> None:
+    """A step finds what a backward pass has just written: its rank's gradients."""
+    for gradient in contestant.gradients():
+        gradient.mul_(1)
+
+
+def cold(_: Contestant) -> None:
+    """A step finds nothing of its own."""
+    flush().add_(1)
+
+
+CACHES = {"turns": leave_turns, "warm": warm, "cold": cold}
+
+
+@cache
+def flush() -> torch.Tensor:
+    """Twice what the last level of the caches holds, and at least 64 MB."""
+    try:
+        kilobytes = int(Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip("K\n"))
+    except (OSError, ValueError):
+        kilobytes = 0
+    return torch.zeros(max(2 * 1024 * kilobytes, 64_000_000) // 4)
 
 
 def share_cores(comm: MPI.Comm) -> None:

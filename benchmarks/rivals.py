@@ -27,6 +27,10 @@ class Contestant:
     def prepare(self) -> None:
         """What comes before a step and is not timed."""
 
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """The rank's gradients where this contestant reads them."""
+        return []
+
     def step(self) -> None:
         raise NotImplementedError
 
@@ -52,6 +56,9 @@ class Fused(Contestant):
         self.engine = xc.Engine(world, problem.weights, inner_lr=problem.gamma, **displacement, **rule)
         for worker, g in zip(self.engine.workers, problem.grads, strict=True):
             worker.grads.copy_(g)
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        return [worker.grads for worker in self.engine.workers]
 
     def step(self) -> None:
         self.engine.step(lr=LR)
@@ -88,6 +95,9 @@ class Separate(Contestant):
         self.weights = problem.weights.to(problem.master, copy=True)
         self.weights.grad = self.total.to(problem.master)
         self.optimizer = make_optimizer(self.weights, problem)
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        return self.grads
 
     def step(self) -> None:
         add_up(self.grads, self.total)
@@ -187,6 +197,9 @@ class MpiZero1(Contestant):
         received = self.own.grad[: self.counts[problem.rank]]
         self.send, self.receive, self.gathered = (t.numpy() for t in (self.total, received, self.padded))
 
+    def gradients(self) -> Sequence[torch.Tensor]:
+        return self.grads
+
     def step(self) -> None:
         if self.total is not self.grads[0]:
             add_up(self.grads, self.total)
@@ -208,6 +221,9 @@ class MpiAllReduce(Contestant):
     def __init__(self, problem: Problem, world: xc.World) -> None:
         self.comm, self.source = world.comm, problem.grads[0].numpy()
         self.target = np.empty_like(self.source)
+
+    def gradients(self) -> Sequence[torch.Tensor]:
+        return [torch.from_numpy(self.source)]
 
     def step(self) -> None:
         self.comm.Allreduce(self.source, self.target)

@@ -5,8 +5,9 @@
 The rules and their rivals take turns, in a new random order each round, so a disturbance of the machine hits all
 alike. Times are the slowest rank's, medians over the rounds. A word is one access of four bytes per parameter by the
 whole node, K workers together; `words` counts what a rule must read and write, `GB/s` is that per second, and `ratio`
-is the time over that of the plain rule with the same state, SGD with momentum or Adam. `x torch` is the time of the
-rival in torch_rules.py, all-reduce and update, over that of the fused step.
+is the time over that of the plain rule with the same state, SGD with momentum or Adam. `ceiling` is the time of bare
+loops over the streams of the rule's passes (ceiling.py) over that of the step: 1 is all that the machine gives.
+`x torch` is the time of the rival in torch_rules.py, all-reduce and update, over that of the step.
 """
 
 import argparse
@@ -15,26 +16,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from race import WARM_UP, race, share_cores
+from ceiling import Ceiling, Memory, Pass
+from hand_written import compiler
+from race import WARM_UP, cpu_model, race, share_cores
 from rivals import Contestant
 from torch_rules import has_rival, make_rival
 
 import extrapcomm as xc
 
-Seconds = dict[str, float]
-
 LR = 1e-4
 GRADIENT = 0.25
+MOST_OTHERS = 4  # arrays beside the workers' that a pass touches
 
 
 @dataclass(frozen=True)
 class Case:
-    """A rule with its options; words are passes, each as (times a worker's array is touched, other accesses)."""
+    """A rule with its options, and the passes over memory that it takes."""
 
     name: str
     rule: str
     like: str
-    words: tuple[tuple[int, int], ...]
+    passes: tuple[Pass, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -44,32 +46,38 @@ class Case:
         return {"lr": LR, **momentum, **self.options}
 
     def words_for(self, workers: int) -> int:
-        return sum(each * workers + shared for each, shared in self.words)
+        return sum(one.words(workers) for one in self.passes)
 
 
 CLIP = {"max_grad_norm": 1.0}
+SUM = Pass(True, False, 0, 0)  # of the gradients alone
+WITH_W = Pass(True, False, 1, 0)
+MOMENTS = Pass(True, False, 1, 2)  # updated beside a look at w
+SGD, ADAM, MORE = Pass(True, True, 0, 2), Pass(True, True, 0, 3), Pass(True, True, 0, 4)
+FROM_STATE = Pass(False, True, 2, 1)  # w, by what its moments have become
+BY_OWN = Pass(True, True, 2, 1)
 CASES = [
-    Case("sgd", "sgd", "sgd", ((2, 4),)),
-    Case("sgd, local", "sgd", "sgd", ((2, 4),), {"extrapolation": "local", "inner_lr": LR}),
-    Case("sgd, clipped", "sgd", "sgd", ((1, 0), (2, 4)), CLIP),
-    Case("sgd, gain", "sgd", "sgd", ((1, 0), (2, 4)), {"gain": 0}),
-    Case("sgd, lagging gain", "sgd", "sgd", ((2, 4),), {"gain": 1}),
-    Case("vrsgd", "vrsgd", "sgd", ((1, 0), (2, 4))),
-    Case("vrsgd, last mean", "vrsgd", "sgd", ((2, 4),), {"lagged_mean": True}),
-    Case("lars", "lars", "sgd", ((1, 1), (2, 4))),
-    Case("adam", "adam", "adam", ((2, 6),)),
-    Case("adam, amsgrad", "adam", "adam", ((2, 8),), {"amsgrad": True}),
-    Case("adam, clipped", "adam", "adam", ((1, 0), (2, 6)), CLIP),
-    Case("clars", "clars", "sgd", ((1, 1), (2, 4))),
-    Case("eg", "eg", "sgd", ((1, 2), (2, 8))),
-    Case("vradam", "vradam", "adam", ((1, 0), (2, 8))),
-    Case("lamb", "lamb", "adam", ((1, 5), (1, 4))),
-    Case("lamb, clipped", "lamb", "adam", ((1, 0), (1, 5), (1, 4)), CLIP),
-    Case("vrlamb", "vrlamb", "adam", ((1, 0), (1, 7), (1, 4))),
-    Case("lans", "lans", "adam", ((1, 0), (1, 5), (2, 4))),
-    Case("sgdp", "sgdp", "sgd", ((1, 3), (1, 3))),
-    Case("adamp", "adamp", "adam", ((1, 5), (1, 4))),
-    Case("adamp, nesterov", "adamp", "adam", ((1, 5), (2, 4)), {"nesterov": True}),
+    Case("sgd", "sgd", "sgd", (SGD,)),
+    Case("sgd, local", "sgd", "sgd", (SGD,), {"extrapolation": "local", "inner_lr": LR}),
+    Case("sgd, clipped", "sgd", "sgd", (SUM, SGD), CLIP),
+    Case("sgd, gain", "sgd", "sgd", (SUM, SGD), {"gain": 0}),
+    Case("sgd, lagging gain", "sgd", "sgd", (SGD,), {"gain": 1}),
+    Case("vrsgd", "vrsgd", "sgd", (SUM, SGD)),
+    Case("vrsgd, last mean", "vrsgd", "sgd", (SGD,), {"lagged_mean": True}),
+    Case("lars", "lars", "sgd", (WITH_W, SGD)),
+    Case("adam", "adam", "adam", (ADAM,)),
+    Case("adam, amsgrad", "adam", "adam", (MORE,), {"amsgrad": True}),
+    Case("adam, clipped", "adam", "adam", (SUM, ADAM), CLIP),
+    Case("clars", "clars", "sgd", (WITH_W, SGD)),
+    Case("eg", "eg", "sgd", (Pass(True, False, 2, 0), MORE)),
+    Case("vradam", "vradam", "adam", (SUM, MORE)),
+    Case("lamb", "lamb", "adam", (MOMENTS, FROM_STATE)),
+    Case("lamb, clipped", "lamb", "adam", (SUM, MOMENTS, FROM_STATE), CLIP),
+    Case("vrlamb", "vrlamb", "adam", (SUM, Pass(True, False, 1, 3), FROM_STATE)),
+    Case("lans", "lans", "adam", (SUM, MOMENTS, BY_OWN)),
+    Case("sgdp", "sgdp", "sgd", (Pass(True, False, 1, 1), Pass(False, True, 1, 1))),
+    Case("adamp", "adamp", "adam", (MOMENTS, FROM_STATE)),
+    Case("adamp, nesterov", "adamp", "adam", (MOMENTS, BY_OWN), {"nesterov": True}),
 ]
 
 
@@ -112,28 +120,50 @@ def weights_for(args: argparse.Namespace) -> list[torch.Tensor]:
     return [torch.ones(args.count // args.layers // args.filter, args.filter)] * args.layers
 
 
-def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) -> tuple[Seconds, Seconds]:
-    """Medians of the fused rules and of their rivals, whose gradients lie in the same memory."""
+@dataclass(frozen=True)
+class Times:
+    """Medians in seconds, by the name of the case, or of its passes."""
+
+    fused: dict[str, float]
+    rivals: dict[str, float]
+    ceilings: dict[tuple[Pass, ...], float]
+
+
+def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) -> Times:
+    """The rules, their rivals, whose gradients lie in the same memory, and the ceilings take turns."""
     weights = weights_for(args)
     count = sum(weight.numel() for weight in weights)
     grads = [torch.full((count,), GRADIENT / world.K) for _ in range(world.workers)]
     with_rival = [case for case in cases if has_rival(case.rule)]
-    everyone = [Fused(world, case, weights) for case in cases]
-    everyone += [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in with_rival]
-    times = np.median(race(world.comm, everyone, args.rounds, WARM_UP), axis=0)
+    shapes = list(dict.fromkeys(case.passes for case in cases)) if has_compiler(world) else []
+    memory = Memory(world, count if shapes else 0, MOST_OTHERS)
+    groups = [
+        [Fused(world, case, weights) for case in cases],
+        [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in with_rival],
+        [Ceiling(memory, passes) for passes in shapes],
+    ]
+    everyone = [each for group in groups for each in group]
+    times = iter(np.median(race(world.comm, everyone, args.rounds, WARM_UP), axis=0))
     for each in everyone:
         each.close()
-    names = [case.name for case in with_rival]
-    fused = dict(zip((case.name for case in cases), times, strict=False))
-    return fused, dict(zip(names, times[len(cases) :], strict=True))
+    memory.close()
+    keys = [[case.name for case in cases], [case.name for case in with_rival], shapes]
+    return Times(*({key: float(next(times)) for key in group} for group in keys))
 
 
-def show(count: int, world: xc.World, cases: list[Case], fused: Seconds, rivals: Seconds) -> None:
+def has_compiler(world: xc.World) -> bool:
+    """Collective: whether rank 0 can compile the ceilings."""
+    return bool(world.comm.bcast(bool(compiler())))
+
+
+def show(count: int, world: xc.World, cases: list[Case], times: Times) -> None:
     for case in cases:
-        time, words = fused[case.name], case.words_for(world.K)
-        speed, ratio = 4 * words * count / time / 1e9, time / fused[case.like]
-        rival = f"{rivals[case.name] / time:8.2f}" if case.name in rivals else "       -"
-        print(f"{case.name:>18} {1e3 * time:10.2f} {words:6} {speed:6.1f} {ratio:6.2f} {rival}")
+        time, words = times.fused[case.name], case.words_for(world.K)
+        figures = [4 * words * count / time / 1e9, time / times.fused[case.like]]
+        others = [times.ceilings.get(case.passes), times.rivals.get(case.name)]
+        cells = [f"{speed:6.1f}" if i == 0 else f"{speed:6.2f}" for i, speed in enumerate(figures)]
+        cells += ["       -" if other is None else f"{other / time:8.2f}" for other in others]
+        print(f"{case.name:>18} {1e3 * time:10.2f} {words:6} {' '.join(cells)}")
 
 
 def main() -> None:
@@ -142,15 +172,14 @@ def main() -> None:
     share_cores(world.comm)
     count = sum(weight.numel() for weight in weights_for(args))
     if world.rank == 0:
-        print(
-            f"# {count} parameters in {args.layers} layers, filters of {args.filter}, {world.K} workers, float32"
-        )
-        print("#             rule   time(ms)  words   GB/s  ratio  x torch")
+        layers = f"{args.layers} layers, filters of {args.filter}"
+        print(f"# {count} parameters in {layers}, {world.K} workers, float32, {cpu_model()}")
+        print("#             rule   time(ms)  words   GB/s  ratio  ceiling  x torch")
     for like in ("sgd", "adam"):
         cases = [case for case in CASES if case.like == like and (world.K > 1 or "gain" not in case.options)]
-        fused, rivals = time_together(world, cases, args)
+        times = time_together(world, cases, args)
         if world.rank == 0:
-            show(count, world, cases, fused, rivals)
+            show(count, world, cases, times)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import train
 from hand_written import HAND_WRITTEN, why_not
 from mpi4py import MPI
 from problem import SLOTS, Problem, count_wrong
-from race import WARM_UP, available_bytes, describe, race, share_cores
+from race import CACHES, WARM_UP, available_bytes, describe, race, share_cores
 from rivals import RIVALS, Contestant, Fused, Memcpy, Solver, start_gloo, why_absent
 
 import extrapcomm as xc
@@ -59,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-d", "--datatype", choices=DTYPES, default="float32", help="type of weights and gradients")
     add("-J", "--json", type=Path, help="write the figures to this file too")
     add("--rivals", type=rival_list, default=list(ALL), help=f"some of {','.join(ALL)}, or none")
+    help_caches = "what a step finds there: what is left after the others' turns; its gradients; nothing"
+    add("--caches", choices=CACHES, default="turns", help=help_caches)
     add("--plain", action="store_true", help="without the displacement: what is published is w itself")
     add("--rule", choices=SLOTS, default="sgd", help="sgd has momentum")
     add("--workers", type=at_least(1), default=1, help="workers per rank")
@@ -166,7 +168,8 @@ def measure(problem: Problem, args: argparse.Namespace, world: xc.World) -> tabl
         contestants = {
             name: stack.enter_context(closing(make(problem, world))) for name, make in makers.items()
         }
-        seconds = race(world.comm, list(contestants.values()), args.iters, args.warmup_iters)
+        before = CACHES[args.caches]
+        seconds = race(world.comm, list(contestants.values()), args.iters, args.warmup_iters, before)
         wrong = check(problem, args, contestants, world.comm) if args.check else None
     return table.Result(problem, dict(zip(contestants, seconds.T, strict=True)), wrong)
 

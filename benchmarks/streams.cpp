@@ -1,8 +1,12 @@
-// The step's memory streams in one loop, as an expert would write it by hand for this very problem: float32, SGD with
-// momentum or Adam, the local displacement or none, one worker for each process. It is the ceiling that step.py compares the engine
-// with: it checks nothing, knows no other type, rule or shape, and has the engine's two barriers.
+// Two ceilings, between the engine's two barriers; they check nothing.
 //
-// hand_written.py compiles it with -O3 -march=native and calls it on memory that the processes share.
+// step(): the step's memory streams in one loop, as an expert would write it by hand for this very problem: float32, SGD
+// with momentum or Adam, the local displacement or none, one worker for each process. step.py compares the engine with it.
+//
+// pass_over(): any number of streams that are read, updated in place and written, with as little arithmetic as that
+// takes. rules.py compares each pass of a rule with it.
+//
+// hand_written.py compiles this file with -O3 -march=native and calls it on memory that the processes share.
 
 #include <atomic>
 #include <cstdint>
@@ -82,10 +86,25 @@ struct Problem {
   std::int64_t ahead;          // elements between the prefetched line and the one in hand; 0: no prefetching
 };
 
-void wait_for_all(const Problem& p) {
-  Barrier& barrier = *static_cast<Barrier*>(p.barrier);
+// The streams of one pass, as ceiling.py fills them in; aligned as above.
+struct Streams {
+  void* barrier;
+  std::int64_t processes;
+  std::int64_t begin, end;
+  const float* const* read;
+  std::int64_t reads;
+  float* const* updated;
+  std::int64_t updates;
+  float* const* written;
+  std::int64_t writes;
+  std::int32_t past_cache;
+  std::int64_t ahead;  // elements between the prefetched line and the one in hand; 0: no prefetching
+};
+
+void wait_for_all(void* where, std::int64_t processes) {
+  Barrier& barrier = *static_cast<Barrier*>(where);
   const std::uint32_t round = barrier.round.load(std::memory_order_relaxed);
-  if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(p.processes)) {
+  if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(processes)) {
     barrier.arrived.store(0, std::memory_order_relaxed);
     barrier.round.store(round + 1, std::memory_order_release);
     return;
@@ -140,6 +159,35 @@ void walk(const Problem& p) {
   }
 }
 
+// Block by block, so that every stream has a few lines in a row: what is read is added up, and the sum goes into what
+// is updated and what is written.
+template <bool kPastCache>
+void walk_streams(const Streams& s) {
+  constexpr std::int64_t kBlock = 64;
+  for (std::int64_t begin = s.begin; begin < s.end; begin += kBlock) {
+    const std::int64_t count = s.end - begin < kBlock ? s.end - begin : kBlock;
+    alignas(64) float sum[kBlock] = {};
+    const auto each_line = [&](const float* stream, auto work) {
+      for (std::int64_t i = 0; i < count; i += kStep) {
+        if (s.ahead) __builtin_prefetch(stream + begin + i + s.ahead, 0, 3);
+        work(i);
+      }
+    };
+    for (std::int64_t k = 0; k < s.reads; ++k)
+      each_line(s.read[k], [&](std::int64_t i) { store(sum + i, load(sum + i) + load(s.read[k] + begin + i)); });
+    for (std::int64_t k = 0; k < s.updates; ++k)
+      each_line(s.updated[k], [&](std::int64_t i) {
+        float* const at = s.updated[k] + begin + i;
+        store(at, load(at) * 0.5f + load(sum + i));
+      });
+    for (std::int64_t k = 0; k < s.writes; ++k)
+      for (std::int64_t i = 0; i < count; i += kStep) {
+        float* const at = s.written[k] + begin + i;
+        kPastCache ? stream(at, load(sum + i)) : store(at, load(sum + i));
+      }
+  }
+}
+
 template <int kProcesses, bool kAdam>
 void choose(const Problem& p) {
   if (!p.displaced) return walk<kProcesses, kAdam, false, false>(p);
@@ -162,9 +210,18 @@ void walk_shard(const Problem* p) {
 }
 
 void step(const Problem* p) {
-  wait_for_all(*p);
+  wait_for_all(p->barrier, p->processes);
   walk_shard(p);
-  wait_for_all(*p);
+  wait_for_all(p->barrier, p->processes);
+}
+
+void pass_over(const Streams* s) {
+  wait_for_all(s->barrier, s->processes);
+  s->past_cache ? walk_streams<true>(*s) : walk_streams<false>(*s);
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+  wait_for_all(s->barrier, s->processes);
 }
 
 int vector_bytes() { return kBytes; }
