@@ -212,12 +212,14 @@ class BoundOptimizer(torch.optim.Optimizer):
             raise UsageError(
                 "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
             )
-        if self._to_adopt:
+        ownership = self._binding.ownership
+        if self._to_adopt or ownership.holds_master:  # of a module that contains this one
             return
-        with self._binding.kept(self._binding.ownership.written()):
+        written = ownership.written()
+        with self._binding.kept(written):
             self._core.show_master(0)
             self._core.keep_master(0)
-        self._binding.mark_written()
+        ownership.mark_filled(written)
 
     def adopt(self) -> None:
         """Collective: take rank 0's present weights as the master weights of all, undisplaced; keep the rule's state.
@@ -359,7 +361,6 @@ class BoundOptimizer(torch.optim.Optimizer):
         except Exception:  # another rank left the context by an error, so nothing is committed
             self._hide_master()
             raise
-        self._core.keep_master(0)
         self._showing, self._writing = "", False
 
     @contextmanager

@@ -21,7 +21,6 @@ from .micro_batches import MicroBatches
 from .modes import keep_from_dynamo
 from .observed import ObservedCore
 from .order import AttachedModels, Fingerprint, require_same_order
-from .registered import remove_with
 from .replay import Captured
 from .step_hooks import hooked_as_torchs, with_torchs_hooks
 from .switches import refuse_switches
@@ -93,7 +92,6 @@ class FusedOptimizer(Checkpoints, Gained, metaclass=Agreed):
         self._handed_out = HandedOut()
         self._attached = AttachedModels()
         self._handles: list[Any] = []
-        remove_with(self, self._handles)
         self._tile = tile
         self._micro_batches = MicroBatches(self.world.workers, accumulation)
         self._manner = gradients

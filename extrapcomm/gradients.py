@@ -297,6 +297,7 @@ class Gradients:
     def zero(self) -> None:
         """Make what gradients there are zeros in shared memory, where the next backward pass adds to them."""
         v = self.bound
+        self._threads.clear()
         self.renew()
         self.witnesses.forget()
         self._let_go_of_replaced(range(len(self._params)))

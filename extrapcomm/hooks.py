@@ -22,13 +22,15 @@ __all__ = ["attach", "attach_again", "computes_what_it_saves", "sync_buffers"]
 def attach(optimizer: "BoundOptimizer", model: torch.nn.Module) -> None:
     """Hook every module of the model, also for parameters that the optimizer takes in later.
 
-    The hooks do not keep the optimizer alive, and go when it is closed or dropped.
+    The hooks do not keep the optimizer alive, and go when it is closed. Those of one that was dropped do nothing and go
+    here: the garbage collector might drop it while torch goes through them.
     """
     if not any(id(param) in optimizer._binding.index for param in model.parameters()):
         raise UsageError("the model holds none of this optimizer's parameters")
     plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     _require_no_scripted_parameters(optimizer, model)
     for module in plain:
+        _remove_dead(module)
         if not _is_hooked(optimizer, module):
             optimizer._handles += [
                 module._register_state_dict_hook(Saving(optimizer)),  # type: ignore[no-untyped-call]
@@ -49,6 +51,16 @@ def _require_no_scripted_parameters(optimizer: "BoundOptimizer", model: torch.nn
 def _is_hooked(optimizer: "BoundOptimizer", module: torch.nn.Module) -> bool:
     hooks = module._state_dict_hooks.values()
     return any(isinstance(hook, Saving) and hook.is_of(optimizer) for hook in hooks)
+
+
+def _remove_dead(module: torch.nn.Module) -> None:
+    """Remove the hooks of optimizers that were dropped."""
+    before = module._load_state_dict_pre_hooks
+    for hooks in (module._state_dict_hooks, before, module._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            hook = getattr(hook, "hook", hook)  # torch wraps those that take the module
+            if isinstance(hook, Hook) and hook.is_dead:
+                del hooks[key]
 
 
 def attach_again(optimizer: "BoundOptimizer") -> None:
@@ -83,6 +95,11 @@ class Hook:
 
     def __reduce__(self) -> Any:
         return getattr, (nullcontext(), "__exit__")
+
+    @property
+    def is_dead(self) -> bool:
+        """True if the optimizer is gone."""
+        return self._reference() is None
 
     def is_of(self, optimizer: "BoundOptimizer") -> bool:
         """Return true for this optimizer's hooks."""

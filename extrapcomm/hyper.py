@@ -104,6 +104,7 @@ class Rule:
         self._origins: list[tuple[Any, ...] | None] = []
         self._values_of = itemgetter(*self.presets(), "inner_lr")
         self._momentum = list(self.parameters).index("momentum") if "momentum" in self.parameters else -1
+        self._bufferless: set[tuple[int, int]] = set()
         self._had_momentum: list[bool] = []  # for each group, whether a step has had any
         self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
@@ -179,17 +180,28 @@ class Rule:
             for sizes in self._largest:
                 sizes[list(self.parameters).index("scale")] = 0.0
 
+    @property
+    def bufferless(self) -> set[tuple[int, int]]:
+        """Groups and parameters that were updated without a momentum first, although their group has a dampening."""
+        return self._bufferless
+
+    def loaded(self) -> None:
+        """All parameters have the state that a checkpoint has."""
+        self._bufferless.clear()
+
     def _largest_of(self, place: int) -> list[float]:
         return self._largest[place] if place < len(self._largest) else [0.0] * (len(self.parameters) + 1)
 
     def _check_momentum(self, group: Mapping[str, Any], place: int) -> None:
         if "momentum" not in self.parameters:
             return
-        begins = place < len(self._had_momentum) and not self._had_momentum[place] and group["momentum"] > 0
-        if begins and group.get("dampening"):
+        begins = place < len(self._had_momentum) and not self._had_momentum[place]
+        begins = begins or any(place == g for g, _ in self._bufferless)
+        if begins and group["momentum"] > 0 and group.get("dampening"):
             raise UsageError(
-                "the momentum was 0 until now, and torch.optim.SGD takes the first gradient of a momentum undamped, "
-                "which cannot be done later: give the momentum from the first step on, or no dampening"
+                "the momentum was 0 when a parameter's first gradient came, and torch.optim.SGD takes the first "
+                "gradient of a momentum undamped, which cannot be done later: give the momentum from the first step "
+                "on, or no dampening"
             )
         first = place >= len(self._taken)  # torch.optim.SGD, too, asks for it at the beginning only
         if first and group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):

@@ -20,6 +20,9 @@ from .odd_gradients import PLAIN_CLASSES
 __all__ = ["Ownership", "Views", "bump_versions", "bytes_of", "forget_derived", "strided"]
 
 
+NOBODYS = -(2**62)  # a version that no tensor has, however many writes are counted
+
+
 def bump_versions(tensors: list[torch.Tensor]) -> None:
     """Tell autograd that these tensors were written."""
     graph.increment_version(tensors)
@@ -103,6 +106,8 @@ class Ownership:
 
     Attributes:
         bound: the worker that the parameters show.
+        holds_master: whether the parameters were given the master weights, to load into, and nothing was published
+            since.
     """
 
     def __init__(
@@ -112,6 +117,7 @@ class Ownership:
         self.params = params
         self.names = names
         self.bound = 0
+        self._versions: list[int] = []
         self._views = [
             Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
             for v in range(workers)
@@ -182,7 +188,15 @@ class Ownership:
         self._take_versions()
         self._addresses = [param.data_ptr() for param in self.params]
 
+    def mark_filled(self, written: Sequence[int]) -> None:
+        """The model has been given the master weights but for these parameters, of which others have written."""
+        self.mark_written()
+        for i in written:
+            self._versions[i] = NOBODYS
+        self.holds_master = True
+
     def _take_versions(self) -> None:
+        self.holds_master = False
         self._versions = [param._version for param in self.params]
         self._writes = 0  # of the engine since
 
@@ -194,6 +208,7 @@ class Ownership:
     def mark_stepped(self) -> None:
         """The same after a step, before which nobody else had written."""
         bump_versions(self.params)
+        self.holds_master = False
         self._writes += 1
         if self._counts_singly is None:
             self._counts_singly = [param._version for param in self.params] == self._expected()

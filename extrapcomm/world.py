@@ -90,6 +90,11 @@ class World:
         self._pid = os.getpid()
         self._lost: list[Any] = []  # requests that MPI may still complete, with their buffers
         self._timeout = pass_timeout if isinstance(pass_timeout, (int, float)) else 60.0
+        if _forked_from_rank:
+            raise UsageError(
+                "this process was forked from a rank and cannot be one itself: construct in the parent only, or start "
+                "processes of their own with multiprocessing's 'spawn'"
+            )
         require_mpi()
         self._name = ""  # of the communicator
         self._comm = self._duplicate(comm)
@@ -376,6 +381,19 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return os.uname().nodename
+
+
+_forked_from_rank = False
+
+
+def _note_fork() -> None:
+    """In a forked child: MPI takes it for its parent."""
+    global _forked_from_rank
+    mpi = sys.modules.get("mpi4py.MPI")
+    _forked_from_rank = _forked_from_rank or (mpi is not None and mpi.Is_initialized())
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def require_mpi() -> None:

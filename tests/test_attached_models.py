@@ -1220,6 +1220,7 @@ def test_loading_a_part_after_a_write_keeps_the_other_layers(world, how):
 @pytest.mark.parametrize("gradients", ["copy", "hook", "view"])
 @pytest.mark.parametrize("end", ["closed", "dropped"])
 def test_no_hook_stays_behind(world, gradients, end):
+    """Those on modules of an optimizer that was dropped go when the next one attaches itself."""
     model = Tied()
     for _ in range(3):
         opt = xc.SGD(model.parameters(), lr=0.1, world=world, gradients=gradients)
@@ -1231,8 +1232,104 @@ def test_no_hook_stays_behind(world, gradients, end):
             opt.close()
         del opt
         gc.collect()
+    if end == "dropped":
+        assert all(len(module._state_dict_hooks) == 1 for module in model.modules())
+        opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+        opt.attach(model)
+        opt.close()
     for module in model.modules():
         assert not module._state_dict_hooks and not module._load_state_dict_pre_hooks
         assert not module._load_state_dict_post_hooks
     for param in model.parameters():
         assert not param._backward_hooks and not getattr(param, "_post_accumulate_grad_hooks", None)
+
+
+class Levels(torch.nn.Module):
+    """Modules in modules, each with parameters of its own."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(3))
+        self.b = torch.nn.Parameter(torch.zeros(3))
+        if depth > 1:
+            self.inner = Levels(depth - 1)
+
+
+def levels(world, depth):
+    model = Levels(depth)
+    opt = xc.ExtrapSGD(model.parameters(), lr=0.1, inner_lr=0.1, world=world)
+    opt.attach(model)
+    for p in model.parameters():
+        p.grad = torch.ones(3)
+    opt.step()
+    return model, opt
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_modules_in_modules_are_loaded_whole(world, depth):
+    model, opt = levels(world, depth)
+    for turn in range(2):
+        wanted = {name: torch.full((3,), 7.0 + i + turn) for i, name in enumerate(model.state_dict())}
+        model.load_state_dict(wanted)
+        for name, param in model.named_parameters():
+            assert torch.equal(param.detach(), wanted[name]), name
+        for p in model.parameters():
+            p.grad = torch.zeros(3)
+        opt.step()
+        for i, name in enumerate(wanted):
+            assert torch.equal(opt.master(i), wanted[name]), name
+    opt.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("how", ["counted", "uncounted"])
+def test_a_write_before_a_load_stays_where_nothing_is_loaded(world, depth, how):
+    model, opt = levels(world, depth)
+    if how == "counted":
+        with torch.no_grad():
+            model.b.fill_(5.0)
+    else:
+        model.b.data.fill_(5.0)
+    given = {name: torch.full((3,), 7.0) for name in model.state_dict() if name != "b"}
+    model.load_state_dict(given, strict=False)
+    opt.adopt()
+    for i, (name, _) in enumerate(model.named_parameters()):
+        assert torch.equal(opt.master(i), torch.full((3,), 5.0 if name == "b" else 7.0)), name
+    opt.close()
+
+
+def test_a_write_before_a_load_that_fails_is_still_refused(world):
+    model, opt = levels(world, 3)
+    with torch.no_grad():
+        model.b.fill_(5.0)
+
+    def fail(*_):
+        raise ValueError("of the user's own")
+
+    hook = model.inner.register_load_state_dict_pre_hook(fail)
+    with pytest.raises(ValueError, match="of the user's own"):
+        model.load_state_dict({name: torch.zeros(3) for name, _ in model.named_parameters()})
+    hook.remove()
+    with pytest.raises(xc.UsageError, match="was written"):
+        opt.step()
+    opt.close()
+
+
+def test_an_optimizer_may_be_collected_while_a_model_loads(world):
+    model = Tied()
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dropped = xc.SGD(model.parameters(), lr=0.1, world=world)
+    dropped.attach(model)
+    for module in (model.encoder, model.decoder):
+        module.register_load_state_dict_pre_hook(lambda *_: (gc.collect(), None)[1])
+        module.register_load_state_dict_post_hook(lambda *_: (gc.collect(), None)[1])
+    opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+    opt.attach(model)
+    gc.disable()
+    try:
+        del dropped
+        model.load_state_dict(saved)
+    finally:
+        gc.enable()
+    opt.step()
+    opt.close()

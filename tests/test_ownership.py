@@ -660,6 +660,35 @@ def try_everything_in_a_fork(opt, weight):
     os._exit(4 - refused)
 
 
+def test_a_forked_process_cannot_be_a_rank(world):
+    if (child := os.fork()) == 0:
+        try:
+            xc.SGD([torch.nn.Parameter(torch.zeros(3))], lr=1.0)
+        except xc.UsageError as error:
+            os._exit(0 if "forked from a rank" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_uncounted_writes_after_the_master_weights_were_changed_are_noticed(world):
+    weight = torch.nn.Parameter(torch.ones(1000))
+    opt = xc.SGD([weight], lr=0.1, world=world)
+    for _ in range(2):
+        with opt.master_weights(write=True), torch.no_grad():
+            weight.mul_(2.0)
+        weight.grad = torch.zeros(1000)
+        opt.step()
+    with opt.master_weights(write=True), torch.no_grad():
+        weight.mul_(2.0)
+    weight.data.fill_(5.0)
+    with pytest.raises(xc.UsageError, match="was written"):
+        opt.step()
+    opt.adopt()
+    opt.step()
+    assert (weight == 5).all()
+    opt.close()
+
+
 def test_parameters_that_are_never_trained_are_named(world):
     frozen = torch.nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(xc.UsageError, match=r"int8.*requires_grad"):
@@ -684,6 +713,9 @@ def test_what_a_forked_process_writes_stays_there(worlds, gradients, closed):
         seen = bool((weight.grad == 6).all())
         with torch.no_grad():
             weight.fill_(7.0)
+        if (grandchild := os.fork()) == 0:
+            os._exit(0 if bool((weight == 7).all() and (weight.grad == 6).all()) else 1)
+        seen = seen and os.waitpid(grandchild, 0)[1] == 0
         os._exit(0 if seen and bool((weight == 7).all()) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(weight.detach(), before[0]) and torch.equal(weight.grad, before[1])

@@ -1219,3 +1219,28 @@ def test_the_state_is_copied_and_compared_as_a_dictionary(world):
     assert opt.state == opt.state and opt.state != {} and opt.state != copied
     train(model, opt, world, steps=1)
     opt.close()
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_first_gradient_without_momentum_and_a_dampening_later(world, cleared):
+    """torch has no buffer then, and begins it undamped when the momentum comes back: no count here tells of that."""
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in "pq")
+    opt = xc.SGD([p, q], lr=0.1, momentum=0.5, dampening=0.5, world=world)
+
+    def step(*params):
+        opt.zero_grad()
+        for param in params:
+            param.grad = torch.ones(2)
+        opt.step()
+
+    step(p, q) if cleared else step(p)
+    opt.param_groups[0]["momentum"] = 0.0
+    if cleared:
+        del opt.state[q]
+    step(p, q)
+    opt.param_groups[0]["momentum"] = 0.5
+    with pytest.raises(xc.UsageError, match="momentum was 0 when"):
+        step(p, q)
+    opt.param_groups[0]["dampening"] = 0.0
+    step(p, q)
+    opt.close()

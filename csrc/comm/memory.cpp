@@ -83,11 +83,19 @@ class CopiedForChildren {
   CopiedForChildren() {
     pthread_atfork([] { all().lock_.lock(); }, [] { all().lock_.unlock(); },
                    [] {
-                     for (const Place& place : all().places_)
-                       mmap(place.at, place.bytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, place.fd, 0);
+                     all().map_anew();
                      all().lock_.unlock();
                    });
+  }
+
+  // In the child. Its own children copy its private pages as any others, so this happens once.
+  void map_anew() {
+    for (const Place& place : places_)
+      if (mmap(place.at, place.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE,
+               place.fd, 0) == MAP_FAILED)
+        mprotect(place.at, place.bytes,
+                 PROT_READ);  // rather an end by a signal than writes into the parent's
+    places_.clear();
   }
 
   std::mutex lock_;

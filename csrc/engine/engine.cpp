@@ -332,6 +332,7 @@ void EngineOf<T>::adopt(int root_worker) {
   });
   stepper_.forget();
   if (local_) local_->begin_round();
+  hidden_.clear();
   published_undisplaced();
 }
 
