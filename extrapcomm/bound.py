@@ -207,13 +207,18 @@ class BoundOptimizer(torch.optim.Optimizer):
     # -- Who writes the weights ----------------------------------------------------------------------------------
 
     def _begin_loading(self) -> None:
-        """The model gets the master weights but where others wrote into it; what is loaded then goes over them."""
+        """The model gets the master weights but where others wrote into it; what is loaded then goes over them.
+
+        Between averagings a worker's own weights are no displaced ones: they stay.
+        """
         if self._binding.bound != 0:
             raise UsageError(
                 "load_state_dict() inside worker(): leave the context first; rank 0's first worker loads"
             )
         ownership = self._binding.ownership
         if self._to_adopt or ownership.holds_master:  # of a module that contains this one
+            return
+        if self._core.local_steps is not None:
             return
         written = ownership.written()
         with self._binding.kept(written):

@@ -104,8 +104,7 @@ class Rule:
         self._origins: list[tuple[Any, ...] | None] = []
         self._values_of = itemgetter(*self.presets(), "inner_lr")
         self._momentum = list(self.parameters).index("momentum") if "momentum" in self.parameters else -1
-        self._bufferless: set[tuple[int, int]] = set()
-        self._had_momentum: list[bool] = []  # for each group, whether a step has had any
+        self._momenta: list[float] = []  # for each group, that of the last step
         self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
@@ -160,14 +159,9 @@ class Rule:
 
     def took(self, stepped: bool = True) -> None:
         """The last table is in force, by a step or before the first one; later numbers are compared with it."""
-        if (
-            stepped
-            and "momentum" in self.parameters
-            and not (self._had_momentum and self._latest is self._taken)
-        ):
-            had = [row[self._momentum] > 0 for row in self._latest]
-            before = self._had_momentum + [False] * len(had)
-            self._had_momentum = [now or then for now, then in zip(had, before, strict=False)]
+        known = len(self._momenta) == len(self._latest) and self._latest is self._taken
+        if stepped and "momentum" in self.parameters and not known:
+            self._momenta = [row[self._momentum] for row in self._latest]
         if self._latest == self._taken:
             return
         self._taken = self._latest
@@ -180,14 +174,11 @@ class Rule:
             for sizes in self._largest:
                 sizes[list(self.parameters).index("scale")] = 0.0
 
-    @property
-    def bufferless(self) -> set[tuple[int, int]]:
-        """Groups and parameters that were updated without a momentum first, although their group has a dampening."""
-        return self._bufferless
-
-    def loaded(self) -> None:
-        """All parameters have the state that a checkpoint has."""
-        self._bufferless.clear()
+    def loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """These groups and all parameters have the state that a checkpoint has."""
+        self._table = None  # that of before says nothing of what comes next
+        if "momentum" in self.parameters:
+            self._momenta = [_settled(float(group["momentum"]), 1.0) for group in groups]
 
     def _largest_of(self, place: int) -> list[float]:
         return self._largest[place] if place < len(self._largest) else [0.0] * (len(self.parameters) + 1)
@@ -195,13 +186,12 @@ class Rule:
     def _check_momentum(self, group: Mapping[str, Any], place: int) -> None:
         if "momentum" not in self.parameters:
             return
-        begins = place < len(self._had_momentum) and not self._had_momentum[place]
-        begins = begins or any(place == g for g, _ in self._bufferless)
-        if begins and group["momentum"] > 0 and group.get("dampening"):
+        was_zero = place < len(self._momenta) and self._momenta[place] == 0
+        if was_zero and group["momentum"] > 0 and group.get("dampening"):
             raise UsageError(
-                "the momentum was 0 when a parameter's first gradient came, and torch.optim.SGD takes the first "
-                "gradient of a momentum undamped, which cannot be done later: give the momentum from the first step "
-                "on, or no dampening"
+                "the momentum was 0 until now, and torch.optim.SGD takes the gradient with which a parameter's "
+                "momentum begins undamped, which cannot be done later: keep a momentum from the first step on, or take "
+                "no dampening"
             )
         first = place >= len(self._taken)  # torch.optim.SGD, too, asks for it at the beginning only
         if first and group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):

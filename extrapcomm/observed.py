@@ -80,7 +80,6 @@ class ObservedCore:
         gain: Alike = (0.0, 0.0, 0.0, 0.0),
     ) -> tuple[float | None, bool, list[float]]:
         """Collective: as the engine's."""
-        before = {(g, i): self.core.updates(i) for g, i in self._watched()}
         by_noise = self.rule.follows_noise(self.groups)
         if by_noise and observe == _core.Observe.nothing:
             observe = _core.Observe.along
@@ -91,23 +90,4 @@ class ObservedCore:
             self.rule.local_noise.take(sums)
         if not skipped and rescale is not None:
             rescale.keep(self.groups)
-        self._note_buffers(before)
         return norm, skipped, sums
-
-    def _watched(self) -> list[tuple[int, int]]:
-        """Groups and parameters that a step may leave with a count and no buffer, or give a buffer late.
-
-        All arrays of an `Engine`, which have no groups, begin with its first step.
-        """
-        first, pairs = 0, []
-        for g, group in enumerate(self.groups):
-            count = len(group.get("params", ()))
-            if group.get("dampening") and not group.get("momentum"):
-                pairs += [(g, i) for i in range(first, first + count) if self.core.updates(i) == 0]
-            first += count
-        return pairs + [(g, i) for g, i in self.rule.bufferless if self.groups[g]["momentum"]]
-
-    def _note_buffers(self, before: dict[tuple[int, int], int]) -> None:
-        updated = {(g, i) for (g, i), count in before.items() if self.core.updates(i) > count}
-        self.rule.bufferless.difference_update(updated)
-        self.rule.bufferless.update((g, i) for g, i in updated if not self.groups[g]["momentum"])

@@ -489,3 +489,28 @@ def test_clipping_each_workers_own_gradient_is_no_mistake(world, pair, caplog):
             torch.nn.utils.clip_grad_norm_(p.params, 1.0)
             p.opt.step()
     assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["part", "failure"])
+def test_loading_between_averagings_keeps_what_a_worker_has_learnt(world, how):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    opt = xc.PostLocalSGD(model.parameters(), lr=0.1, local_steps=16, start=0, world=world)
+    opt.attach(model)
+    begin = model.bias.detach().clone()
+
+    def steps(number):
+        for _ in range(number):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            opt.step()
+
+    steps(5)
+    if how == "part":
+        model.load_state_dict({"weight": torch.zeros(2, 2)}, strict=False)
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.load_state_dict({"weight": torch.zeros(3, 3), "bias": torch.zeros(7)})
+    steps(1)
+    torch.testing.assert_close(model.bias.detach(), begin - 0.1 * 6)
+    opt.close()

@@ -1221,26 +1221,45 @@ def test_the_state_is_copied_and_compared_as_a_dictionary(world):
     opt.close()
 
 
-@pytest.mark.parametrize("cleared", [False, True])
-def test_a_first_gradient_without_momentum_and_a_dampening_later(world, cleared):
-    """torch has no buffer then, and begins it undamped when the momentum comes back: no count here tells of that."""
-    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in "pq")
-    opt = xc.SGD([p, q], lr=0.1, momentum=0.5, dampening=0.5, world=world)
+def at_once(opt):
+    return opt
 
-    def step(*params):
+
+def loaded_back(opt):
+    opt.load_state_dict(opt.state_dict())
+    return opt
+
+
+def loaded_elsewhere(opt):
+    params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
+    other = xc.SGD(params, lr=0.1, momentum=0.5, dampening=0.5, world=opt.world)
+    other.load_state_dict(opt.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("zero", [0.0, 1e-18])
+@pytest.mark.parametrize("dampened", ["always", "later"])
+@pytest.mark.parametrize("then", [at_once, loaded_back, loaded_elsewhere])
+def test_a_momentum_that_comes_back_takes_no_dampening(world, then, dampened, zero):
+    """torch begins the buffer of a parameter whose first gradient came in between undamped."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in "pq"]
+    dampening = 0.5 if dampened == "always" else 0.0
+    opt = xc.SGD(params, lr=0.1, momentum=0.5, dampening=dampening, world=world)
+
+    def step(opt, first=False):
         opt.zero_grad()
-        for param in params:
+        for param in opt.param_groups[0]["params"][: 1 if first else 2]:
             param.grad = torch.ones(2)
         opt.step()
 
-    step(p, q) if cleared else step(p)
-    opt.param_groups[0]["momentum"] = 0.0
-    if cleared:
-        del opt.state[q]
-    step(p, q)
-    opt.param_groups[0]["momentum"] = 0.5
-    with pytest.raises(xc.UsageError, match="momentum was 0 when"):
-        step(p, q)
-    opt.param_groups[0]["dampening"] = 0.0
-    step(p, q)
-    opt.close()
+    step(opt, first=True)
+    opt.param_groups[0]["momentum"] = zero
+    step(opt)
+    later = then(opt)
+    later.param_groups[0].update(momentum=0.5, dampening=0.5)
+    with pytest.raises(xc.UsageError, match="momentum was 0 until now"):
+        step(later)
+    later.param_groups[0]["dampening"] = 0.0
+    step(later)
+    for each in {opt, later}:
+        each.close()
