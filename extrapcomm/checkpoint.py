@@ -234,9 +234,9 @@ class Checkpoints(BoundOptimizer):
         try:
             self._live.require_unwritten()
             self._handed_out.require_unwritten()
-            if (
-                self._has_pending_state and not self._to_adopt
-            ):  # what is loaded would hide writes into the weights
+            if self._to_adopt:
+                self._binding.ownership.require_not_taken()
+            elif self._has_pending_state:  # what is loaded would hide writes into the weights
                 self._binding.require_own_weights(everywhere=True)
         except UsageError as error:
             self._core.complain(describe(error))

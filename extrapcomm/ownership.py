@@ -163,6 +163,12 @@ class Ownership:
         others = (other for other in _all if other is not self and id(param) in other._index)
         return any(param.is_set_to(other.weights[other._index[id(param)]]) for other in others)
 
+    def require_not_taken(self) -> None:
+        """UsageError if another optimizer has taken a parameter, naming it."""
+        taken = next((i for i, param in enumerate(self.params) if self.is_taken(param)), None)
+        if taken is not None:
+            raise UsageError(self._describe(taken, self.bound))
+
     def held(self) -> list[int]:
         """Return the parameters that still have the bound worker's storage: no other optimizer has taken them."""
         pairs = zip(self.params, self.weights, strict=True)

@@ -168,3 +168,23 @@ def test_saving_hook_of_an_optimizer_whose_parameters_were_taken_is_silent(team)
 def test_lazy_parameters_are_refused_with_the_remedy(world):
     with pytest.raises(xc.UsageError, match="run the model once"):
         xc.SGD(torch.nn.LazyLinear(3).parameters(), lr=0.1, world=world)
+
+
+def test_loading_a_model_takes_nothing_back_from_the_newer_optimizer(world):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    older = xc.SGD(model.parameters(), lr=0.1, world=world)
+    older.attach(model)
+    newer = xc.SGD(model[1].parameters(), lr=1.0, world=world)
+    newer.attach(model)
+    model.load_state_dict({name: torch.full_like(value, 2.0) for name, value in model.state_dict().items()})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    newer.step()
+    with pytest.raises(xc.UsageError, match="written or replaced"):
+        older.step()
+    newer.step()
+    assert (model[1].bias == 0).all() and (model[0].bias == 2).all()
+    older.adopt()
+    older.step()
+    newer.close()
+    older.close()
