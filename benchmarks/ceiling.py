@@ -19,7 +19,7 @@ WAYS = [(past, ahead) for past in (0, 1) for ahead in (0, 128, 512)]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one walk touches of every parameter.
+    """The streams of one walk: the parts of every parameter that it touches.
 
     Attributes:
         gradients: whether it reads each worker's.

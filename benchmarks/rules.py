@@ -136,17 +136,18 @@ def time_together(world: xc.World, cases: list[Case], args: argparse.Namespace) 
     grads = [torch.full((count,), GRADIENT / world.K) for _ in range(world.workers)]
     with_rival = [case for case in cases if has_rival(case.rule)]
     shapes = list(dict.fromkeys(case.passes for case in cases)) if has_compiler(world) else []
-    memory = Memory(world, count if shapes else 0, MOST_OTHERS)
+    memory = Memory(world, count, MOST_OTHERS) if shapes else None
     groups = [
         [Fused(world, case, weights) for case in cases],
         [make_rival(world.comm, weights, grads, case.rule, **case.all_options) for case in with_rival],
-        [Ceiling(memory, passes) for passes in shapes],
+        [Ceiling(memory, passes) for passes in shapes if memory],
     ]
     everyone = [each for group in groups for each in group]
     times = iter(np.median(race(world.comm, everyone, args.rounds, WARM_UP), axis=0))
     for each in everyone:
         each.close()
-    memory.close()
+    if memory:
+        memory.close()
     keys = [[case.name for case in cases], [case.name for case in with_rival], shapes]
     return Times(*({key: float(next(times)) for key in group} for group in keys))
 

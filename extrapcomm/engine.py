@@ -185,7 +185,7 @@ class Engine(Gained):
 
     @property
     def tile(self) -> int | None:
-        """How many elements go through all stages together on this rank; None while it tries several lengths, and where
+        """The elements that go through all stages together on this rank; None while it tries several lengths, and where
         it need not because its steps have no tiles.
         """
         return self._core.tile

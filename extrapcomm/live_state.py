@@ -96,7 +96,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
             self._looks[i] = entry
 
     def _without_master(self, i: int, entry: Any) -> dict[str, Any]:
-        """What an entry says of the rule's state."""
+        """Return an entry without master weights, which are no part of the rule's state."""
         if not isinstance(entry, Mapping):
             raise UsageError(f"a parameter's state must be a mapping, not {type(entry).__name__}")
         return {key: value for key, value in entry.items() if not self._is_present_master(i, key, value)}

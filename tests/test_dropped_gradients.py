@@ -526,11 +526,9 @@ def test_a_gradient_that_was_zeroed_and_dropped_on_one_rank_counts_as_zeros(
 
 @modes
 @pytest.mark.parametrize("workers", [2, 3])
-@dropping
+@pytest.mark.parametrize("drop", ["none", "zeros"])
 def test_a_worker_drops_its_own_gradients_in_its_own_turn(worlds, workers, drop, mode):
     """An attached model hears of it, so that the others' gradients are whole: those of the dropped one are zeros."""
-    if drop == "by hand":
-        pytest.skip("nothing tells the optimizer of it: see the test of refusals")
     model, opt = started(worlds, workers, mode)
     opt.attach(model)
     opt.zero_grad()

@@ -39,7 +39,7 @@ struct TeamOptions {
 // Every member's part of one piece of shared memory, in the order of places.
 using Shared = std::vector<std::shared_ptr<Mapping>>;
 
-// What children that a member forks have of its own part: the same memory, or a copy.
+// A member's own part in the children that it forks: the same memory, or a copy.
 enum class Forked : std::uint8_t { share, copy };
 
 class Team {

@@ -445,10 +445,12 @@ bool has_tiles(const Pass& pass, const Workers& workers, std::span<const Run<T>>
   return !is_plain_step(pass, workers, kept) || !std::all_of(runs.begin(), runs.end(), has);
 }
 
-// What a walk is timed for; null: for nothing.
-Trial* trial_of(Ways& ways, bool has_tiles) {
+// The trial that a walk is timed for; null: none.
+template <class T>
+Trial* trial_of(Ways& ways, const Pass& pass, const Workers& workers, std::span<const Run<T>> runs,
+                const Kept<T>& kept) {
   if (ways.stores.goes_on()) return &ways.stores;
-  return has_tiles && ways.lengths.goes_on() ? &ways.lengths : nullptr;
+  return ways.lengths.goes_on() && has_tiles(pass, workers, runs, kept) ? &ways.lengths : nullptr;
 }
 
 }  // namespace
@@ -461,7 +463,7 @@ void TileWalker<T>::walk(const Pass& pass, const Workers& workers, std::span<con
     return xc::walk<T>(pass, workers, runs, shard, buffers_, kept);
   Pass chosen = pass;
   chosen.weights = published(ways_->streaming());
-  Trial* const trial = trial_of(*ways_, has_tiles(chosen, workers, runs, kept));
+  Trial* const trial = trial_of(*ways_, chosen, workers, runs, kept);
   if (!trial) return xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);
   const auto begin = std::chrono::steady_clock::now();
   xc::walk<T>(chosen, workers, runs, shard, buffers_, kept);

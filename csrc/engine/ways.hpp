@@ -10,8 +10,8 @@
 
 namespace xc {
 
-// How steps walk: whether they store the weights past the cache and, with what was found best, how long their
-// tiles are. Steps that consist of loops of their own have no tiles, and never try them.
+// The ways in which steps walk: whether they store the weights past the cache and, with what was found best,
+// how long their tiles are. Steps that consist of loops of their own have no tiles, and never try them.
 struct Ways {
   bool streams;                     // as usual
   Trial stores;                     // as usual, the other way
@@ -23,8 +23,8 @@ struct Ways {
   std::int64_t longest() const;
 };
 
-// What is usual for steps that touch so many bytes of so many workers, and what they try, if they may, in
-// their first steps of so many walks each. Options and the environment may fix it.
+// Returns the usual ways of steps that touch so many bytes of so many workers, and those to try, if they may,
+// in their first steps of so many walks each. Options and the environment may fix it.
 Ways make_ways(const Plan& plan, const EngineOptions& options, std::int64_t bytes, int workers, int walks,
                bool may_try);
 
