@@ -1120,8 +1120,13 @@ def test_entries_may_be_held_where_they_cannot_be_read(world):
     opt.close()
 
 
+def assign_collected(opt, param):
+    with opt.collected_state():
+        opt.state[param]["momentum_buffer"] = torch.ones_like(param)
+
+
 STAGED = {
-    "assigned": lambda opt, p: opt.state[p].update(momentum_buffer=torch.ones_like(p)),
+    "assigned": assign_collected,
     "cleared": lambda opt, _: opt.state.clear(),
     "loaded": lambda opt, _: opt.load_state_dict(
         {key: value for key, value in opt.state_dict().items() if key != "extrapcomm"}
@@ -1155,6 +1160,7 @@ VIEWS = {
 }
 
 
+@inside_one_team
 @pytest.mark.parametrize("write", VIEWS)
 def test_writes_through_a_view_of_a_copy_are_noticed(world, write):
     model = net()
@@ -1169,6 +1175,7 @@ def test_writes_through_a_view_of_a_copy_are_noticed(world, write):
     opt.close()
 
 
+@inside_one_team
 def test_a_restarted_bias_correction_keeps_its_moments(world):
     """A count of 0 with moments, as torch has it, is saved and loaded."""
     models = [net(), net()]
@@ -1191,6 +1198,7 @@ def test_a_restarted_bias_correction_keeps_its_moments(world):
     ours.close()
 
 
+@inside_one_team
 @pytest.mark.parametrize("how", ["replace", "update"])
 def test_a_mapping_of_which_one_entry_does_not_fit_changes_nothing(world, how):
     model = net()
@@ -1209,6 +1217,7 @@ def test_a_mapping_of_which_one_entry_does_not_fit_changes_nothing(world, how):
     opt.close()
 
 
+@inside_one_team
 def test_the_state_is_copied_and_compared_as_a_dictionary(world):
     model = net()
     opt = xc.SGD(model.parameters(), lr=0.05, momentum=0.9, world=world)
