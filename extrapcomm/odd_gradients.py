@@ -189,4 +189,4 @@ def reader_for(
     core: "_core.Engine", places: Sequence[Sequence[torch.Tensor]], memory: range
 ) -> "_core.GradientReader | Reader":
     """The compiled reader where torch has the table that it needs."""
-    return core.gradient_reader(PLAIN_CLASSES, torch.Tensor.is_neg) or Reader(places, memory)
+    return core.gradient_reader(PLAIN_CLASSES) or Reader(places, memory)

@@ -123,7 +123,7 @@ class Ownership:
             for v in range(workers)
         ]
         # Absent with a torch without DLPack's table; then every parameter is looked at one by one.
-        self._reader = core.gradient_reader(PLAIN_CLASSES, torch.Tensor.is_neg)
+        self._reader = core.gradient_reader(PLAIN_CLASSES)
         self._noticed: str | None = None
         self._index = {id(param): i for i, param in enumerate(params)}
         self._impls = [param._cdata for param in params]

@@ -240,8 +240,7 @@ void register_engine_class(py::module_& module) {
       .def("owned", &Engine::owned, py::arg("layer"), "(begin, end) of this rank's part of a layer.")
       .def("gather", &gather, py::arg("worker"), py::arg("sources").noconvert(),
            py::arg("present").noconvert())
-      .def("gradient_reader", &GradientReader::make, py::arg("tensor_types"), py::arg("is_neg"),
-           py::keep_alive<0, 1>(),
+      .def("gradient_reader", &GradientReader::make, py::arg("tensor_types"), py::keep_alive<0, 1>(),
            "Reads .grad of torch's tensors; None if this torch has no table for that.")
       .def(
           "touch",

@@ -15,15 +15,6 @@ namespace {
 // Memory that was mapped lies above this address, and so does the heap of a position-independent executable.
 constexpr std::uintptr_t kLow = std::uintptr_t{1} << 40;
 
-// A zero tensor has the address 0; one whose memory was released has its offset in that memory.
-bool is_released(const std::byte* address, py::handle grad) {
-  const auto number = reinterpret_cast<std::uintptr_t>(address);
-  if (number >= kLow) return false;
-  const bool heap_is_low = reinterpret_cast<std::uintptr_t>(sbrk(0)) < kLow;
-  if (number == 0 || !heap_is_low) return true;
-  return grad.attr("untyped_storage")().attr("data_ptr")().cast<std::uintptr_t>() == 0;
-}
-
 bool same_type(dlpack::DataType a, dlpack::DataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
@@ -52,6 +43,13 @@ bool is_held(const py::list& shown, std::size_t i, py::handle grad) {
   return tensor != grad.ptr() && Py_REFCNT(const_cast<PyObject*>(tensor)) > 1;
 }
 
+py::object call(py::handle function, py::handle argument) {
+  PyObject* const arguments[] = {argument.ptr()};
+  auto answer = py::reinterpret_steal<py::object>(PyObject_Vectorcall(function.ptr(), arguments, 1, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer;
+}
+
 const dlpack::ExchangeTable* table_of(py::handle tensor_type) {
   if (!py::hasattr(tensor_type, dlpack::kExchangeAttribute)) return nullptr;
   const py::object capsule = tensor_type.attr(dlpack::kExchangeAttribute);
@@ -75,11 +73,10 @@ std::vector<Engine::Source> sources_from(const Sources& sources, const Plan& pla
   return list;
 }
 
-std::optional<GradientReader> GradientReader::make(const Engine& engine, const py::tuple& tensor_types,
-                                                   const py::object& is_neg) {
+std::optional<GradientReader> GradientReader::make(const Engine& engine, const py::tuple& tensor_types) {
   const dlpack::ExchangeTable* table = table_of(tensor_types[0]);
   if (!table) return std::nullopt;
-  return GradientReader(engine, *table, tensor_types, is_neg);
+  return GradientReader(engine, *table, tensor_types);
 }
 
 py::tuple GradientReader::read(int v, const py::list& params, const py::list& shown, Sources& sources) const {
@@ -189,13 +186,19 @@ bool GradientReader::has_plain_class(py::handle grad) const {
   return false;
 }
 
-bool GradientReader::is_negated(py::handle grad) const {
-  PyObject* const arguments[] = {grad.ptr()};
-  const auto answer =
-      py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), arguments, 1, nullptr));
-  if (!answer) throw py::error_already_set();
-  return answer.ptr() != Py_False;
+// The address of a tensor whose memory was released is its offset in that memory. Where the heap lies low, as
+// it does in executables that are not position-independent, such a number could be an address too, unless the
+// offset is 0.
+bool GradientReader::is_released(const std::byte* address, py::handle grad) const {
+  const auto number = reinterpret_cast<std::uintptr_t>(address);
+  if (number >= kLow) return false;
+  const bool heap_is_low = reinterpret_cast<std::uintptr_t>(sbrk(0)) < kLow;
+  if (number == 0 || !heap_is_low) return true;
+  if (call(storage_offset_, grad).cast<std::int64_t>() == 0) return false;
+  return grad.attr("untyped_storage")().attr("data_ptr")().cast<std::uintptr_t>() == 0;
 }
+
+bool GradientReader::is_negated(py::handle grad) const { return call(is_neg_, grad).ptr() != Py_False; }
 
 void register_gradients(py::module_& module) {
   py::class_<GradientReader>(module, "GradientReader", "Reads the gradients of an engine's parameters.")

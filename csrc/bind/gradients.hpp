@@ -27,10 +27,9 @@ std::vector<Engine::Source> sources_from(const Sources& sources, const Plan& pla
 // order than that of layers could overwrite it before it is read.
 class GradientReader {
  public:
-  // `tensor_types`: the classes whose tensors are what their memory says; `is_neg`: torch's function. Returns
-  // nothing if the first class offers no table, or one of another major version.
-  static std::optional<GradientReader> make(const Engine& engine, const py::tuple& tensor_types,
-                                            const py::object& is_neg);
+  // `tensor_types`: the classes whose tensors are what their memory says, torch.Tensor first. Returns nothing
+  // if it offers no table, or one of another major version.
+  static std::optional<GradientReader> make(const Engine& engine, const py::tuple& tensor_types);
 
   // Fills a row of `sources` for each parameter; rows of odd gradients are left as they are. `shown` has for
   // each parameter the tensor that Python's users may know as worker v's gradient memory. Returns the
@@ -48,13 +47,19 @@ class GradientReader {
   bool unchanged(int v, const py::list& params, const py::list& versions, std::int64_t writes) const;
 
  private:
-  GradientReader(const Engine& engine, const dlpack::ExchangeTable& table, py::tuple types, py::object is_neg)
+  GradientReader(const Engine& engine, const dlpack::ExchangeTable& table, py::tuple types)
       : engine_(&engine),
         table_(&table),
         types_(std::move(types)),
-        is_neg_(std::move(is_neg)),
-        grad_("grad"),
-        version_("_version") {}
+        is_neg_(types_[0].attr("is_neg")),
+        storage_offset_(types_[0].attr("storage_offset")),
+        grad_(interned("grad")),
+        version_(interned("_version")) {}
+
+  // Python finds the attributes of interned names in its cache.
+  static py::str interned(const char* name) {
+    return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
+  }
 
   struct Memory {
     const std::byte* begin;
@@ -64,12 +69,14 @@ class GradientReader {
   std::optional<Engine::Source> plain(const Layer& layer, py::handle grad, const std::byte* place,
                                       const Memory& memory) const;
   bool has_plain_class(py::handle grad) const;
+  bool is_released(const std::byte* address, py::handle grad) const;
   bool is_negated(py::handle grad) const;
 
   const Engine* engine_;
   const dlpack::ExchangeTable* table_;
   py::tuple types_;
   py::object is_neg_;
+  py::object storage_offset_;
   py::str grad_;
   py::str version_;
 };
