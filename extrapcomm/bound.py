@@ -85,7 +85,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._built = True
         self._table = None
         self._rule.table(self.param_groups, self.world.K)
-        self._rule.took(stepped=False)
+        self._rule.took()
         self._captured = None
         self._settled = [
             (self._rule.flag_bits(group), self._rule.has_buffer(group)) for group in self.param_groups

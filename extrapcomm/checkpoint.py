@@ -524,7 +524,6 @@ class Checkpoints(BoundOptimizer):
         with self._binding.kept(lacking) if self._to_adopt else nullcontext():
             self._core.load(layers, digest)
         self._replace_groups(groups)
-        self._rule.loaded(self.param_groups)
         self._load_extra(extra)
         self._live_state.forget()
         self._found_masters = found

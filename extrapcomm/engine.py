@@ -136,7 +136,7 @@ class Engine(Gained):
         world.agree(error, title_on("Engine" if gain is None else f"Engine with {gain}", device))
         warn_of_shared_gpu(world, device)
         self._rule.table([self._group], world.K)
-        self._rule.took(stepped=False)
+        self._rule.took()
         self._flags = self._rule.flag_bits(self._group)
         self._has_momentum = self._rule.has_buffer(self._group)
         layers = [(n, f.dtype, f.shape, f.strides, 0) for n, f in zip(self._names, forms, strict=True)]

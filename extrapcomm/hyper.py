@@ -103,8 +103,6 @@ class Rule:
         # For each group, the values that its numbers came from, where those cannot have changed unseen.
         self._origins: list[tuple[Any, ...] | None] = []
         self._values_of = itemgetter(*self.presets(), "inner_lr")
-        self._momentum = list(self.parameters).index("momentum") if "momentum" in self.parameters else -1
-        self._momenta: list[float] = []  # for each group, that of the last step
         self._taken: list[list[float]] = []  # for each group, the numbers of the last step
         self.projects: bool = rules[name]["projects"]
         scaled = rules[name]["factor"] and extrapolation.displacement == "preconditioned"
@@ -157,11 +155,8 @@ class Rule:
         inner = self._inner_rate(_value(group, "inner_lr"), numbers[0], workers, inner_size)
         return [*numbers, inner]
 
-    def took(self, stepped: bool = True) -> None:
+    def took(self) -> None:
         """The last table is in force, by a step or before the first one; later numbers are compared with it."""
-        known = len(self._momenta) == len(self._latest) and self._latest is self._taken
-        if stepped and "momentum" in self.parameters and not known:
-            self._momenta = [row[self._momentum] for row in self._latest]
         if self._latest == self._taken:
             return
         self._taken = self._latest
@@ -174,25 +169,12 @@ class Rule:
             for sizes in self._largest:
                 sizes[list(self.parameters).index("scale")] = 0.0
 
-    def loaded(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """These groups and all parameters have the state that a checkpoint has."""
-        self._table = None  # that of before says nothing of what comes next
-        if "momentum" in self.parameters:
-            self._momenta = [_settled(float(group["momentum"]), 1.0) for group in groups]
-
     def _largest_of(self, place: int) -> list[float]:
         return self._largest[place] if place < len(self._largest) else [0.0] * (len(self.parameters) + 1)
 
     def _check_momentum(self, group: Mapping[str, Any], place: int) -> None:
         if "momentum" not in self.parameters:
             return
-        was_zero = place < len(self._momenta) and self._momenta[place] == 0
-        if was_zero and group["momentum"] > 0 and group.get("dampening"):
-            raise UsageError(
-                "the momentum was 0 until now, and torch.optim.SGD takes the gradient with which a parameter's "
-                "momentum begins undamped, which cannot be done later: keep a momentum from the first step on, or take "
-                "no dampening"
-            )
         first = place >= len(self._taken)  # torch.optim.SGD, too, asks for it at the beginning only
         if first and group.get("nesterov") and not (group["momentum"] > 0 and group["dampening"] == 0):
             raise UsageError("Nesterov momentum requires a momentum and zero dampening")

@@ -851,25 +851,6 @@ def test_values_written_unseen_and_assigned_are_taken(adam, how):
     train(model, opt, world, steps=1)
 
 
-def test_momentum_that_begins_late_with_dampening_is_refused(world):
-    param = torch.nn.Parameter(torch.zeros(1))
-    opt = xc.SGD([param], lr=0.1, momentum=0.9, dampening=0.5, world=world)
-    group = opt.param_groups[0]
-    for momentum in (0.0, 0.9):
-        group["momentum"] = momentum
-        param.grad = torch.ones(1)
-        if momentum == 0.9:
-            with pytest.raises(xc.UsageError, match="undamped"):
-                opt.step()
-        else:
-            opt.step()
-    group["dampening"] = 0.0
-    opt.step()
-    group["dampening"] = 0.5
-    opt.step()
-    opt.close()
-
-
 # -- Entries that are staged, and copies in a state_dict ------------------------------------------------------------
 
 inside_one_team = pytest.mark.skipif(bool(TEAM), reason="opt.state is read inside one team, or collected")
@@ -1246,29 +1227,54 @@ def loaded_elsewhere(opt):
     return other
 
 
-@pytest.mark.parametrize("zero", [0.0, 1e-18])
-@pytest.mark.parametrize("dampened", ["always", "later"])
+# Steps of parameters a and b: (momentum, dampening, b has a gradient).
+LATE_MOMENTA = {
+    "from zero": [(0.0, 0.5, 1), (0.9, 0.5, 1), (0.9, 0.5, 1)],
+    "b begins between": [(0.9, 0.5, 0), (0.0, 0.5, 1), (0.9, 0.5, 1), (0.9, 0.5, 1)],
+    "dampened later": [(0.0, 0.0, 1), (0.9, 0.0, 0), (0.9, 0.5, 1), (0.9, 0.5, 1)],
+    "away and back": [(0.9, 0.5, 1), (0.0, 0.5, 1), (0.0, 0.5, 1), (0.9, 0.5, 1)],
+    "zero throughout": [(0.0, 0.5, 1), (0.0, 0.5, 1)],
+}
+
+
 @pytest.mark.parametrize("then", [at_once, loaded_back, loaded_elsewhere])
-def test_a_momentum_that_comes_back_takes_no_dampening(world, then, dampened, zero):
-    """torch begins the buffer of a parameter whose first gradient came in between undamped."""
-    params = [torch.nn.Parameter(torch.ones(2)) for _ in "pq"]
-    dampening = 0.5 if dampened == "always" else 0.0
-    opt = xc.SGD(params, lr=0.1, momentum=0.5, dampening=dampening, world=world)
+@pytest.mark.parametrize("momenta", LATE_MOMENTA.values(), ids=LATE_MOMENTA)
+def test_a_momentum_that_comes_back_from_zero_is_torchs(world, momenta, then):
+    """torch begins each parameter's buffer, undamped, with its first gradient at a momentum above zero."""
+    theirs, ours = (
+        kind([torch.nn.Parameter(torch.ones(2)) for _ in "ab"], lr=0.1, momentum=0.5, **more)
+        for kind, more in [(torch.optim.SGD, {}), (xc.SGD, {"world": world})]
+    )
+    opened = {ours}
+    for i, (momentum, dampening, both) in enumerate(momenta):
+        if i == len(momenta) - 1:
+            ours = then(ours)
+            opened.add(ours)
+        for opt in (theirs, ours):
+            opt.param_groups[0].update(momentum=momentum, dampening=dampening, lr=0.1 / (1 + i))
+            opt.zero_grad()
+            for param in opt.param_groups[0]["params"][: 1 + both]:
+                param.grad = torch.full_like(param, 1.0 + i)
+            opt.step()
+    for a, b in zip(*(values_of(opt.param_groups[0]["params"]) for opt in (theirs, ours)), strict=True):
+        torch.testing.assert_close(a, b)
+    if not TEAM:
+        assert list(ours.state_dict()["state"]) == list(theirs.state_dict()["state"])
+    for opt in opened:
+        opt.close()
 
-    def step(opt, first=False):
-        opt.zero_grad()
-        for param in opt.param_groups[0]["params"][: 1 if first else 2]:
-            param.grad = torch.ones(2)
+
+def values_of(params):
+    return [param.detach().clone() for param in params]
+
+
+@pytest.mark.parametrize("skip", ["no gradient", "not finite"])
+def test_a_step_at_zero_momentum_that_changes_nothing_begins_nothing(world, skip):
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = xc.SGD([param], lr=0.1, momentum=0.9, dampening=0.5, skip_nonfinite=True, world=world)
+    for momentum, grad in [(0.0, None if skip == "no gradient" else float("nan")), (0.9, 1.0), (0.9, 1.0)]:
+        opt.param_groups[0]["momentum"] = momentum
+        param.grad = None if grad is None else torch.full_like(param, grad)
         opt.step()
-
-    step(opt, first=True)
-    opt.param_groups[0]["momentum"] = zero
-    step(opt)
-    later = then(opt)
-    later.param_groups[0].update(momentum=0.5, dampening=0.5)
-    with pytest.raises(xc.UsageError, match="momentum was 0 until now"):
-        step(later)
-    later.param_groups[0]["dampening"] = 0.0
-    step(later)
-    for each in {opt, later}:
-        each.close()
+    torch.testing.assert_close(param.detach(), torch.full((2,), 1 - 0.1 * (1 + 1.4)))
+    opt.close()

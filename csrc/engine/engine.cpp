@@ -68,7 +68,7 @@ class EngineOf final : public Engine {
         hands_(make_hands()),
         stepper_(plan_, arenas_, *storage_, runs_, *hands_.walker, *hands_.mover, hands_.judge.get(),
                  rails_.get(), overlap_.get(), ways_.tiles.front(), ways_.streams),
-        updates_(plan_.layers.size(), 0),
+        ages_(plan_.layers.size()),
         displaced_(plan_.layers.size(), 0),
         cleared_(plan_.layers.size() * static_cast<std::size_t>(team->workers_per_rank()), 1) {}
 
@@ -81,11 +81,13 @@ class EngineOf final : public Engine {
   int slots() const override { return runs_.slots(); }
   std::int64_t updates(std::size_t layer) override {
     settle();
-    return updates_[layer];
+    return ages_[layer].begun ? ages_[layer].updates : 0;
   }
   std::int64_t most_updates() override {
     settle();
-    return updates_.empty() ? 0 : *std::max_element(updates_.begin(), updates_.end());
+    std::int64_t most = 0;
+    for (const Age& age : ages_) most = std::max(most, age.updates);
+    return most;
   }
   const char* way() const override { return rails_ ? rails_->way() : "none"; }
   std::int64_t steps() const override { return steps_; }
@@ -155,6 +157,11 @@ class EngineOf final : public Engine {
   std::vector<std::uint8_t> present_here(std::span<const std::uint8_t> present) const;
   std::size_t overlap_words() const;
   std::unique_ptr<Overlap<T>> make_overlap();
+  // The layers that a step updates, and for each group whether it begins their state.
+  struct Counted {
+    std::vector<std::uint8_t> present;
+    std::vector<std::uint8_t> begins;
+  };
   // Who carries out passes; the mover's are apart from steps.
   struct Hands {
     std::unique_ptr<Judge<T>> judge;  // null: the host decides
@@ -168,7 +175,7 @@ class EngineOf final : public Engine {
   void capture(const Step& step);
   Recording::Look look_of(const std::vector<Run<T>>& runs, const Step& step) const;
   void conclude(const Step& step, std::span<const std::uint8_t> present);
-  void count(std::span<const std::uint8_t> present);
+  void count(const Counted& layers);
   void settle();
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
@@ -194,13 +201,12 @@ class EngineOf final : public Engine {
   Hands hands_;
   Stepper<T> stepper_;
   std::optional<LocalPhase<T>> local_;
-  std::vector<std::int64_t> updates_;    // per layer
+  std::vector<Age> ages_;                // per layer
   std::vector<std::uint8_t> displaced_;  // per layer: outside the local phase, X may differ from w
   std::optional<WriteCheck> write_check_;
   Declarations declared_{};
-  Outcome outcome_;  // of the last step,
-  std::optional<std::vector<std::uint8_t>>
-      undecided_;  // unless it updated these layers or was skipped, and nobody asked
+  Outcome outcome_;                   // of the last step,
+  std::optional<Counted> undecided_;  // unless it updated these layers or was skipped, and nobody asked
   Recording recording_;
   std::vector<std::uint8_t> cleared_;  // per own worker and layer: its gradient is known to be zeros
   struct Hidden {
@@ -353,7 +359,7 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   stepper_.forget();
   local_.reset();
   for (std::size_t i = 0; i < layers.size(); ++i)
-    if (layers[i].updates >= 0) updates_[i] = layers[i].updates;
+    if (layers[i].updates >= 0) ages_[i] = {layers[i].updates, layers[i].updates > 0};
   published_undisplaced();
 }
 
@@ -436,10 +442,10 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
                settled.revise = step.revise;
                settled.revise_rule = step.revise_rule;
                settle();
-               outcome_ = run(settled, {present, updates_, stale});
+               outcome_ = run(settled, {present, ages_, stale});
                if (device_) recording_.took(look_of(stepper_.runs(), step));
              });
-  stepper_.read_sums(step, {present, updates_}, outcome_);
+  stepper_.read_sums(step, {present, ages_}, outcome_);
   if (!outcome_.skipped) note_displacements(stepper_.runs(), stepper_.judges(step));
   conclude(step, present);
   published();
@@ -450,16 +456,18 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
 // Counts a step of these layers, now or when its outcome is known.
 template <class T>
 void EngineOf<T>::conclude(const Step& step, std::span<const std::uint8_t> present) {
+  Counted layers{{present.begin(), present.end()}, runs_.begins(step)};
   if (stepper_.judges(step))
-    undecided_.emplace(present.begin(), present.end());
+    undecided_ = std::move(layers);
   else if (!outcome_.skipped)
-    count(present);
+    count(layers);
   ++steps_;
 }
 
 template <class T>
-void EngineOf<T>::count(std::span<const std::uint8_t> present) {
-  for (std::size_t i = 0; i < present.size(); ++i) updates_[i] += present[i];
+void EngineOf<T>::count(const Counted& layers) {
+  for (std::size_t i = 0; i < ages_.size(); ++i)
+    ages_[i].add(layers.present[i], layers.begins[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
 }
 
 template <class T>
@@ -484,11 +492,11 @@ void EngineOf<T>::capture(const Step& step) {
   const auto numbers = numbers_of(step);
   const Step settled = step_of(numbers);
   auto present = present_here(step.present);
-  recording_.require_like_last(look_of(runs_.for_step(settled, present, updates_), settled));
+  recording_.require_like_last(look_of(runs_.for_step(settled, present, ages_), settled));
   for (std::size_t i = 0; i < cleared_.size(); ++i)
     if (!step.present[i] && !cleared_[i])
       throw UsageError("a gradient was dropped since the last step: take a step before one is captured");
-  stepper_.run(settled, {present, updates_}, [](bool) {});
+  stepper_.run(settled, {present, ages_}, [](bool) {});
   recording_.captured(std::move(present));
 }
 
@@ -496,7 +504,7 @@ template <class T>
 void EngineOf<T>::prepare_replay(const Step& step) {
   const auto& layers = recording_.layers();
   settle();
-  const auto runs = runs_.for_step(step_of(numbers_of(step)), layers, updates_);
+  const auto runs = runs_.for_step(step_of(numbers_of(step)), layers, ages_);
   recording_.require_replayable(look_of(runs, step));
   hands_.walker->prepare_replay(runs, bounds_of(step));
   outcome_ = {};
@@ -530,7 +538,7 @@ void EngineOf<T>::begin_local() {
   if (device_) throw UsageError("local steps are taken on the CPU only, not on " + device_->name());
   collective({Operation::begin_local, steps_ + 1}, [](const Agreed&) {});
   local_.emplace(team(), plan_, arenas_, own_runs_, rails_.get(), ways_.tiles.front(), ways_.streams);
-  collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(updates_); });
+  collective({Operation::begin_local, steps_ + 1}, [&](const Agreed&) { local_->begin(ages_); });
   for (int v = 0; v < team().workers_per_rank(); ++v) stepper_.publish_to(weights(v).get(), runs_.plain());
   published_undisplaced();
 }
@@ -586,7 +594,7 @@ void EngineOf<T>::average() {
 template <class T>
 void EngineOf<T>::finish_round(std::span<const std::uint8_t> touched) {
   local_->average(touched);
-  for (std::size_t i = 0; i < touched.size(); ++i) updates_[i] += touched[i] * local_->steps();
+  for (std::size_t i = 0; i < touched.size(); ++i) ages_[i].add(touched[i] * local_->steps(), true);
   local_->begin_round();
 }
 

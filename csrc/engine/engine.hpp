@@ -204,7 +204,7 @@ class Engine {
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.
   virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;
-  // These wait for the last outcome.
+  // These wait for the last outcome. The updates of a layer whose slots hold nothing yet are 0.
   virtual std::int64_t updates(std::size_t layer) = 0;
   virtual std::int64_t most_updates() = 0;  // of any layer
 

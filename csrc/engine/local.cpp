@@ -61,7 +61,7 @@ LocalPhase<T>::LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas,
 }
 
 template <class T>
-void LocalPhase<T>::begin(std::span<const std::int64_t> updates) {
+void LocalPhase<T>::begin(std::span<const Age> ages) {
   std::vector<T> whole(copies_.empty() ? 0 : static_cast<std::size_t>(plan_.length));
   for (std::size_t s = 0; s < copies_.size(); ++s) {
     const auto state = [&](int k) { return arenas_.shards()[static_cast<std::size_t>(k)].slots[s]; };
@@ -72,7 +72,7 @@ void LocalPhase<T>::begin(std::span<const std::int64_t> updates) {
         std::copy_n(state(segment.owner), segment.count(), whole.data() + segment.begin);
     for (const Shard<T>& copy : own_) std::copy(whole.begin(), whole.end(), copy.slots[s]);
   }
-  updates_.assign(own_.size(), {updates.begin(), updates.end()});
+  ages_.assign(own_.size(), {ages.begin(), ages.end()});
   begin_round();
 }
 
@@ -86,13 +86,14 @@ void LocalPhase<T>::begin_round() {
 template <class T>
 void LocalPhase<T>::step(const Engine::Step& step) {
   const std::size_t layers = plan_.layers.size();
+  const auto begins = runs_.begins(step);
   for (std::size_t v = 0; v < own_.size(); ++v) {
     const auto present = step.present.subspan(v * layers, layers);
-    const auto runs = runs_.for_step(step, present, updates_[v]);
+    const auto runs = runs_.for_step(step, present, ages_[v]);
     const Workers alone{{arenas_.workers().sources[arenas_.first_source() + v]}, {}, {}};
     walk<T>(apply_pass({}, {}), alone, runs, own_[v], buffers_);
     for (std::size_t i = 0; i < layers; ++i) {
-      updates_[v][i] += present[i];
+      ages_[v][i].add(present[i], begins[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
       touched_[i] |= present[i];
     }
   }

@@ -29,8 +29,8 @@ class LocalPhase {
   LocalPhase(Team& team, const Plan& plan, const Arenas<T>& arenas, const RunMaker<T>& runs, Rails<T>* rails,
              std::int64_t tile, bool streaming);
 
-  // Collective. Gives every copy the values of the state; `updates` are those of its layers so far.
-  void begin(std::span<const std::int64_t> updates);
+  // Collective. Gives every copy the values of the state; `ages` are those of its layers so far.
+  void begin(std::span<const Age> ages);
   // Of this rank's workers.
   void step(const Engine::Step& step);
   // This rank's shards, of the layers that any rank has touched in this round.
@@ -54,9 +54,9 @@ class LocalPhase {
   std::size_t worker_count_;  // of all teams
   bool streaming_;
   Shared memory_;
-  std::vector<Workers> copies_;  // for each slot, as sources
-  std::vector<Shard<T>> own_;    // every own worker's weights and slots: a shard as long as the plan
-  std::vector<std::vector<std::int64_t>> updates_;  // for each own worker, per layer
+  std::vector<Workers> copies_;         // for each slot, as sources
+  std::vector<Shard<T>> own_;           // every own worker's weights and slots: a shard as long as the plan
+  std::vector<std::vector<Age>> ages_;  // for each own worker, per layer
   std::vector<std::uint8_t> touched_;
   std::int64_t steps_ = 0;
   TileBuffers<T> buffers_;

@@ -80,19 +80,39 @@ std::vector<Run<T>> RunMaker<T>::plain() const {
 }
 
 template <class T>
-void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step,
-                           std::int64_t updates) const {
-  const auto group = static_cast<std::size_t>(spec.group);
+Hyper RunMaker<T>::numbers_of_rule(const Engine::Step& step, std::size_t group) const {
   const std::size_t width = step.hyper.size() / flags_.size();
-  const auto own = step.hyper.subspan(group * width, width);
-  const Hyper numbers = own.first(width - 1);
+  return step.hyper.subspan(group * width, width - 1);
+}
+
+template <class T>
+double RunMaker<T>::inner_of(const Engine::Step& step, std::size_t group) const {
+  return step.hyper[(group + 1) * (step.hyper.size() / flags_.size()) - 1];
+}
+
+template <class T>
+std::vector<std::uint8_t> RunMaker<T>::begins(const Engine::Step& step) const {
+  const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
+  std::vector<std::uint8_t> groups;
+  for (std::size_t group = 0; group < flags_.size(); ++group) {
+    const unsigned member = family.member(flags_[group], numbers_of_rule(step, group));
+    groups.push_back(rule_kernel<T>(family_, member).slots > 0 || slots_ == 0);
+  }
+  return groups;
+}
+
+template <class T>
+void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step,
+                           const Age& age) const {
+  const auto group = static_cast<std::size_t>(spec.group);
+  const Hyper numbers = numbers_of_rule(step, group);
   const FamilyInfo& family = families()[static_cast<std::size_t>(family_)];
   run.family = family_;
   run.member = family.member(flags_[group], numbers);
   const RuleKernel<T>& kernel = rule_kernel<T>(run.family, run.member);
   if (kernel.slots > slots_)
     throw UsageError("the engine was built without the state arrays that this step needs");
-  kernel.prepare(numbers, updates, run.scalars);
+  kernel.prepare(numbers, age.begun ? age.updates : 0, run.scalars);
   run.kernel = &kernel;
   run.clip = T(1);
   run.scale = T(signs_[group] / (worker_count_ * step.divisor));
@@ -101,8 +121,8 @@ void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Ste
   run.observe = observe_kernel<T>(spec.dtype, worker_count_);
   run.spread = spread_kernel<T>(spec.dtype);
   run.own_squares = own_squares_kernel<T>(spec.dtype, run.decay != T(0));
-  run.noise = {options_.seed, static_cast<std::uint32_t>(updates + 1), 0};
-  set_displacement(run, spec, own.back(), step);
+  run.noise = {options_.seed, static_cast<std::uint32_t>(age.updates + 1), 0};
+  set_displacement(run, spec, inner_of(step, group), step);
 }
 
 template <class T>
@@ -127,7 +147,7 @@ void RunMaker<T>::set_displacement(Run<T>& run, const LayerSpec& spec, double in
 
 template <class T>
 std::vector<Run<T>> RunMaker<T>::for_step(const Engine::Step& step, std::span<const std::uint8_t> present,
-                                          std::span<const std::int64_t> updates) const {
+                                          std::span<const Age> ages) const {
   std::vector<Run<T>> runs;
   std::size_t last = 0;
   for (std::size_t i = 0; i < plan_.layers.size(); ++i) {
@@ -135,12 +155,12 @@ std::vector<Run<T>> RunMaker<T>::for_step(const Engine::Step& step, std::span<co
     if (!present[i]) continue;
     const bool joins = !runs.empty() && runs.back().kernel->measures == 0 &&
                        !runs.back().extrapolation->per_filter && runs.back().end == layer.begin;
-    if (joins && updates[last] == updates[i] && alike(plan_.layers[last].spec, layer.spec)) {
+    if (joins && ages[last] == ages[i] && alike(plan_.layers[last].spec, layer.spec)) {
       runs.back().end = layer.end;
     } else {
       runs.push_back(plain_run<T>(layer));
       runs.back().layer = i;
-      set_rule(runs.back(), layer.spec, step, updates[i]);
+      set_rule(runs.back(), layer.spec, step, ages[i]);
     }
     last = i;
   }

@@ -15,8 +15,22 @@ using Outline = std::vector<std::int64_t>;
 template <class T>
 Outline outline_of(std::span<const Run<T>> runs);
 
-// Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, count of
-// updates) make one run, so most models are one run per group; under a rule that measures, a layer is a run.
+// What a layer has been through. Its state has BEGUN once a step has put something into it: SGD leaves it
+// alone while the momentum is 0.
+struct Age {
+  std::int64_t updates = 0;
+  bool begun = false;
+
+  // So many more, each of which begins the state or not.
+  void add(std::int64_t more, bool begins) {
+    updates += more;
+    begun = begun || (more > 0 && begins);
+  }
+  bool operator==(const Age&) const = default;
+};
+
+// Turns a plan into runs. Neighbouring layers that are treated alike (type, group, presence, age)
+// make one run, so most models are one run per group; under a rule that measures, a layer is a run.
 template <class T>
 class RunMaker {
  public:
@@ -36,14 +50,19 @@ class RunMaker {
   // One run for every layer, without a rule: for loading and publishing.
   std::vector<Run<T>> plain() const;
 
-  // For the numbers that all ranks agreed on and the layers that any of them has a gradient for; `updates`
-  // says how often each layer has been updated. Unfused steps displace in a stage of its own, so their
-  // publish does not.
+  // For the numbers that all ranks agreed on and the layers that any of them has a gradient for. Unfused
+  // steps displace in a stage of its own, so their publish does not.
   std::vector<Run<T>> for_step(const Engine::Step& step, std::span<const std::uint8_t> present,
-                               std::span<const std::int64_t> updates) const;
+                               std::span<const Age> ages) const;
+
+  // For each group: whether a step with these numbers begins the state of layers that have a gradient.
+  std::vector<std::uint8_t> begins(const Engine::Step& step) const;
 
  private:
-  void set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step, std::int64_t updates) const;
+  // A group's numbers: the rule's, and then its inner learning rate.
+  Hyper numbers_of_rule(const Engine::Step& step, std::size_t group) const;
+  double inner_of(const Engine::Step& step, std::size_t group) const;
+  void set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step, const Age& age) const;
   void set_displacement(Run<T>& run, const LayerSpec& spec, double inner, const Engine::Step& step) const;
 
   const Plan& plan_;

@@ -79,7 +79,7 @@ template <class T>
 Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& marks, const Meet& meet) {
   set_ = 0;
   Engine::Outcome outcome;
-  runs_ = maker_.for_step(step, marks.present, marks.updates);
+  runs_ = maker_.for_step(step, marks.present, marks.ages);
   const bool observes = step.observe == Observe::before;
   if (judges(step)) return run_judged(step, meet);
   if (rails_ && must_wait_for_scalars(step)) collect_total(marks);
@@ -97,7 +97,7 @@ Engine::Outcome Stepper<T>::run(const Engine::Step& step, const LayerMarks& mark
     outcome.statistics = statistics();
     observed_ = step.revise(step.hyper, outcome.statistics);
     settled.hyper = observed_;
-    runs_ = maker_.for_step(settled, marks.present, marks.updates);
+    runs_ = maker_.for_step(settled, marks.present, marks.ages);
   }
   if (step.max_norm > 0) clip(norm, step);
   for (int measure = 0; measure < maker_.measures(); ++measure)
@@ -169,7 +169,7 @@ void Stepper<T>::measure_layers(const Engine::Step& step, const LayerMarks& mark
     revised_ = step.revise_rule(step.hyper, sums_of_groups(sums));
     Engine::Step settled = step;
     settled.hyper = revised_;
-    runs_ = maker_.for_step(settled, marks.present, marks.updates);
+    runs_ = maker_.for_step(settled, marks.present, marks.ages);
     if (step.max_norm > 0) clip(norm, step);
   }
   settle(measure, sums);
@@ -245,7 +245,7 @@ void Stepper<T>::recall(LayerSums& sums) const {
 
 template <class T>
 void Stepper<T>::run_unfused(const Engine::Step& step, const LayerMarks& marks) {
-  runs_ = maker_.for_step(step, marks.present, marks.updates);
+  runs_ = maker_.for_step(step, marks.present, marks.ages);
   const std::int64_t begin = arenas_.own_shards().front().begin, end = arenas_.own_shards().back().end;
   waiting_.resize(static_cast<std::size_t>(end - begin));
   for (const Pass& pass : unfused_passes())

@@ -32,10 +32,10 @@ inline Bounds bounds_of(const Engine::Step& step) { return {step.max_norm, step.
 // A meeting of all ranks between two passes; whether the first of them changed weights or state.
 using Meet = std::function<void(bool touched)>;
 
-// Which layers have a gradient on any rank, and how often each has been updated.
+// Which layers have a gradient on any rank, and what each has been through.
 struct LayerMarks {
   std::span<const std::uint8_t> present;
-  std::span<const std::int64_t> updates;
+  std::span<const Age> ages;
   std::span<const std::uint8_t> stale = {};  // buckets, if sums travel during backward
 };
 
