@@ -1,7 +1,7 @@
 """A torch optimizer whose parameters lie in an engine's memory: its workers, and who writes the weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -233,6 +233,11 @@ class BoundOptimizer(torch.optim.Optimizer):
             UsageError: on every rank, if one is inside `worker()`, `master_weights()` or `kept_weights()`, or if a
                 parameter was replaced by one of another shape or type.
         """
+        self._adopt_shown()
+        self._handed_out.forget()
+
+    def _adopt_shown(self) -> None:
+        """Collective: as adopt(), but writes into what `model.state_dict()` gave are still errors."""
         self._require_open()
         try:
             self._require_outside("adopt()")
@@ -247,7 +252,6 @@ class BoundOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         self._core.adopt(0)
         self._to_adopt = False
-        self._handed_out.forget()
         self._binding.ownership.adopted()
 
     def _require_own_weights(self) -> None:
@@ -294,7 +298,7 @@ class BoundOptimizer(torch.optim.Optimizer):
 
     def master(self, i: int) -> torch.Tensor:
         """A copy of the i-th parameter's master weights, float32 (float64 for float64). Not collective."""
-        return strided(self._core.read(i, 0), self._binding.params[i])
+        return strided(self._core.read(i, 0), self._binding.ownership.forms[i])
 
     @contextmanager
     def master_weights(self, write: bool = False) -> Iterator[None]:
@@ -514,13 +518,16 @@ class BoundOptimizer(torch.optim.Optimizer):
         held = ownership.held()
         if self._binding.bound != 0:
             ownership.show_first_of(held)
+            kept = held if self._to_adopt else []
+        else:
+            kept = held if self._to_adopt else [i for i in held if ownership.is_written(i)]
         self._binding.remove_hooks()
         self._micro_batches.unwatch()
         self._closed = True
         for model in self._attached.living():
             restore_methods(model)
         remove_all(self._handles)
-        with self._binding.kept(held) if self._to_adopt else nullcontext():
+        with self._binding.kept(kept):
             self._core.close()
             ownership.end(held)
         if self._owns_world:

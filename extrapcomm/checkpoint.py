@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from .state_entries import (
     Layer,
     StateEntries,
     digest_of,
+    digest_of_numbers,
     flat_master,
     has_own_master,
     is_nothing,
@@ -82,7 +83,7 @@ def layers_of(state_dict: Mapping[str, Any], entries: StateEntries) -> tuple[lis
     order = [index for group in state_dict["param_groups"] for index in group["params"]]
     layers: list[Layer] = []
     found: Masters = {}
-    for i, (index, param) in enumerate(zip(order, entries.params, strict=True)):
+    for i, (index, param) in enumerate(zip(order, entries.forms, strict=True)):
         entry = state.get(index) or {}
         if not isinstance(entry, Mapping):
             raise UsageError(f"the state_dict's state of parameter {index} is a {type(entry).__name__}")
@@ -201,7 +202,7 @@ class Checkpoints(BoundOptimizer):
 
     def _bind(self, core: Core, layers: list[Any], groups: list[Any]) -> None:
         super()._bind(core, layers, groups)
-        self._entries = StateEntries(core, self._rule, self._binding.params, self._binding.names)
+        self._entries = StateEntries(core, self._rule, self._binding)
         if self._live is None:
             self._found_masters = {}
             self._live = LiveState(
@@ -231,34 +232,44 @@ class Checkpoints(BoundOptimizer):
     def _take_pending_state(self) -> None:
         """Collective if anything is pending: adopt loaded weights, then apply staged state and found masters."""
         assert self._live is not None
+        kept: Set[int] = frozenset()
         try:
             self._live.require_unwritten()
             self._handed_out.require_unwritten()
             if self._to_adopt:
                 self._binding.ownership.require_not_taken()
+                kept = self._binding.ownership.written_before_loading()
             elif self._has_pending_state:  # what is loaded would hide writes into the weights
                 self._binding.require_own_weights(everywhere=True)
         except UsageError as error:
             self._core.complain(describe(error))
             raise
         if self._to_adopt:
-            self._adopt_loaded()
+            self._adopt_loaded(kept)
         if digest := self._live.digest:
             self._load_some(self._live.layers(), digest)
-            self._live.forget()
+            self._live.applied()
         if self._found_masters:
             self._resolve_masters()
         if self._loaded_extra:
             self._core.declare(_core.Declared.assigned_state, self._loaded_extra)
 
-    def _adopt_loaded(self) -> None:
-        """Collective: adopt what the model has loaded, and keep master weights that round to it."""
+    def _adopt_loaded(self, kept: Set[int]) -> None:
+        """Collective: adopt what the model has loaded, and keep master weights that round to it.
+
+        Args:
+            kept: parameters that others had written before, alike on all ranks.
+        """
         short = [i for i, param in enumerate(self._binding.params) if has_own_master(param)]
         before: Masters = {}
         if short:
             with self.collected_state():
                 before = {i: self._core.read(i, 0) for i in short if i not in self._found_masters}
-        self.adopt()
+        self._core.declare(_core.Declared.kept_writes, digest_of_numbers(kept) if kept else 0)
+        try:
+            self._adopt_shown()
+        finally:
+            self._core.declare(_core.Declared.kept_writes, 0)
         layers: dict[int, Layer] = {
             i: (master, *KEPT_STATE) for i, master in before.items() if self._fits(i, master)
         }
@@ -304,7 +315,9 @@ class Checkpoints(BoundOptimizer):
         """Returns true if a master, rounded to the parameter's type, has the bits of the weights that are there."""
         param = self._binding.params[i]
         here = param.detach() if self._to_adopt else self.master(i).to(param.dtype)
-        return torch.equal(bytes_of(strided(master, param).to(param.dtype)), bytes_of(here))
+        return torch.equal(
+            bytes_of(strided(master, self._binding.ownership.forms[i]).to(param.dtype)), bytes_of(here)
+        )
 
     # -- Saving --------------------------------------------------------------------------------------------------
 
@@ -337,11 +350,25 @@ class Checkpoints(BoundOptimizer):
                     i: self._saved_entry(i) for i in params if whole or self._live_state.has_state(i)
                 }
                 packed[KEY][MASTER] = {i: self._saved_master(i) for i in params}
+                self._warn_of_writes()
         packed[KEY] |= self.extra_state_dict()
         for hook in self._optimizer_state_dict_post_hooks.values():
             result = hook(self, packed)
             packed = packed if result is None else result
         return packed
+
+    def _warn_of_writes(self) -> None:
+        """Tell of weights that the model has and that are not saved."""
+        if self._closed or self._to_adopt or self._showing:
+            return
+        ownership = self._binding.ownership
+        written = next((i for i in range(len(ownership.params)) if ownership.is_written(i)), None)
+        if written is not None:
+            log.warning(
+                "parameter %r was written or replaced outside the optimizer, and state_dict() saves the master weights "
+                "from before: call opt.adopt() first if what was written is to stay",
+                self._binding.names[written],
+            )
 
     def _run_saving_hooks(self) -> None:
         try:
@@ -365,7 +392,7 @@ class Checkpoints(BoundOptimizer):
 
     def _saved_master(self, i: int) -> torch.Tensor:
         if i in self._found_masters and self._fits(i, self._found_masters[i]):
-            return strided(self._found_masters[i].copy(), self._binding.params[i])
+            return strided(self._found_masters[i].copy(), self._binding.ownership.forms[i])
         master = self.master(i)
         if self._to_adopt and not self._fits(i, master.as_strided((master.numel(),), (1,)).numpy()):
             # The next step takes what the model holds.
@@ -506,7 +533,7 @@ class Checkpoints(BoundOptimizer):
             for group, (flags, slots) in zip(groups, self._settled, strict=True):
                 self._rule.check_fixed(group, flags, slots)
             if local:
-                layers, digest = local_layers_of(state_dict, self._core, self._rule, self._binding.params)
+                layers, digest = local_layers_of(state_dict, self._core, self._rule, self._entries.forms)
             else:
                 layers, found = layers_of(state_dict, self._entries)
                 if self._to_adopt:  # the weights that the model has loaded count

@@ -1,14 +1,36 @@
 """Copies of master weights that state_dicts have handed out, and must not be taken for the weights themselves."""
 
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from .errors import UsageError
 
 __all__ = ["HandedOut"]
+
+
+class Copy(NamedTuple):
+    """A tensor that stands for parameter i under a name, and its version when it was known to be what it stands for."""
+
+    i: int
+    reference: "weakref.ref[torch.Tensor]"
+    version: int
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        return self.reference()
+
+    @property
+    def written(self) -> bool:
+        tensor = self.tensor
+        return tensor is not None and tensor._version != self.version
+
+    def as_now(self) -> "Copy":
+        tensor = self.tensor
+        return self if tensor is None else self._replace(version=tensor._version)
 
 
 class HandedOut:
@@ -19,41 +41,42 @@ class HandedOut:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[
-            int, tuple[weakref.ref[torch.Tensor], int, str]
-        ] = {}  # the newest of each parameter
-        self._older: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
+        self._entries: dict[int, Copy] = {}  # the newest of each parameter
+        self._older: list[Copy] = []
 
     def add(self, i: int, tensor: torch.Tensor, name: str) -> None:
         """This tensor stands for parameter i in a state_dict, under this name."""
-        if i in self._entries and self._entries[i][0]() is not None:
+        if i in self._entries and self._entries[i].tensor is not None:
             self._older.append(self._entries[i])
-        self._entries[i] = (weakref.ref(tensor), tensor._version, name)
+        self._entries[i] = Copy(i, weakref.ref(tensor), tensor._version, name)
 
     def in_dict(self, i: int, state: Mapping[str, Any]) -> torch.Tensor | None:
         """The tensor that stands for parameter i in this very dict, under another name; None if there is none."""
         if i not in self._entries:
             return None
-        reference, _, name = self._entries[i]
-        tensor = reference()
-        return tensor if tensor is not None and state.get(name) is tensor else None
+        copy = self._entries[i]
+        return copy.tensor if copy.tensor is not None and state.get(copy.name) is copy.tensor else None
 
     def forget(self) -> None:
-        """The weights were taken anew, so no earlier write can be lost."""
+        """The weights are what the model has, whatever was written elsewhere."""
         self._entries.clear()
         self._older.clear()
+
+    def loaded(self, which: Container[int]) -> None:
+        """The model has loaded these parameters, so what was written until now is not lost."""
+        self._older = [entry if entry.i not in which else entry.as_now() for entry in self._older]
+        self._entries = {i: entry if i not in which else entry.as_now() for i, entry in self._entries.items()}
 
     def require_unwritten(self) -> None:
         """Complain if somebody wrote into a tensor that is still there."""
         if not self._entries:
             return
-        for reference, version, name in [*self._older, *self._entries.values()]:
-            tensor = reference()
-            if tensor is not None and tensor._version != version:
-                raise UsageError(
-                    f"the tensor {name!r} from model.state_dict() was written. It is a copy of the master weights, so "
-                    "the model does not have what was written: change weights inside opt.master_weights(write=True), "
-                    "or load the dict with model.load_state_dict(); clone the tensors if the copies are meant"
-                )
-        self._older = [entry for entry in self._older if entry[0]() is not None]
-        self._entries = {i: entry for i, entry in self._entries.items() if entry[0]() is not None}
+        written = next((copy.name for copy in [*self._older, *self._entries.values()] if copy.written), None)
+        if written is not None:
+            raise UsageError(
+                f"the tensor {written!r} from model.state_dict() was written. It is a copy of the master weights, so "
+                "the model does not have what was written: change weights inside opt.master_weights(write=True), "
+                "or load the dict with model.load_state_dict(); clone the tensors if the copies are meant"
+            )
+        self._older = [copy for copy in self._older if copy.tensor is not None]
+        self._entries = {i: copy for i, copy in self._entries.items() if copy.tensor is not None}

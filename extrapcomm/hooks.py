@@ -1,6 +1,7 @@
 """How a torch model learns of the master weights: hooks on saving and loading, and its buffers."""
 
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -135,9 +136,16 @@ class Saving(Hook):
 class BeforeLoading(Hook):
     """Lets the model hold the master weights, so that what is not loaded is adopted undisplaced."""
 
-    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+    def __call__(
+        self, module: torch.nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *_: Any
+    ) -> None:
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
+            if metadata.get("assign_to_params_buffers"):
+                raise UsageError(
+                    "load_state_dict(assign=True) would exchange the parameters for other tensors, which the optimizer "
+                    "does not train: load without assign=True, or load before the optimizer is made"
+                )
             if torch.__future__.get_swap_module_params_on_conversion():
                 raise UsageError(
                     "load_state_dict() would exchange the parameters for other tensors, because "
@@ -153,7 +161,7 @@ class AfterLoading(Hook):
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
             optimizer._to_adopt = True
-            optimizer._handed_out.forget()
+            optimizer._handed_out.loaded(optimizer._binding.ownership.loaded())
 
 
 def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:

@@ -5,9 +5,8 @@ next step begins, and apply it there. The keys are known without any communicati
 """
 
 import copy
-import hashlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from .errors import UsageError
 from .modes import outside_inference
 from .odd_gradients import is_shared
-from .state_entries import MASTER, Layer, StateEntries, digest_of, is_nothing
+from .state_entries import MASTER, Layer, StateEntries, digest_of, digest_of_numbers, is_nothing
 
 __all__ = ["LiveState", "StateEntry"]
 
@@ -29,7 +28,8 @@ class _HandedOut:
     one of them.
     """
 
-    def __init__(self, tensor: torch.Tensor, name: str) -> None:
+    def __init__(self, tensor: torch.Tensor, place: tuple[int, str], name: str) -> None:
+        self.place = place  # the parameter's number, and the key
         self.name = name
         self.tensor = weakref.ref(tensor)
         self._alias = tensor.detach()
@@ -136,7 +136,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def start_afresh(self, i: int) -> None:
         """Stage a fresh start for parameter i, in the entries that a user has as well."""
         self._require_writable()
-        self._stage(i, {}, replaces=False)
+        self._stage(i, {}, replaced=self.keys_of(i))
 
     def clear(self) -> None:
         """Stage a fresh start for every parameter."""
@@ -253,7 +253,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         )  # then a count of 0 would hide the value
         without = (key, MASTER, "step") if begins else (key, MASTER)
         others = {name: self.read(i, name) for name in self.keys_of(i) if name not in without}
-        self._stage(i, others | {key: value}, replaces=False)
+        self._stage(i, others | {key: value}, replaced=[key])
 
     def _is_there(self, i: int, key: str, value: Any) -> bool:
         """Return true for a value that changes nothing: trainers move states to and fro."""
@@ -304,7 +304,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def watch(self, i: int, key: str, tensor: Any) -> None:
         """Notice writes into a tensor that stands for a value."""
         if isinstance(tensor, torch.Tensor):
-            self._handed_out.append(_HandedOut(tensor, f"state[{self._name(i)}][{key!r}]"))
+            self._handed_out.append(_HandedOut(tensor, (i, key), f"state[{self._name(i)}][{key!r}]"))
 
     def is_readable(self) -> bool:
         """Return true if values can be read without other ranks."""
@@ -315,8 +315,10 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         return True
 
     @outside_inference
-    def _stage(self, i: int, entry: Mapping[str, Any], replaces: bool = True) -> None:
-        """Stage an entry, in place of the one that is there or for it: a replaced one goes on with who has it."""
+    def _stage(self, i: int, entry: Mapping[str, Any], replaced: Sequence[str] | None = None) -> None:
+        """Stage an entry. It takes the place of the one that is there, which goes on with who has it, unless only some
+        values are `replaced`. Copies of what is replaced are no state any more, so they may be written.
+        """
         updates = self._require_fitting(i, entry)
         own: dict[str, Any] = {key: value for key, value in entry.items() if not is_nothing(value)}
         own.update(
@@ -324,21 +326,24 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         )
         if own and not isinstance(count := own.get("step", updates), torch.Tensor):
             own["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-        if replaces and (look := self._looks.pop(i, None)) is not None:
+        if replaced is None and (look := self._looks.pop(i, None)) is not None:
             look.part()
         self._staged[i] = own
         values = {id(value) for value in entry.values() if value is not None}
+        places = {(i, key) for key in (self.keys_of(i) if replaced is None else replaced)}
         for out in self._handed_out:
             if id(out.tensor()) in values:  # as after opt.state[p][key] *= 2
                 out.assigned()
+        self._handed_out = [
+            out for out in self._handed_out if out.place not in places or id(out.tensor()) in values
+        ]
 
     @property
     def digest(self) -> int:
         """A number that is alike on all ranks if they have staged the same; 0 if nothing is staged."""
         if not self._staged:
             return 0
-        where = hashlib.blake2b(repr(sorted(self._staged)).encode(), digest_size=8)
-        return (digest_of(self._staged_layers()) ^ int.from_bytes(where.digest(), "little")) or 1
+        return (digest_of(self._staged_layers()) ^ digest_of_numbers(self._staged)) or 1
 
     def _staged_layers(self) -> list[Layer]:
         return [self._entries().layer(i, self._staged[i]) for i in sorted(self._staged)]
@@ -347,8 +352,12 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         """The layers that are staged, by the parameter's number."""
         return dict(zip(sorted(self._staged), self._staged_layers(), strict=True))
 
+    def applied(self) -> None:
+        """The engine has what was staged."""
+        self._staged = {}
+
     def forget(self) -> None:
-        """Forget what is staged and which copies are out."""
+        """All state is another: forget what is staged and which copies are out."""
         self._staged = {}
         self._handed_out = []
 

@@ -32,13 +32,18 @@ class MicroBatches:
         self._seen: set[int] = set()
         # Within the present no_sync(), by worker and parameter: the backward passes, and what tells the last of them.
         self._passes: dict[tuple[int, int], tuple[int, FrameType | None]] = {}
+        self._dropped: set[int] = (
+            set()
+        )  # workers whose gradients of the present no_sync() were dropped after a pass
         self._most_passes = [1] * workers
         self._broken = [False] * workers  # an exception has left a no_sync() after a backward pass
         self._squares: MicroSquares | None = None
         self.open = False
 
     def reset(self) -> None:
-        """All counts start again."""
+        """All counts start again, that of the present no_sync() as well if backward passes have come within it."""
+        self._dropped |= {worker for worker, _ in self._passes}
+        self._passes = {}
         self._before_last = [0] * len(self._before_last)
         self._most_passes = [1] * len(self._before_last)
         self._broken = [False] * len(self._before_last)
@@ -46,7 +51,11 @@ class MicroBatches:
             self._squares.reset()
 
     def forget(self, worker: int) -> None:
-        """One worker's count starts again."""
+        """One worker's count starts again, as all do in reset()."""
+        passes = {key: value for key, value in self._passes.items() if key[0] != worker}
+        if len(passes) < len(self._passes):
+            self._dropped.add(worker)
+        self._passes = passes
         self._before_last[worker], self._most_passes[worker], self._broken[worker] = 0, 1, False
         if self._squares is not None:
             self._squares.reset()
@@ -88,7 +97,7 @@ class MicroBatches:
         """A micro-batch of the workers that are bound within the context, or of the one that is bound anyway."""
         if self.open:
             raise UsageError("no_sync() is already open: leave it after each micro-batch")
-        self._seen, self._passes = set(), {}
+        self._seen, self._passes, self._dropped = set(), {}, set()
         self.open = True
         try:
             yield
@@ -96,9 +105,11 @@ class MicroBatches:
             self.open = False
             passes, self._passes = self._passes, {}
         for worker in self._seen or {bound}:
-            self._before_last[worker] += 1
             # A part of the model may have several passes of its own: count those that reached all that is watched.
             numbers = [number for (who, _), (number, _) in passes.items() if who == worker]
+            if worker in self._dropped and not numbers:
+                continue
+            self._before_last[worker] += 1
             self._most_passes[worker] = max(self._most_passes[worker], min(numbers, default=1))
         if self._squares is not None:
             self._squares.next()

@@ -116,7 +116,14 @@ class Ownership:
         self.core = core
         self.params = params
         self.names = names
+        # Their shapes, strides and types as the engine has them, whatever others do to the parameters.
+        self.forms = [
+            torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+            for param in params
+        ]
         self.bound = 0
+        self._filled: list[int] = []  # the versions when the model was filled before it loaded something
+        self._before_loading: frozenset[int] = frozenset()  # what others had written then
         self._versions: list[int] = []
         self._views = [
             Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
@@ -197,9 +204,31 @@ class Ownership:
     def mark_filled(self, written: Sequence[int]) -> None:
         """The model has been given the master weights but for these parameters, of which others have written."""
         self.mark_written()
+        self._filled = list(self._versions)
+        self._before_loading = frozenset(written)
         for i in written:
             self._versions[i] = NOBODYS
         self.holds_master = True
+
+    def loaded(self) -> frozenset[int]:
+        """Return the parameters that were written since the model was filled."""
+        pairs = zip(self.params, self._filled, strict=False)
+        return frozenset(i for i, (param, filled) in enumerate(pairs) if param._version != filled)
+
+    def written_before_loading(self) -> frozenset[int]:
+        """Return the parameters that others had written before the model loaded something else.
+
+        Raises:
+            UsageError: if that was done to the weights of a worker that is not bound, which nobody adopts.
+        """
+        loaded = self.loaded()
+        for v in range(len(self._views)):
+            i = self.core.written(v) if v != self.bound and self._filled else None
+            while i is not None:
+                if i not in loaded:
+                    raise UsageError(self._describe(i, v))
+                i = self.core.written(v, i + 1)
+        return self._before_loading - loaded
 
     def _take_versions(self) -> None:
         self.holds_master = False
@@ -227,24 +256,23 @@ class Ownership:
     def adopted(self) -> None:
         """Take the parameters as they are for the engine's own."""
         self._noticed = None
+        self._filled, self._before_loading = [], frozenset()
         self.mark_written()
         self.record()
 
     def written(self) -> list[int]:
-        """Return the parameters that others were seen to write or to replace, with the first worker bound."""
-        looks = zip(self.params, self.weights, self._versions, self._addresses, strict=True)
-        seen = {
-            i
-            for i, (param, mine, version, at) in enumerate(looks)
-            if param._version != version + self._writes
-            or param.data_ptr() != at
-            or _form(param) != _form(mine)
-        }
-        i = self.core.written(self.bound)
-        while i is not None:
-            seen.add(i)
-            i = self.core.written(self.bound, i + 1)
-        return sorted(seen)
+        """Return the parameters that others were seen to write or to replace, of the bound worker."""
+        return [i for i in range(len(self.params)) if self.is_written(i)]
+
+    def is_written(self, i: int) -> bool:
+        """Return true if somebody else was seen to write or to replace parameter i, of the bound worker."""
+        param = self.params[i]
+        return (
+            param._version != self._versions[i] + self._writes
+            or param.data_ptr() != self._addresses[i]
+            or _form(param) != _form(self.weights[i])
+            or self.core.written(self.bound, i, i + 1) is not None
+        )
 
     def is_own(self) -> bool:
         """Return true if nobody else was seen to write or replace a parameter."""
@@ -331,18 +359,21 @@ class Ownership:
     def _shows_master(self, i: int) -> bool:
         if _form(self.params[i]) != _form(self.weights[i]):
             return False
-        master = strided(self.core.read(i, 0), self.params[i]).to(self.params[i].dtype)
+        master = strided(self.core.read(i, 0), self.forms[i]).to(self.params[i].dtype)
         return torch.equal(bytes_of(self.params[i]), bytes_of(master))
 
     @contextmanager
     def kept(self, which: Sequence[int] | None = None) -> Iterator[list[torch.Tensor]]:
         """Afterwards these parameters, or all, have the values from before, also after an exception: a copy of them."""
         kept = [self.params[i] for i in (range(len(self.params)) if which is None else which)]
-        values = [param.detach().clone() for param in kept]
+        memory = [param.detach() for param in kept]
+        values = [mine.clone() for mine in memory]
         try:
             yield values
         finally:
-            for param, value in zip(kept, values, strict=True):
+            for param, mine, value in zip(kept, memory, values, strict=True):
+                if not _is_at(param, mine):
+                    param.data = mine
                 param.data.copy_(value)
 
     def parameter_at(self, address: int) -> int | None:
@@ -374,9 +405,17 @@ class Ownership:
         """
         for views in self._views:
             views.renew()
-        for i, (param, mine) in enumerate(zip(self.params, self.weights, strict=True)):
-            if param.data_ptr() == mine.data_ptr() and _form(param) == _form(mine):
-                continue
+        moved = [i for i, param in enumerate(self.params) if not _is_at(param, self.weights[i])]
+        self._require_fitting(moved)
+        values = [self.params[i].detach().clone() for i in moved]  # some may look at the memory of others
+        for i, value in zip(moved, values, strict=True):
+            self.weights[i].copy_(value)
+            self.params[i].data = self.weights[i]
+
+    def _require_fitting(self, which: Sequence[int]) -> None:
+        """UsageError if one of these has another shape or type than the engine's."""
+        for i in which:
+            param, mine = self.params[i], self.weights[i]
             if param._cdata != self._impls[i]:
                 raise UsageError(
                     f"parameter {self.names[i]!r} was exchanged for another tensor by torch.utils.swap_tensors, as a "
@@ -388,8 +427,6 @@ class Ownership:
                 or form_of(param, self.names[i]).dtype != self.core.weights(0, i).dtype
             ):
                 raise UsageError(f"parameter {self.names[i]!r} was replaced by one of another shape or type")
-            mine.copy_(param.detach().clone())  # it may be another look at the same memory
-            param.data = mine
 
 
 def _lost(name: str) -> str:
@@ -398,6 +435,11 @@ def _lost(name: str) -> str:
         "take master_weights(write=True) to change the master weights, or kept_weights() for other weights that are "
         "not to stay"
     )
+
+
+def _is_at(tensor: torch.Tensor, mine: torch.Tensor) -> bool:
+    """Return true if both are the same look at the same memory."""
+    return tensor.data_ptr() == mine.data_ptr() and _form(tensor) == _form(mine)
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:

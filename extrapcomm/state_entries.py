@@ -1,14 +1,14 @@
 """One parameter's rule state as the dictionary that torch.optim uses, and back to the arrays that the engine loads."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
 from . import _core
-from .binding import strided
+from .binding import Binding, strided
 from .errors import UsageError
 from .hyper import Rule
 from .modes import outside_inference
@@ -18,6 +18,7 @@ __all__ = [
     "Layer",
     "StateEntries",
     "digest_of",
+    "digest_of_numbers",
     "flat_master",
     "has_own_master",
     "is_nothing",
@@ -51,24 +52,22 @@ class StateEntries:
     Args:
         core: the engine.
         rule: its rule.
-        params: the parameters in the engine's order.
-        names: their names in errors.
+        binding: has the parameters in the engine's order, their names and their forms there.
     """
 
-    def __init__(
-        self, core: "_core.Engine", rule: Rule, params: Sequence[torch.Tensor], names: Sequence[str]
-    ) -> None:
+    def __init__(self, core: "_core.Engine", rule: Rule, binding: Binding) -> None:
         self._core = core
         self._rule = rule.name
         self._slots = list(rule.slots[: core.slots])
         self._known = {"step", MASTER, *rule.slots}
-        self._names = list(names)
-        self.params = list(params)
+        self._names = binding.names
+        self.forms = binding.ownership.forms
+        self.params = binding.params
         self.index = {id(param): i for i, param in enumerate(self.params)}
 
     def keys(self, i: int) -> list[str]:
         """The keys of parameter i's entry; 16-bit parameters have their float32 master weights in it."""
-        return ["step", *self._slots, *([MASTER] if has_own_master(self.params[i]) else [])]
+        return ["step", *self._slots, *([MASTER] if has_own_master(self.forms[i]) else [])]
 
     @outside_inference
     def read(self, i: int, key: str) -> torch.Tensor:
@@ -76,14 +75,14 @@ class StateEntries:
         if key == "step":
             return torch.tensor(float(self._core.updates(i)), dtype=torch.float32, device="cpu")
         slot = 0 if key == MASTER else 1 + self._slots.index(key)
-        return strided(self._core.read(i, slot), self.params[i])
+        return strided(self._core.read(i, slot), self.forms[i])
 
     @outside_inference
     def fresh(self, i: int, key: str) -> torch.Tensor:
         """The value that a parameter without any update has."""
         if key == "step":
             return torch.tensor(0.0, dtype=torch.float32, device="cpu")
-        return torch.zeros_like(self.params[i], dtype=_master_type(self.params[i]), device="cpu")
+        return torch.zeros_like(self.forms[i], dtype=_master_type(self.forms[i]), device="cpu")
 
     def updates(self, i: int) -> int:
         """The number of parameter i's updates."""
@@ -97,7 +96,7 @@ class StateEntries:
                 or number.
         """
         self._require_fitting(i, {key for key, value in entry.items() if not is_nothing(value)})
-        slots = [flat_master(entry.get(name), self.params[i]) for name in self._slots]
+        slots = [flat_master(entry.get(name), self.forms[i]) for name in self._slots]
         there = any(slot is not None for slot in slots)
         if is_nothing(step := entry.get("step")):
             return None, slots, int(there)
@@ -173,6 +172,12 @@ def digest_of(layers: Sequence[Layer], more: Sequence[Any] = ()) -> int:
             digest.update(b"-" if array is None else array.data)
     for array in more:
         digest.update(b"-" if array is None else array.data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def digest_of_numbers(numbers: Iterable[int]) -> int:
+    """A 64-bit digest of a set of whole numbers, for comparing ranks."""
+    digest = hashlib.blake2b(repr(sorted(numbers)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -220,7 +220,8 @@ void register_engine_class(py::module_& module) {
       .value("along", Observe::along);
   py::enum_<Declared>(module, "Declared")
       .value("assigned_state", Declared::assigned_state)
-      .value("attached_names", Declared::attached_names);
+      .value("attached_names", Declared::attached_names)
+      .value("kept_writes", Declared::kept_writes);
   py::class_<Engine>(module, "Engine", "The fused step on one set of parameters.")
       .def(py::init(&make_engine), py::arg("team"), py::arg("layers"), py::arg("groups"), py::arg("rule"),
            py::arg("extrapolation"), py::arg("tile"), py::arg("version"), py::arg("streaming") = py::none(),
@@ -278,9 +279,12 @@ void register_engine_class(py::module_& module) {
       .def("watch_writes", &Engine::watch_writes)
       .def(
           "written",
-          [](const Engine& e, int v, std::size_t begin) { return e.written(checked_worker(e, v), begin); },
-          py::arg("worker"), py::arg("begin") = 0,
-          "The first layer, of those from `begin` on, in which somebody else was seen to write, or None.")
+          [](const Engine& e, int v, std::size_t begin, std::size_t end) {
+            return e.written(checked_worker(e, v), begin, end);
+          },
+          py::arg("worker"), py::arg("begin") = 0, py::arg("end") = SIZE_MAX,
+          "The first layer, of those from `begin` to before `end`, in which somebody else was seen to write, "
+          "or None.")
       .def("displaced", &Engine::displaced, py::arg("layer"))
       .def("updates", &Engine::updates, py::arg("layer"), Free())
       .def_property_readonly("most_updates", py::cpp_function(&Engine::most_updates, Free()))

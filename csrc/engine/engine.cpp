@@ -117,6 +117,11 @@ class EngineOf final : public Engine {
   void declare(Declared what, std::uint64_t digest) override {
     declared_[static_cast<std::size_t>(what)] = digest;
   }
+  Declarations only(Declared what) const {
+    Declarations one{};
+    one[static_cast<std::size_t>(what)] = digest_in(declared_, what);
+    return one;
+  }
   void complain(const std::string& complaint) override;
   void begin_local() override;
   void local_step(const Step& step) override;
@@ -132,11 +137,11 @@ class EngineOf final : public Engine {
     if (write_check_) write_check_->forget(static_cast<std::size_t>(v));
   }
   void watch_writes() override;
-  std::optional<std::size_t> written(int v, std::size_t begin) const override {
+  std::optional<std::size_t> written(int v, std::size_t begin, std::size_t end) const override {
     if (!write_check_ || closed_ || exchange_.unsettled()) return std::nullopt;
     if (const auto shown = hidden_.find(v); shown != hidden_.end())
-      return shown->second.check ? shown->second.check->written(0, begin) : std::nullopt;
-    return write_check_->written(static_cast<std::size_t>(v), begin);
+      return shown->second.check ? shown->second.check->written(0, begin, end) : std::nullopt;
+    return write_check_->written(static_cast<std::size_t>(v), begin, end);
   }
   bool displaced(std::size_t layer) const override {
     return local_ ? local_->touched().at(layer) : displaced_.at(layer);
@@ -328,14 +333,15 @@ void EngineOf<T>::changed(int, std::size_t layer) {
 
 template <class T>
 void EngineOf<T>::adopt(int root_worker) {
-  collective({Operation::adopt, steps_, std::uint64_t(root_worker)}, [&](const Agreed&) {
-    const auto runs = runs_.plain();
-    const Topology& topology = team().topology();
-    const int from = topology.team_of(topology.owner(root_worker));
-    if (from == topology.team()) stepper_.load({{arenas_.target_of(root_worker)}, {}, {}}, runs);
-    stepper_.spread_from(from);
-    stepper_.publish(runs);
-  });
+  collective({Operation::adopt, steps_, std::uint64_t(root_worker), {}, {}, only(Declared::kept_writes)},
+             [&](const Agreed&) {
+               const auto runs = runs_.plain();
+               const Topology& topology = team().topology();
+               const int from = topology.team_of(topology.owner(root_worker));
+               if (from == topology.team()) stepper_.load({{arenas_.target_of(root_worker)}, {}, {}}, runs);
+               stepper_.spread_from(from);
+               stepper_.publish(runs);
+             });
   stepper_.forget();
   if (local_) local_->begin_round();
   hidden_.clear();
@@ -344,8 +350,7 @@ void EngineOf<T>::adopt(int root_worker) {
 
 template <class T>
 void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
-  const Declarations assigned = {declared_[static_cast<std::size_t>(Declared::assigned_state)]};
-  collective({Operation::load, steps_, hash, {}, {}, assigned}, [&](const Agreed&) {
+  collective({Operation::load, steps_, hash, {}, {}, only(Declared::assigned_state)}, [&](const Agreed&) {
     settle();
     for (std::size_t i = 0; i < layers.size(); ++i) {
       if (layers[i].weights) state_.write(i, 0, layers[i].weights);

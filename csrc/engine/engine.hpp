@@ -191,7 +191,8 @@ class Engine {
   virtual void watch_writes() = 0;
   // Returns the first layer of worker v's X that was seen to be written by somebody else, also since it shows
   // the master weights. Returns none while X is to be adopted.
-  virtual std::optional<std::size_t> written(int v, std::size_t begin = 0) const = 0;
+  virtual std::optional<std::size_t> written(int v, std::size_t begin = 0,
+                                             std::size_t end = SIZE_MAX) const = 0;
   // Returns true if X of this layer may differ from w in the parameter's type on some worker of this rank.
   virtual bool displaced(std::size_t layer) const = 0;
   // Collective, with several teams: brings the other teams' part of the state to all ranks, or to one, for

@@ -23,10 +23,17 @@ std::string call(const Post& post) {
 
 void require_same_call(const Post& first, const Post& other, const std::string& rank) {
   const PostHeader &a = first.header(), &b = other.header();
-  if (a.declared[0] != b.declared[0])
+  const auto differ = [&](Declared what) {
+    return digest_in(a.declared, what) != digest_in(b.declared, what);
+  };
+  if (differ(Declared::assigned_state))
     throw MismatchError("rank 0 and " + rank +
                         " have changed the optimizer's state by hand, but not alike: assign to opt.state, or "
                         "call load_extra_state_dict(), with the same values on every rank");
+  if (a.operation == b.operation && differ(Declared::kept_writes))
+    throw MismatchError("before model.load_state_dict(), rank 0 and " + rank +
+                        " wrote into different parameters that were not loaded then: call opt.adopt() after "
+                        "changing weights on every rank, or change them in master_weights(write=True)");
   if (a.operation != b.operation || a.sequence != b.sequence)
     throw MismatchError("rank 0 is in " + call(first) + " but " + rank + " is in " + call(other) +
                         "; every rank must make the same collective calls in the same order");

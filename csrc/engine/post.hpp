@@ -34,10 +34,15 @@ const char* name_of(Operation operation);
 inline constexpr std::size_t kComplaintBytes = 480;
 
 // Digests that every rank declares with a step, and that must be equal on all ranks: of rule state that was
-// assigned by hand, and of the names that attached models give to the parameters. 0: nothing is declared;
-// ranks that have attached no model agree with all others.
-enum class Declared : std::uint32_t { assigned_state, attached_names, count };
+// assigned by hand, of the names that attached models give to the parameters, and, with an adoption, of the
+// parameters that others wrote before the model loaded the rest. 0: nothing is declared; ranks that have
+// attached no model agree with all others.
+enum class Declared : std::uint32_t { assigned_state, attached_names, kept_writes, count };
 using Declarations = std::array<std::uint64_t, static_cast<std::size_t>(Declared::count)>;
+
+inline std::uint64_t digest_in(const Declarations& declared, Declared what) {
+  return declared[static_cast<std::size_t>(what)];
+}
 
 inline std::uint64_t declared_names(const Declarations& declared) {
   return declared[static_cast<std::size_t>(Declared::attached_names)];

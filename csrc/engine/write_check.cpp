@@ -1,5 +1,6 @@
 #include "engine/write_check.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -55,9 +56,9 @@ void WriteCheck::record() {
   }
 }
 
-std::optional<std::size_t> WriteCheck::written(std::size_t worker, std::size_t begin) const {
+std::optional<std::size_t> WriteCheck::written(std::size_t worker, std::size_t begin, std::size_t end) const {
   const std::vector<Samples>& copies = copies_[worker];
-  for (std::size_t i = begin; i < copies.size(); ++i)
+  for (std::size_t i = begin; i < std::min(end, copies.size()); ++i)
     if (copies[i] != samples_of(worker, i)) return i;
   return std::nullopt;
 }

@@ -26,7 +26,8 @@ class WriteCheck {
   // Compares nothing of this worker until the next record.
   void forget(std::size_t worker) { copies_[worker].clear(); }
   // Returns the first layer, of those from `begin` on, of which a copied element has changed.
-  std::optional<std::size_t> written(std::size_t worker, std::size_t begin = 0) const;
+  std::optional<std::size_t> written(std::size_t worker, std::size_t begin = 0,
+                                     std::size_t end = SIZE_MAX) const;
 
  private:
   static constexpr std::size_t kSamples = 4;
