@@ -516,11 +516,14 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._hide_master()
         ownership = self._binding.ownership
         held = ownership.held()
+        if self._to_adopt:
+            kept = held
+        elif self._showing or self._binding.bound != 0:
+            kept = []
+        else:
+            kept = [i for i in held if ownership.has_writes(i)]
         if self._binding.bound != 0:
             ownership.show_first_of(held)
-            kept = held if self._to_adopt else []
-        else:
-            kept = held if self._to_adopt else [i for i in held if ownership.is_written(i)]
         self._binding.remove_hooks()
         self._micro_batches.unwatch()
         self._closed = True

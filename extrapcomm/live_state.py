@@ -34,10 +34,16 @@ class _HandedOut:
         self.tensor = weakref.ref(tensor)
         self._alias = tensor.detach()
         self._version = tensor._version
+        self._replaced = False
 
     def assigned(self) -> None:
         """Forget the writes until now: they have been staged."""
         self._version = self._alias._version
+        self._replaced = False
+
+    def replaced(self) -> None:
+        """Another value has been staged for it, so it is no state any more."""
+        self._replaced = True
 
     @property
     def alive(self) -> bool:
@@ -47,7 +53,7 @@ class _HandedOut:
     @property
     def written(self) -> bool:
         """True if somebody wrote into the copy."""
-        return self._alias._version != self._version
+        return not self._replaced and self._alias._version != self._version
 
 
 class LiveState(MutableMapping[torch.Tensor, Any]):
@@ -334,9 +340,8 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
         for out in self._handed_out:
             if id(out.tensor()) in values:  # as after opt.state[p][key] *= 2
                 out.assigned()
-        self._handed_out = [
-            out for out in self._handed_out if out.place not in places or id(out.tensor()) in values
-        ]
+            elif out.place in places:
+                out.replaced()
 
     @property
     def digest(self) -> int:

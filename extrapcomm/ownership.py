@@ -267,11 +267,14 @@ class Ownership:
     def is_written(self, i: int) -> bool:
         """Return true if somebody else was seen to write or to replace parameter i, of the bound worker."""
         param = self.params[i]
+        replaced = param.data_ptr() != self._addresses[i] or _form(param) != _form(self.weights[i])
+        return replaced or self.has_writes(i)
+
+    def has_writes(self, i: int) -> bool:
+        """The same, but true for writes only: a storage that was moved has the values from before."""
+        version = self.params[i]._version
         return (
-            param._version != self._versions[i] + self._writes
-            or param.data_ptr() != self._addresses[i]
-            or _form(param) != _form(self.weights[i])
-            or self.core.written(self.bound, i, i + 1) is not None
+            version != self._versions[i] + self._writes or self.core.written(self.bound, i, i + 1) is not None
         )
 
     def is_own(self) -> bool:

@@ -7,41 +7,57 @@
 #include "core/streaming.hpp"
 #include "stages/tables.hpp"
 
-// The loop that all sums share. Terms are computed for a block of elements, which the compiler can vectorise
-// whatever they are, and then added to the lanes row by row.
+// The loop that all sums share. Lanes are taken in rows: the terms of a row are computed together, which the
+// compiler can vectorise whatever they are, and added to sums that stay in registers.
 
 namespace xc {
 
-// Element j of `terms` belongs to lane (lane + j) % kLanes.
-XC_HOST_DEVICE void add_to_lanes(const double* terms, int lane, int count, double* lanes) {
-  int j = 0;
-  if (lane == 0)
-    for (; j + kLanes <= count; j += kLanes)
-      for (int l = 0; l < kLanes; ++l) lanes[l] += terms[j + l];
-  for (; j < count; ++j) lanes[(lane + j) % kLanes] += terms[j];
+// Elements whose memory is fetched at once.
+inline constexpr std::int64_t kFetched = 4 * kLanes;
+
+// What lies upcoming beside elements i, ..., i + kFetched - 1.
+[[gnu::always_inline]] inline void fetch_beside(std::int64_t i, const Upcoming& next) {
+  for (int a = 0; a < next.count; ++a) {
+    const std::byte* const at = next.at[a] + i * next.element_size[a];
+    if (next.element_size[a] == sizeof(float))
+      fetch(at, kFetched * sizeof(float));  // of known length
+    else
+      fetch(at, kFetched * next.element_size[a]);
+  }
 }
 
-// Adds `terms_of(i, term)`, which writes kSums numbers, for i < count to kSums sums of kLanes lanes each.
-// Meanwhile what lies upcoming is fetched: computing and waiting for memory take about as long.
+// Adds `terms_of(i, term)`, which writes kSums numbers, for i < count to kSums sums of kLanes lanes each;
+// element i belongs to lane (first + i) % kLanes. Meanwhile what lies upcoming is fetched: computing and
+// waiting for memory take about as long.
 template <int kSums, class TermsOf>
 XC_HOST_DEVICE void add_terms(std::int64_t first, std::int64_t count, double* lanes, const Upcoming& next,
                               TermsOf terms_of) {
-  constexpr int kBlock = 4 * kLanes;
-  double terms[kSums][kBlock];
-  for (std::int64_t i = 0; i < count;) {
-    const int lane = static_cast<int>((first + i) % kLanes);
-    const int n = static_cast<int>(std::min<std::int64_t>(count - i, lane == 0 ? kBlock : kLanes - lane));
-#pragma GCC ivdep
-    for (int j = 0; j < n; ++j) {
+  const auto singly = [&](std::int64_t begin, std::int64_t end) XC_INLINE {
+    for (std::int64_t i = begin; i < end; ++i) {
       double term[kSums];
-      terms_of(i + j, term);
-      for (int q = 0; q < kSums; ++q) terms[q][j] = term[q];
+      terms_of(i, term);
+      for (int q = 0; q < kSums; ++q) lanes[q * kLanes + (first + i) % kLanes] += term[q];
     }
-    for (int a = 0; a < next.count; ++a)
-      fetch(next.at[a] + i * next.element_size[a], n * next.element_size[a]);
-    for (int q = 0; q < kSums; ++q) add_to_lanes(terms[q], lane, n, lanes + q * kLanes);
-    i += n;
+  };
+  const std::int64_t head = std::min(count, (kLanes - first % kLanes) % kLanes);
+  const std::int64_t end = head + (count - head) / kLanes * kLanes;
+  singly(0, head);
+  double sums[kSums][kLanes];
+  std::copy_n(lanes, kSums * kLanes, &sums[0][0]);
+  for (std::int64_t i = head; i < end; i += kLanes) {
+    if ((i - head) % kFetched == 0) fetch_beside(i, next);
+    double terms[kSums][kLanes];
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) {
+      double term[kSums];
+      terms_of(i + lane, term);
+      for (int q = 0; q < kSums; ++q) terms[q][lane] = term[q];
+    }
+    for (int q = 0; q < kSums; ++q)
+      for (int lane = 0; lane < kLanes; ++lane) sums[q][lane] += terms[q][lane];
   }
+  std::copy_n(&sums[0][0], kSums * kLanes, lanes);
+  singly(end, count);
 }
 
 }  // namespace xc
