@@ -219,6 +219,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         if self._to_adopt or ownership.holds_master:  # of a module that contains this one
             return
         if self._core.local_steps is not None:
+            ownership.loading_begins()
             return
         written = ownership.written()
         with self._binding.kept(written):

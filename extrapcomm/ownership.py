@@ -122,8 +122,8 @@ class Ownership:
             for param in params
         ]
         self.bound = 0
-        self._filled: list[int] = []  # the versions when the model was filled before it loaded something
-        self._before_loading: frozenset[int] = frozenset()  # what others had written then
+        self._before_load: list[int] = []  # the versions when the model began to load something
+        self._before_loading: frozenset[int] | None = None  # what others had written then, if it was filled
         self._versions: list[int] = []
         self._views = [
             Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
@@ -204,16 +204,21 @@ class Ownership:
     def mark_filled(self, written: Sequence[int]) -> None:
         """The model has been given the master weights but for these parameters, of which others have written."""
         self.mark_written()
-        self._filled = list(self._versions)
+        self._before_load = list(self._versions)
         self._before_loading = frozenset(written)
         for i in written:
             self._versions[i] = NOBODYS
         self.holds_master = True
 
+    def loading_begins(self) -> None:
+        """Remember the parameters' versions, unless a load has begun before and nothing was adopted since."""
+        if not self._before_load:
+            self._before_load = [param._version for param in self.params]
+
     def loaded(self) -> frozenset[int]:
-        """Return the parameters that were written since the model was filled."""
-        pairs = zip(self.params, self._filled, strict=False)
-        return frozenset(i for i, (param, filled) in enumerate(pairs) if param._version != filled)
+        """Return the parameters that were written since a load began."""
+        pairs = zip(self.params, self._before_load, strict=False)
+        return frozenset(i for i, (param, before) in enumerate(pairs) if param._version != before)
 
     def written_before_loading(self) -> frozenset[int]:
         """Return the parameters that others had written before the model loaded something else.
@@ -221,9 +226,11 @@ class Ownership:
         Raises:
             UsageError: if that was done to the weights of a worker that is not bound, which nobody adopts.
         """
+        if self._before_loading is None:
+            return frozenset()
         loaded = self.loaded()
         for v in range(len(self._views)):
-            i = self.core.written(v) if v != self.bound and self._filled else None
+            i = self.core.written(v) if v != self.bound else None
             while i is not None:
                 if i not in loaded:
                     raise UsageError(self._describe(i, v))
@@ -256,7 +263,7 @@ class Ownership:
     def adopted(self) -> None:
         """Take the parameters as they are for the engine's own."""
         self._noticed = None
-        self._filled, self._before_loading = [], frozenset()
+        self._before_load, self._before_loading = [], None
         self.mark_written()
         self.record()
 

@@ -168,6 +168,24 @@ def test_a_state_dict_that_is_changed_and_loaded_counts(world):
     opt.close()
 
 
+def test_a_state_dict_that_is_changed_and_loaded_counts_in_the_local_phase(world):
+    if TEAM:
+        pytest.skip("works inside one team")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    opt = xc.PostLocalSGD(model.parameters(), lr=0.1, local_steps=4, start=1, world=world)
+    opt.attach(model)
+    for _ in range(3):
+        step(model, opt)
+    copies = model.state_dict()
+    for copy in copies.values():
+        copy.fill_(5.0)
+    model.load_state_dict(copies)
+    step(model, opt)
+    assert all((p - 5).abs().max() < 5 for p in model.parameters())
+    opt.close()
+
+
 def test_assigned_parameters_are_refused(world):
     model, opt = small(world)
     with pytest.raises(xc.UsageError, match="assign=True"):
