@@ -1,6 +1,6 @@
 """A torch optimizer whose parameters lie in an engine's memory: its workers, and who writes the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -24,7 +24,8 @@ from .order import AttachedModels, Fingerprint, fingerprints
 from .ownership import forget_derived
 from .registered import remove_all
 from .replay import Captured
-from .world import World
+from .state_entries import digest_of_numbers
+from .world import World, log
 
 __all__ = ["BoundOptimizer"]
 
@@ -218,10 +219,9 @@ class BoundOptimizer(torch.optim.Optimizer):
         ownership = self._binding.ownership
         if self._to_adopt or ownership.holds_master:  # of a module that contains this one
             return
+        written = ownership.loading_begins()
         if self._core.local_steps is not None:
-            ownership.loading_begins()
             return
-        written = ownership.written()
         with self._binding.kept(written):
             self._core.show_master(0)
             self._core.keep_master(0)
@@ -249,6 +249,19 @@ class BoundOptimizer(torch.optim.Optimizer):
             self._core.complain(describe(error))
             raise
         self._adopt()
+
+    def _adopt_pending(self) -> None:
+        """Collective: adopt what the model has loaded, if all ranks agree on what else was written before."""
+        try:
+            kept = self._binding.ownership.written_before_loading()
+        except UsageError as error:
+            self._core.complain(describe(error))
+            raise
+        self._core.declare(_core.Declared.kept_writes, digest_of_numbers(kept) if kept else 0)
+        try:
+            self._adopt_shown()
+        finally:
+            self._core.declare(_core.Declared.kept_writes, 0)
 
     def _adopt(self) -> None:
         self._core.adopt(0)
@@ -321,7 +334,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             return
         self._require_outside("master_weights()")
         if self._to_adopt and write:
-            self.adopt()
+            self._adopt_pending()
         if self._to_adopt:  # the model holds what the next step adopts
             with self._kept_to_adopt("master_weights"):
                 yield
@@ -371,6 +384,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         except Exception:  # another rank left the context by an error, so nothing is committed
             self._hide_master()
             raise
+        self._handed_out.forget()
         self._showing, self._writing = "", False
 
     @contextmanager
@@ -522,7 +536,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         elif self._showing or self._binding.bound != 0:
             kept = []
         else:
-            kept = [i for i in held if ownership.has_writes(i)]
+            kept = self._written_to_stay(held)
         if self._binding.bound != 0:
             ownership.show_first_of(held)
         self._binding.remove_hooks()
@@ -536,6 +550,28 @@ class BoundOptimizer(torch.optim.Optimizer):
             ownership.end(held)
         if self._owns_world:
             self.world.close()
+
+    def _written_to_stay(self, held: Sequence[int]) -> list[int]:
+        """The parameters in the engine's memory that others have written, and whose values close() must not replace."""
+        ownership = self._binding.ownership
+        inside = {
+            i
+            for i, param in enumerate(ownership.params)
+            if ownership.parameter_at(param.data_ptr()) is not None and not ownership.is_taken(param)
+        }
+        return [i for i in range(len(ownership.params)) if i in inside.union(held) and self._has_writes(i)]
+
+    def _has_writes(self, i: int) -> bool:
+        """Whether others have written parameter i; a warning if that cannot be told."""
+        ownership = self._binding.ownership
+        if ownership.may_be_as_before(i):
+            log.warning(
+                "parameter %r was written outside the optimizer, and may have the values from before again: the master "
+                "weights are taken for it. Call opt.adopt() if what was written is to stay, and write inside "
+                "opt.kept_weights() if it is not",
+                self._binding.names[i],
+            )
+        return ownership.has_writes(i)
 
     @property
     def closed(self) -> bool:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,7 +25,6 @@ from .state_entries import (
     Layer,
     StateEntries,
     digest_of,
-    digest_of_numbers,
     flat_master,
     has_own_master,
     is_nothing,
@@ -107,7 +106,7 @@ def local_state_of(core: Core, rule: Rule, i: int) -> dict[str, Any]:
     begin, end = core.owned(i)
     names = [MASTER, *rule.slots[: core.slots]]
     parts = {name: torch.from_numpy(core.read(i, slot, (begin, end))) for slot, name in enumerate(names)}
-    return {"range": (begin, end), "step": core.updates(i), **parts}
+    return {"range": (begin, end), "step": core.updates(i), "begun": core.begun(i), **parts}
 
 
 def local_layers_of(
@@ -136,7 +135,11 @@ def _local_layer(entry: Mapping[str, Any], core: Core, rule: Rule, i: int, param
         array = torch.zeros(param.numel(), dtype=entry[name].dtype, device="cpu")
         array[begin:end] = entry[name]
         whole.append(_array(array.as_strided(param.shape, param.stride()), param))
-    return whole[0], list(whole[1:]), step_count(entry["step"])
+    count = step_count(entry["step"])
+    slots: list[NDArray[Any] | None] = list(whole[1:])
+    if count and not entry.get("begun", True):
+        slots = [None] * len(slots)
+    return whole[0], slots, count
 
 
 @contextmanager
@@ -151,9 +154,13 @@ def collected(core: Core, only_rank: int | None = None) -> Iterator[None]:
 
 def snapshot(core: Core, count: int) -> list[Layer]:
     """Collective: weights and state of an engine's first layers."""
-    slots = range(1, core.slots + 1)
+
+    def slots_of(i: int) -> list[NDArray[Any] | None]:
+        only_counts = core.updates(i) > 0 and not core.begun(i)
+        return [None if only_counts else core.read(i, s) for s in range(1, core.slots + 1)]
+
     with collected(core):
-        return [(core.read(i, 0), [core.read(i, s) for s in slots], core.updates(i)) for i in range(count)]
+        return [(core.read(i, 0), slots_of(i), core.updates(i)) for i in range(count)]
 
 
 def restore(core: Core, saved: list[Layer], count: int) -> None:
@@ -232,20 +239,19 @@ class Checkpoints(BoundOptimizer):
     def _take_pending_state(self) -> None:
         """Collective if anything is pending: adopt loaded weights, then apply staged state and found masters."""
         assert self._live is not None
-        kept: Set[int] = frozenset()
         try:
             self._live.require_unwritten()
             self._handed_out.require_unwritten()
             if self._to_adopt:
                 self._binding.ownership.require_not_taken()
-                kept = self._binding.ownership.written_before_loading()
+                self._binding.ownership.written_before_loading()
             elif self._has_pending_state:  # what is loaded would hide writes into the weights
                 self._binding.require_own_weights(everywhere=True)
         except UsageError as error:
             self._core.complain(describe(error))
             raise
         if self._to_adopt:
-            self._adopt_loaded(kept)
+            self._adopt_loaded()
         if digest := self._live.digest:
             self._load_some(self._live.layers(), digest)
             self._live.applied()
@@ -254,22 +260,14 @@ class Checkpoints(BoundOptimizer):
         if self._loaded_extra:
             self._core.declare(_core.Declared.assigned_state, self._loaded_extra)
 
-    def _adopt_loaded(self, kept: Set[int]) -> None:
-        """Collective: adopt what the model has loaded, and keep master weights that round to it.
-
-        Args:
-            kept: parameters that others had written before, alike on all ranks.
-        """
+    def _adopt_loaded(self) -> None:
+        """Collective: adopt what the model has loaded, and keep master weights that round to it."""
         short = [i for i, param in enumerate(self._binding.params) if has_own_master(param)]
         before: Masters = {}
         if short:
             with self.collected_state():
                 before = {i: self._core.read(i, 0) for i in short if i not in self._found_masters}
-        self._core.declare(_core.Declared.kept_writes, digest_of_numbers(kept) if kept else 0)
-        try:
-            self._adopt_shown()
-        finally:
-            self._core.declare(_core.Declared.kept_writes, 0)
+        self._adopt_pending()
         layers: dict[int, Layer] = {
             i: (master, *KEPT_STATE) for i, master in before.items() if self._fits(i, master)
         }
@@ -346,8 +344,11 @@ class Checkpoints(BoundOptimizer):
         with self.collected_state(0 if rank0_only else None):
             if not rank0_only or self.world.rank == 0:
                 params = range(len(self._binding.params))
+                live = self._live_state
                 packed["state"] = {
-                    i: self._saved_entry(i) for i in params if whole or self._live_state.has_state(i)
+                    i: self._saved_entry(i, whole)
+                    for i in params
+                    if whole or live.has_state(i) or live.only_counts(i)
                 }
                 packed[KEY][MASTER] = {i: self._saved_master(i) for i in params}
                 self._warn_of_writes()
@@ -384,11 +385,17 @@ class Checkpoints(BoundOptimizer):
         assert self._live is not None
         return self._live
 
-    def _saved_entry(self, i: int) -> dict[str, Any]:
-        keys = self._entries.keys(i)
-        return {
+    def _saved_entry(self, i: int, whole: bool) -> dict[str, Any]:
+        """Parameter i's entry; a `whole` one has all keys."""
+        keys, only_counts = self._entries.keys(i), self._live_state.only_counts(i)
+        if only_counts and not whole:
+            keys = [key for key in keys if key in ("step", MASTER)]
+        entry = {
             key: self._saved_master(i) if key == MASTER else self._live_state.read(i, key) for key in keys
         }
+        if only_counts and whole:
+            entry["step"].zero_()  # so that what is loaded has not begun
+        return entry
 
     def _saved_master(self, i: int) -> torch.Tensor:
         if i in self._found_masters and self._fits(i, self._found_masters[i]):
@@ -595,7 +602,7 @@ class Checkpoints(BoundOptimizer):
             return
         self._require_open()
         if self._to_adopt:
-            self.adopt()
+            self._adopt_pending()
         before = len(self.param_groups)
         error: Exception | None = None
         layers: list[Any] = []

@@ -1,7 +1,7 @@
 """Copies of master weights that state_dicts have handed out, and must not be taken for the weights themselves."""
 
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,12 @@ class HandedOut:
 
     def __init__(self) -> None:
         self._entries: dict[int, Copy] = {}  # the newest of each parameter
-        self._older: list[Copy] = []
+        self._older: dict[int, list[Copy]] = {}
 
     def add(self, i: int, tensor: torch.Tensor, name: str) -> None:
         """This tensor stands for parameter i in a state_dict, under this name."""
         if i in self._entries and self._entries[i].tensor is not None:
-            self._older.append(self._entries[i])
+            self._older.setdefault(i, []).append(self._entries[i])
         self._entries[i] = Copy(i, weakref.ref(tensor), tensor._version, name)
 
     def in_dict(self, i: int, state: Mapping[str, Any]) -> torch.Tensor | None:
@@ -62,21 +62,26 @@ class HandedOut:
         self._entries.clear()
         self._older.clear()
 
-    def loaded(self, which: Container[int]) -> None:
+    def loaded(self, which: Iterable[int]) -> None:
         """The model has loaded these parameters, so what was written until now is not lost."""
-        self._older = [entry if entry.i not in which else entry.as_now() for entry in self._older]
-        self._entries = {i: entry if i not in which else entry.as_now() for i, entry in self._entries.items()}
+        for i in which:
+            if i in self._entries:
+                self._entries[i] = self._entries[i].as_now()
+            if i in self._older:
+                self._older[i] = [copy.as_now() for copy in self._older[i]]
 
     def require_unwritten(self) -> None:
         """Complain if somebody wrote into a tensor that is still there."""
-        if not self._entries:
+        if not (self._entries or self._older):
             return
-        written = next((copy.name for copy in [*self._older, *self._entries.values()] if copy.written), None)
+        copies = [copy for older in self._older.values() for copy in older] + list(self._entries.values())
+        written = next((copy.name for copy in copies if copy.written), None)
         if written is not None:
             raise UsageError(
                 f"the tensor {written!r} from model.state_dict() was written. It is a copy of the master weights, so "
                 "the model does not have what was written: change weights inside opt.master_weights(write=True), "
                 "or load the dict with model.load_state_dict(); clone the tensors if the copies are meant"
             )
-        self._older = [copy for copy in self._older if copy.tensor is not None]
+        alive = {i: [copy for copy in older if copy.tensor is not None] for i, older in self._older.items()}
+        self._older = {i: older for i, older in alive.items() if older}
         self._entries = {i: copy for i, copy in self._entries.items() if copy.tensor is not None}

@@ -109,11 +109,16 @@ class Hook:
     def optimizer_of(self, module: torch.nn.Module) -> "BoundOptimizer | None":
         """The optimizer, if it is in use and trains a parameter of this very module that no other one has taken."""
         optimizer = self._reference()
-        if optimizer is None or optimizer._closed or optimizer._showing:
-            return None
+        return optimizer if optimizer is not None and not optimizer._showing and self.trains(module) else None
+
+    def trains(self, module: torch.nn.Module) -> bool:
+        """Return true if the optimizer is in use and trains a parameter of this very module that no other has taken."""
+        optimizer = self._reference()
+        if optimizer is None or optimizer._closed:
+            return False
         index, ownership = optimizer._binding.index, optimizer._binding.ownership
         params = [p for p in module._parameters.values() if p is not None and id(p) in index]
-        return optimizer if any(not ownership.is_taken(p) for p in params) else None
+        return any(not ownership.is_taken(p) for p in params)
 
 
 class Saving(Hook):
@@ -140,17 +145,19 @@ class BeforeLoading(Hook):
         self, module: torch.nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *_: Any
     ) -> None:
         """As torch calls it."""
-        if (optimizer := self.optimizer_of(module)) is not None:
+        if self.trains(module):
             if metadata.get("assign_to_params_buffers"):
                 raise UsageError(
                     "load_state_dict(assign=True) would exchange the parameters for other tensors, which the optimizer "
-                    "does not train: load without assign=True, or load before the optimizer is made"
+                    "does not train: load without assign=True, or before the optimizer is made. A state_dict that was "
+                    "loaded so once keeps a mark of it in its _metadata: load dict(state_dict)"
                 )
             if torch.__future__.get_swap_module_params_on_conversion():
                 raise UsageError(
                     "load_state_dict() would exchange the parameters for other tensors, because "
                     "torch.__future__.set_swap_module_params_on_conversion(True) was called: set it to False first"
                 )
+        if (optimizer := self.optimizer_of(module)) is not None:
             optimizer._begin_loading()
 
 
@@ -161,7 +168,9 @@ class AfterLoading(Hook):
         """As torch calls it."""
         if (optimizer := self.optimizer_of(module)) is not None:
             optimizer._to_adopt = True
-            optimizer._handed_out.loaded(optimizer._binding.ownership.loaded())
+            index, ownership = optimizer._binding.index, optimizer._binding.ownership
+            own = [index[id(p)] for p in module._parameters.values() if p is not None and id(p) in index]
+            optimizer._handed_out.loaded([i for i in own if ownership.was_loaded(i)])
 
 
 def sync_buffers(world: World, model: torch.nn.Module, how: str) -> None:

@@ -28,8 +28,9 @@ class _HandedOut:
     one of them.
     """
 
-    def __init__(self, tensor: torch.Tensor, place: tuple[int, str], name: str) -> None:
+    def __init__(self, tensor: torch.Tensor, place: tuple[int, str], name: str, of_nothing: bool) -> None:
         self.place = place  # the parameter's number, and the key
+        self.of_nothing = of_nothing  # it was read where there was no state
         self.name = name
         self.tensor = weakref.ref(tensor)
         self._alias = tensor.detach()
@@ -234,8 +235,13 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def updated(self, i: int) -> bool:
         """Return true if parameter i has been updated, or will have been when what is staged is applied."""
         if i in self._staged:
-            return self._entries().layer(i, self._staged[i])[2] > 0
+            _, slots, updates = self._entries().layer(i, self._staged[i])
+            return updates > 0 and (not slots or any(slot is not None for slot in slots))
         return self._entries().updates(i) > 0
+
+    def only_counts(self, i: int) -> bool:
+        """Return true if parameter i has been updated, but has no state yet."""
+        return i not in self._staged and self._entries().only_counts(i)
 
     def has_state(self, i: int) -> bool:
         """Return true if parameter i has been updated or given something else than a fresh parameter has."""
@@ -269,7 +275,7 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
             return False
         if self._entries().begins_by(key) and not self.updated(i):
             # A buffer of zeros is more than none, unless it is what was read here in place of none.
-            return any(out.tensor() is value for out in self._handed_out)
+            return any(out.tensor() is value and out.of_nothing for out in self._handed_out)
         here = self.read(i, key)
         return (
             value.shape == here.shape
@@ -310,7 +316,9 @@ class LiveState(MutableMapping[torch.Tensor, Any]):
     def watch(self, i: int, key: str, tensor: Any) -> None:
         """Notice writes into a tensor that stands for a value."""
         if isinstance(tensor, torch.Tensor):
-            self._handed_out.append(_HandedOut(tensor, (i, key), f"state[{self._name(i)}][{key!r}]"))
+            self._handed_out.append(
+                _HandedOut(tensor, (i, key), f"state[{self._name(i)}][{key!r}]", not self.updated(i))
+            )
 
     def is_readable(self) -> bool:
         """Return true if values can be read without other ranks."""

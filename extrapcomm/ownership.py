@@ -123,7 +123,8 @@ class Ownership:
         ]
         self.bound = 0
         self._before_load: list[int] = []  # the versions when the model began to load something
-        self._before_loading: frozenset[int] | None = None  # what others had written then, if it was filled
+        self._before_loading: frozenset[int] = frozenset()  # what others had written then,
+        self._in_other_workers: dict[int, int] = {}  # also into weights of these workers
         self._versions: list[int] = []
         self._views = [
             Views(lambda i, v=v: core.weights(v, i), len(params))  # type: ignore[misc]
@@ -131,7 +132,9 @@ class Ownership:
         ]
         # Absent with a torch without DLPack's table; then every parameter is looked at one by one.
         self._reader = core.gradient_reader(PLAIN_CLASSES)
-        self._noticed: str | None = None
+        self._noticed: tuple[int, int] | None = (
+            None  # a parameter that was written, and the worker that was left
+        )
         self._index = {id(param): i for i, param in enumerate(params)}
         self._impls = [param._cdata for param in params]
         self._counts_singly: bool | None = (
@@ -205,20 +208,29 @@ class Ownership:
         """The model has been given the master weights but for these parameters, of which others have written."""
         self.mark_written()
         self._before_load = list(self._versions)
-        self._before_loading = frozenset(written)
         for i in written:
             self._versions[i] = NOBODYS
         self.holds_master = True
 
-    def loading_begins(self) -> None:
-        """Remember the parameters' versions, unless a load has begun before and nothing was adopted since."""
-        if not self._before_load:
-            self._before_load = [param._version for param in self.params]
+    def loading_begins(self) -> list[int]:
+        """Remember what others have written, before the model loads something; return what the model shows of that."""
+        written = self.written()
+        self._in_other_workers = {i: v for v in range(len(self._views)) if v for i in self._written_in(v)}
+        if self._noticed is not None and self._noticed[1]:
+            self._in_other_workers |= dict([self._noticed])
+        self._before_load = [param._version for param in self.params]
+        self._before_loading = frozenset(written)
+        return written
 
-    def loaded(self) -> frozenset[int]:
-        """Return the parameters that were written since a load began."""
-        pairs = zip(self.params, self._before_load, strict=False)
-        return frozenset(i for i, (param, before) in enumerate(pairs) if param._version != before)
+    def _written_in(self, v: int) -> Iterator[int]:
+        i = self.core.written(v)
+        while i is not None:
+            yield i
+            i = self.core.written(v, i + 1)
+
+    def was_loaded(self, i: int) -> bool:
+        """Return true if the parameter was written since a load began."""
+        return bool(self._before_load) and self.params[i]._version != self._before_load[i]
 
     def written_before_loading(self) -> frozenset[int]:
         """Return the parameters that others had written before the model loaded something else.
@@ -226,16 +238,10 @@ class Ownership:
         Raises:
             UsageError: if that was done to the weights of a worker that is not bound, which nobody adopts.
         """
-        if self._before_loading is None:
-            return frozenset()
-        loaded = self.loaded()
-        for v in range(len(self._views)):
-            i = self.core.written(v) if v != self.bound else None
-            while i is not None:
-                if i not in loaded:
-                    raise UsageError(self._describe(i, v))
-                i = self.core.written(v, i + 1)
-        return self._before_loading - loaded
+        for i, v in self._in_other_workers.items():
+            if not self.was_loaded(i):
+                raise UsageError(self._describe(i, v))
+        return frozenset(i for i in self._before_loading if not self.was_loaded(i))
 
     def _take_versions(self) -> None:
         self.holds_master = False
@@ -244,8 +250,12 @@ class Ownership:
 
     def mark_written(self) -> None:
         """Tell autograd that the weights have changed, so that backward through an old graph raises."""
+        loaded = [self.was_loaded(i) for i in range(len(self._before_load))]
         bump_versions(self.params)
         self._take_versions()
+        self._before_load = [
+            NOBODYS if was else now for was, now in zip(loaded, self._versions, strict=False)
+        ]
 
     def mark_stepped(self) -> None:
         """The same after a step, before which nobody else had written."""
@@ -263,7 +273,7 @@ class Ownership:
     def adopted(self) -> None:
         """Take the parameters as they are for the engine's own."""
         self._noticed = None
-        self._before_load, self._before_loading = [], None
+        self._before_load, self._before_loading, self._in_other_workers = [], frozenset(), {}
         self.mark_written()
         self.record()
 
@@ -275,18 +285,27 @@ class Ownership:
         """Return true if somebody else was seen to write or to replace parameter i, of the bound worker."""
         param = self.params[i]
         replaced = param.data_ptr() != self._addresses[i] or _form(param) != _form(self.weights[i])
-        return replaced or self.has_writes(i)
+        return replaced or self.has_writes(i) or self.may_be_as_before(i)
 
     def has_writes(self, i: int) -> bool:
         """The same, but true for writes only: a storage that was moved has the values from before."""
-        version = self.params[i]._version
-        return (
-            version != self._versions[i] + self._writes or self.core.written(self.bound, i, i + 1) is not None
-        )
+        if self._samples_differ(i):
+            return True
+        return self._was_counted(i) and not self.core.displaced(i) and not self._shows_master(i)
+
+    def may_be_as_before(self, i: int) -> bool:
+        """Return true for writes after which a displaced parameter may have the bits from before, or others."""
+        return self._was_counted(i) and not self._samples_differ(i) and self.core.displaced(i)
+
+    def _was_counted(self, i: int) -> bool:
+        return self.params[i]._version != self._versions[i] + self._writes
+
+    def _samples_differ(self, i: int) -> bool:
+        return self.core.written(self.bound, i, i + 1) is not None
 
     def is_own(self) -> bool:
         """Return true if nobody else was seen to write or replace a parameter."""
-        return self._complaint([self.bound]) is None
+        return self._found([self.bound]) is None
 
     def require_own(self, everywhere: bool = False) -> None:
         """Complain if somebody else wrote or replaced a parameter.
@@ -297,21 +316,22 @@ class Ownership:
         Raises:
             UsageError: if so; it names the parameter.
         """
-        if (text := self._complaint(range(len(self._views)) if everywhere else [self.bound])) is not None:
-            raise UsageError(text)
+        if (found := self._found(range(len(self._views)) if everywhere else [self.bound])) is not None:
+            raise UsageError(self._describe(*found))
 
     def notice(self) -> None:
-        """Keep a complaint about the bound worker, which the model is about to leave, for the next require_own()."""
-        self._noticed = self._complaint([self.bound])
+        """Keep what others wrote for the bound worker, which the model leaves now, for the next require_own()."""
+        self._noticed = self._found([self.bound])
 
-    def _complaint(self, workers: Sequence[int]) -> str | None:
+    def _found(self, workers: Sequence[int]) -> tuple[int, int] | None:
+        """Return a parameter that others wrote or replaced, and the worker."""
         if self._noticed is not None:
             return self._noticed
         if (changed := self._first_changed()) is not None:
-            return self._describe(changed, self.bound)
+            return changed, self.bound
         for v in workers:
             if (written := self.core.written(v)) is not None:
-                return self._describe(written, v)
+                return written, v
         return None
 
     def _describe(self, i: int, v: int) -> str:

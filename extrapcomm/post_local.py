@@ -73,7 +73,7 @@ class PostLocalSGD(SGD):
         """
         self._require_open()
         if self._to_adopt:
-            self.adopt()
+            self._adopt_pending()
         if self._core.local_steps is None:
             return
         try:

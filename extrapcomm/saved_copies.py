@@ -151,7 +151,7 @@ def _apart(
 
 def _copy(optimizer: "BoundOptimizer", i: int) -> torch.Tensor:
     param = optimizer._binding.params[i]
-    if optimizer._to_adopt or optimizer._showing or optimizer._binding.ownership.has_writes(i):
+    if optimizer._to_adopt or optimizer._showing or optimizer._has_writes(i):
         return param.detach().clone(memory_format=torch.preserve_format)
     return optimizer.master(i).to(param.dtype)
 

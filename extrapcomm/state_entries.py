@@ -85,8 +85,12 @@ class StateEntries:
         return torch.zeros_like(self.forms[i], dtype=_master_type(self.forms[i]), device="cpu")
 
     def updates(self, i: int) -> int:
-        """The number of parameter i's updates."""
-        return self._core.updates(i)
+        """The number of parameter i's updates, if one of them has put something into its state."""
+        return 0 if self.only_counts(i) else self._core.updates(i)
+
+    def only_counts(self, i: int) -> bool:
+        """Return true if parameter i was updated, but with a momentum of zero, so that its state has not begun."""
+        return not self._core.begun(i) and self._core.updates(i) > 0
 
     def layer(self, i: int, entry: Mapping[str, Any]) -> Layer:
         """The arrays that the engine loads for an entry without master weights.
@@ -102,7 +106,7 @@ class StateEntries:
             return None, slots, int(there)
         count = step_count(step)
         if self._slots and not there:
-            return None, slots, 0  # without a momentum the next step is the first
+            return None, slots, count  # the engine begins the momentum at the next step
         begun = len(self._slots) == 1 and slots[0] is not None and slots[0].any()  # and with one it is not
         return None, slots, max(count, int(begun))
 

@@ -138,15 +138,7 @@ def load_then_write(model, opt, copies):
     copies["0.weight"].fill_(5.0)
 
 
-def write_then_commit(model, opt, copies):
-    copies["0.weight"].fill_(5.0)
-    with opt.master_weights(write=True):
-        pass
-
-
-@pytest.mark.parametrize(
-    "way", [write_then_load_a_part, write_then_load_the_others, load_then_write, write_then_commit]
-)
+@pytest.mark.parametrize("way", [write_then_load_a_part, write_then_load_the_others, load_then_write])
 def test_writes_into_a_state_dict_are_noticed_after_other_changes(world, way):
     model, opt = small(world)
     copies = model.state_dict()

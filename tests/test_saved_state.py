@@ -1220,6 +1220,25 @@ def loaded_back(opt):
     return opt
 
 
+def loaded_by_torch(opt):
+    params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
+    other = torch.optim.SGD(params, lr=0.1, momentum=0.5, dampening=0.5)
+    other.load_state_dict(opt.state_dict())
+    return other
+
+
+def loaded_as_local_state(opt):
+    params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
+    other = xc.SGD(params, lr=0.1, momentum=0.5, dampening=0.5, world=opt.world)
+    other.load_local_state_dict(opt.local_state_dict())
+    return other
+
+
+def with_another_group(opt):
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    return opt
+
+
 def loaded_elsewhere(opt):
     params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
     other = xc.SGD(params, lr=0.1, momentum=0.5, dampening=0.5, world=opt.world)
@@ -1237,7 +1256,10 @@ LATE_MOMENTA = {
 }
 
 
-@pytest.mark.parametrize("then", [at_once, loaded_back, loaded_elsewhere])
+@pytest.mark.parametrize(
+    "then",
+    [at_once, loaded_back, loaded_elsewhere, loaded_by_torch, loaded_as_local_state, with_another_group],
+)
 @pytest.mark.parametrize("momenta", LATE_MOMENTA.values(), ids=LATE_MOMENTA)
 def test_a_momentum_that_comes_back_from_zero_is_torchs(world, momenta, then):
     """torch begins each parameter's buffer, undamped, with its first gradient at a momentum above zero."""
@@ -1245,11 +1267,13 @@ def test_a_momentum_that_comes_back_from_zero_is_torchs(world, momenta, then):
         kind([torch.nn.Parameter(torch.ones(2)) for _ in "ab"], lr=0.1, momentum=0.5, **more)
         for kind, more in [(torch.optim.SGD, {}), (xc.SGD, {"world": world})]
     )
-    opened = {ours}
+    opened = [ours]
     for i, (momentum, dampening, both) in enumerate(momenta):
         if i == len(momenta) - 1:
+            if then is with_another_group and not momenta[i - 1][0]:
+                ours.param_groups[0]["momentum"] = momentum  # an engine is made anew, with room for it
             ours = then(ours)
-            opened.add(ours)
+            opened.append(ours)
         for opt in (theirs, ours):
             opt.param_groups[0].update(momentum=momentum, dampening=dampening, lr=0.1 / (1 + i))
             opt.zero_grad()
@@ -1259,9 +1283,14 @@ def test_a_momentum_that_comes_back_from_zero_is_torchs(world, momenta, then):
     for a, b in zip(*(values_of(opt.param_groups[0]["params"]) for opt in (theirs, ours)), strict=True):
         torch.testing.assert_close(a, b)
     if not TEAM:
-        assert list(ours.state_dict()["state"]) == list(theirs.state_dict()["state"])
+        with_buffers = [
+            [i for i, entry in opt.state_dict()["state"].items() if entry.get("momentum_buffer") is not None]
+            for opt in (theirs, ours)
+        ]
+        assert with_buffers[0] == with_buffers[1]
     for opt in opened:
-        opt.close()
+        if isinstance(opt, xc.SGD):
+            opt.close()
 
 
 def values_of(params):
@@ -1277,4 +1306,101 @@ def test_a_step_at_zero_momentum_that_changes_nothing_begins_nothing(world, skip
         param.grad = None if grad is None else torch.full_like(param, grad)
         opt.step()
     torch.testing.assert_close(param.detach(), torch.full((2,), 1 - 0.1 * (1 + 1.4)))
+    opt.close()
+
+
+def test_counts_of_updates_without_momentum_are_saved(world):
+    """They say which random numbers come next, and when local steps begin."""
+    if TEAM:
+        pytest.skip("works inside one team")
+    shown = []
+    for resumed in (False, True):
+        params = [torch.nn.Parameter(torch.ones(4)) for _ in "ab"]
+        groups = [{"params": params[:1]}, {"params": params[1:], "momentum": 0.0}]
+        kind = {"lr": 0.1, "momentum": 0.9, "extrapolation": "gaussian", "inner_lr": 0.1, "world": world}
+        opt = xc.SGD(groups, **kind)
+        for i in range(4):
+            if resumed and i == 3:
+                saved = opt.state_dict()
+                opt.close()
+                opt = xc.SGD([{**group, "params": group["params"]} for group in opt.param_groups], **kind)
+                opt.load_state_dict(saved)
+            for param in params:
+                param.grad = torch.ones(4)
+            opt.step()
+        shown.append(values_of(params))
+        opt.close()
+    for a, b in zip(*shown, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("then", ["added", "resumed"])
+def test_steps_before_local_ones_count_at_zero_momentum(world, then):
+    if TEAM:
+        pytest.skip("works inside one team")
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = xc.PostLocalSGD([param], lr=0.1, momentum=0.9, local_steps=4, start=5, world=world)
+    opt.param_groups[0]["momentum"] = 0.0
+    for _ in range(4):
+        param.grad = torch.ones(2)
+        opt.step()
+    if then == "added":
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "momentum": 0.0})
+    else:
+        opt.load_state_dict(opt.state_dict())
+    param.grad = torch.ones(2)
+    opt.step()
+    assert opt.local
+    opt.close()
+
+
+def test_local_steps_at_zero_momentum_begin_nothing(world):
+    if TEAM:
+        pytest.skip("works inside one team")
+
+    def made(param):
+        return xc.PostLocalSGD(
+            [param], lr=0.1, momentum=0.9, dampening=0.5, local_steps=2, start=1, world=world
+        )
+
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = made(param)
+    opt.param_groups[0]["momentum"] = 0.0
+    for _ in range(5):
+        param.grad = torch.ones(2)
+        opt.step()
+    opt.average()
+    saved = opt.state_dict()
+    opt.close()
+    opt = made(param)
+    opt.load_state_dict(saved)
+    opt.param_groups[0]["momentum"] = 0.9
+    for _ in range(2):
+        param.grad = torch.ones(2)
+        opt.step()
+    opt.average()
+    torch.testing.assert_close(param.detach(), torch.full((2,), 1 - 0.5 - 0.1 - 0.1 * (0.9 + 0.5)))
+    opt.close()
+
+
+@pytest.mark.skipif(bool(TEAM), reason="opt.state is read inside one team, or collected")
+@pytest.mark.parametrize("drop", ["value", "all"])
+@pytest.mark.parametrize("write", [False, True])
+def test_a_momentum_that_is_taken_out_and_put_back_counts(world, drop, write):
+    outcome = []
+    for kind, more in ((torch.optim.SGD, {}), (xc.SGD, {"world": world})):
+        param = torch.nn.Parameter(torch.ones(3))
+        opt = kind([param], lr=1.0, momentum=0.5, **more)
+        take_steps(param, opt, 1)
+        buffer = opt.state[param]["momentum_buffer"]
+        if drop == "value":
+            del opt.state[param]["momentum_buffer"]
+        else:
+            opt.state.clear()
+        if write:
+            buffer.mul_(0.5)
+        opt.state[param]["momentum_buffer"] = buffer
+        take_steps(param, opt, 2)
+        outcome.append(param.detach().clone())
+    torch.testing.assert_close(*outcome)
     opt.close()

@@ -287,6 +287,7 @@ void register_engine_class(py::module_& module) {
           "or None.")
       .def("displaced", &Engine::displaced, py::arg("layer"))
       .def("updates", &Engine::updates, py::arg("layer"), Free())
+      .def("begun", &Engine::begun, py::arg("layer"), Free())
       .def_property_readonly("most_updates", py::cpp_function(&Engine::most_updates, Free()))
       .def_property_readonly("slots", &Engine::slots)
       .def("collect_state", &Engine::collect_state, py::arg("only_rank"), Free())

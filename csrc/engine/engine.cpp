@@ -81,7 +81,11 @@ class EngineOf final : public Engine {
   int slots() const override { return runs_.slots(); }
   std::int64_t updates(std::size_t layer) override {
     settle();
-    return ages_[layer].begun ? ages_[layer].updates : 0;
+    return ages_[layer].updates;
+  }
+  bool begun(std::size_t layer) override {
+    settle();
+    return ages_[layer].begun;
   }
   std::int64_t most_updates() override {
     settle();
@@ -181,6 +185,7 @@ class EngineOf final : public Engine {
   Recording::Look look_of(const std::vector<Run<T>>& runs, const Step& step) const;
   void conclude(const Step& step, std::span<const std::uint8_t> present);
   void count(const Counted& layers);
+  bool has_state(const Saved& layer) const;
   void settle();
   void require_settled() const;
   Outcome run(const Step& step, const LayerMarks& marks);
@@ -364,8 +369,14 @@ void EngineOf<T>::load(std::span<const Saved> layers, std::uint64_t hash) {
   stepper_.forget();
   local_.reset();
   for (std::size_t i = 0; i < layers.size(); ++i)
-    if (layers[i].updates >= 0) ages_[i] = {layers[i].updates, layers[i].updates > 0};
+    if (layers[i].updates >= 0) ages_[i] = {layers[i].updates, layers[i].updates > 0 && has_state(layers[i])};
   published_undisplaced();
+}
+
+template <class T>
+bool EngineOf<T>::has_state(const Saved& layer) const {
+  return runs_.slots() == 0 ||
+         std::ranges::any_of(layer.slots, [](const void* slot) { return slot != nullptr; });
 }
 
 template <class T>
@@ -599,7 +610,9 @@ void EngineOf<T>::average() {
 template <class T>
 void EngineOf<T>::finish_round(std::span<const std::uint8_t> touched) {
   local_->average(touched);
-  for (std::size_t i = 0; i < touched.size(); ++i) ages_[i].add(touched[i] * local_->steps(), true);
+  for (std::size_t i = 0; i < touched.size(); ++i)
+    ages_[i].add(touched[i] * local_->steps(),
+                 local_->begins()[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
   local_->begin_round();
 }
 

@@ -205,9 +205,10 @@ class Engine {
   virtual int slots() const = 0;
   // The part of a layer that this rank updates, in elements from the layer's first.
   virtual std::pair<std::int64_t, std::int64_t> owned(std::size_t layer) const = 0;
-  // These wait for the last outcome. The updates of a layer whose slots hold nothing yet are 0.
+  // These wait for the last outcome.
   virtual std::int64_t updates(std::size_t layer) = 0;
-  virtual std::int64_t most_updates() = 0;  // of any layer
+  virtual bool begun(std::size_t layer) = 0;  // whether a step has put something into its slots
+  virtual std::int64_t most_updates() = 0;    // of any layer
 
   // How sums travel between teams: "direct", "halving" or "nccl"; "none" with one team.
   virtual const char* way() const = 0;

@@ -79,6 +79,7 @@ void LocalPhase<T>::begin(std::span<const Age> ages) {
 template <class T>
 void LocalPhase<T>::begin_round() {
   touched_.assign(plan_.layers.size(), 0);
+  begins_.assign(runs_.groups(), 0);
   steps_ = 0;
 }
 
@@ -87,6 +88,7 @@ template <class T>
 void LocalPhase<T>::step(const Engine::Step& step) {
   const std::size_t layers = plan_.layers.size();
   const auto begins = runs_.begins(step);
+  for (std::size_t group = 0; group < begins.size(); ++group) begins_[group] |= begins[group];
   for (std::size_t v = 0; v < own_.size(); ++v) {
     const auto present = step.present.subspan(v * layers, layers);
     const auto runs = runs_.for_step(step, present, ages_[v]);

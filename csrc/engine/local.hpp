@@ -40,6 +40,7 @@ class LocalPhase {
 
   std::int64_t steps() const { return steps_; }                          // in this round
   const std::vector<std::uint8_t>& touched() const { return touched_; }  // layers, by a worker of this rank
+  const std::vector<std::uint8_t>& begins() const { return begins_; }  // groups whose state this round begins
 
  private:
   std::vector<Run<T>> mean_runs(std::span<const std::uint8_t> touched) const;
@@ -58,6 +59,7 @@ class LocalPhase {
   std::vector<Shard<T>> own_;           // every own worker's weights and slots: a shard as long as the plan
   std::vector<std::vector<Age>> ages_;  // for each own worker, per layer
   std::vector<std::uint8_t> touched_;
+  std::vector<std::uint8_t> begins_;
   std::int64_t steps_ = 0;
   TileBuffers<T> buffers_;
 };
