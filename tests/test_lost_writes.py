@@ -1,5 +1,7 @@
 """What is written into weights between steps is kept, saved or an error; it never vanishes."""
 
+import cProfile
+
 import numpy as np
 import pytest
 from conftest import TEAM
@@ -353,3 +355,162 @@ def test_a_micro_batch_that_is_dropped_within_no_sync_does_not_count(world, agai
         opt.step()
         assert param.detach().tolist() == [-2.0 if again else -1.0] * 3
     opt.close()
+
+
+# -- What a reading of these rules has shown ---------------------------------------------------------------------------
+
+
+def two_parts(world, **more):
+    """A model and a criterion, each attached."""
+    torch.manual_seed(0)
+    model, criterion = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    opt = xc.SGD([*model.parameters(), *criterion.parameters()], lr=0.01, world=world, **more)
+    opt.attach(model)
+    opt.attach(criterion)
+    both = torch.nn.Sequential(model, criterion)
+    step(both, opt)
+    return both, opt
+
+
+@pytest.mark.parametrize("extrapolation", ["none", "local"])
+def test_a_part_is_loaded_with_several_workers(world, extrapolation):
+    model, opt = two_parts(world, extrapolation=extrapolation)
+    model[0].load_state_dict(ones(model[0]))
+    step(model, opt)
+    step(model, opt)
+    opt.close()
+
+
+@pytest.mark.parametrize("extrapolation", ["none", "local"])
+def test_a_write_in_another_worker_is_remembered_while_that_worker_trains_on(world, extrapolation):
+    if world.workers == 1:
+        pytest.skip("needs two workers")
+    model, opt = two_parts(world, extrapolation=extrapolation)
+    with opt.worker(1):
+        model[1].weight.detach().add_(1.0)
+    model[0].load_state_dict(ones(model[0]))
+    with pytest.raises(xc.UsageError, match="worker 1"):
+        step(model, opt)
+    opt.adopt()
+    step(model, opt)
+    opt.close()
+
+
+def load_state(opt, saved):
+    opt.load_state_dict(saved)
+    opt.step()
+
+
+def load_state_of_torch(opt, saved):
+    load_state(opt, {key: value for key, value in saved.items() if key != "extrapcomm"})
+
+
+def commit(opt, _):
+    with opt.master_weights(write=True):
+        pass
+
+
+def add_group(opt, _):
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("then", [load_state, load_state_of_torch, commit, add_group])
+def test_a_write_on_one_rank_is_noticed_by_whatever_adopts(world, then):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    model, opt = two_parts(world)
+    saved = opt.state_dict()
+    if world.rank == world.size - 1:
+        model[1].weight.detach().add_(1.0)
+    model[0].load_state_dict(ones(model[0]))
+    with pytest.raises(xc.MismatchError, match="not loaded"):
+        then(opt, saved)
+    opt.close()
+
+
+def test_bits_that_were_put_back_before_a_part_is_loaded_are_no_write(world):
+    model, opt = two_parts(world)
+    if world.rank == 0:
+        kept = model[1].weight.detach().clone()
+        model[1].weight.detach().mul_(0.5)
+        model[1].weight.detach().copy_(kept)
+    model[0].load_state_dict(ones(model[0]))
+    step(model, opt)
+    opt.close()
+
+
+@pytest.mark.parametrize("how", ["load", "copy"])
+def test_an_average_in_a_state_dict_may_be_taken_in_master_weights(world, how):
+    model, opt = small(world)
+    average = model.state_dict()
+    for value in average.values():
+        value.mul_(0.5)
+    with opt.master_weights(write=True):
+        if how == "load":
+            model.load_state_dict(average)
+        else:
+            for param, value in zip(model.parameters(), average.values(), strict=True):
+                param.data.copy_(value)
+    step(model, opt)
+    opt.close()
+
+
+@pytest.mark.parametrize("context", ["master_weights", "write", "kept_weights"])
+def test_assigned_parameters_are_refused_inside_contexts(world, context):
+    model, opt = small(world)
+    contexts = {"write": lambda: opt.master_weights(write=True)}
+    with pytest.raises(xc.UsageError, match="assign=True"), contexts.get(context, getattr(opt, context, None))():
+        model.load_state_dict(ones(model), assign=True)
+    step(model, opt)
+    opt.close()
+
+
+def test_weights_that_were_put_back_are_saved_as_master_weights_with_a_warning(world, caplog):
+    model, opt = small(world, extrapolation="local", inner_lr=0.1)
+    step(model, opt)
+    weight, wanted = model[0].weight, opt.master(0)
+    shown = weight.detach().clone()
+    weight.detach().mul_(0.9)
+    weight.detach().copy_(shown)
+    assert torch.equal(model.state_dict()["0.weight"], wanted)
+    assert "may have the values from before" in caplog.text
+    opt.close()
+    assert torch.equal(weight.detach(), wanted)
+
+
+def test_a_turned_parameter_that_is_written_stays_when_the_optimizer_is_closed(world):
+    param = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    opt = xc.SGD([param], lr=0.1, world=world)
+    param.data = param.data.t()
+    param.detach().mul_(2)
+    wanted = param.detach().clone()
+    opt.close()
+    assert torch.equal(param.detach(), wanted)
+
+
+def test_older_copies_of_a_state_dict_are_watched(world):
+    model, opt = small(world)
+    first, second = model.state_dict(), model.state_dict()
+    del second
+    step(model, opt)
+    first["0.weight"].mul_(2)
+    with pytest.raises(xc.UsageError, match="was written"):
+        step(model, opt)
+    opt.close()
+
+
+def test_many_modules_load_in_time_that_grows_with_their_number(world):
+    """Calls of Python functions are counted, which load does not change."""
+    if world.size > 1:
+        pytest.skip("one process is enough")
+    calls = []
+    for count in (50, 100):
+        model = torch.nn.Sequential(*[torch.nn.LayerNorm(2) for _ in range(count)])
+        opt = xc.SGD(model.parameters(), lr=0.1, world=world)
+        opt.attach(model)
+        state = model.state_dict()
+        profile = cProfile.Profile()
+        profile.runcall(model.load_state_dict, state)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+        opt.close()
+    assert calls[1] < 2.5 * calls[0]
