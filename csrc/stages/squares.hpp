@@ -26,12 +26,18 @@ inline constexpr std::int64_t kFetched = 4 * kLanes;
   }
 }
 
+// Rows whose terms are computed together. One, which leaves registers for the sums, is the fastest for up to
+// two sums; rules with more of them compute more for each, and are faster with several.
+template <int kSums>
+inline constexpr int kRows = kSums > 2 ? 4 : 1;
+
 // Adds `terms_of(i, term)`, which writes kSums numbers, for i < count to kSums sums of kLanes lanes each;
 // element i belongs to lane (first + i) % kLanes. Meanwhile what lies upcoming is fetched: computing and
 // waiting for memory take about as long.
 template <int kSums, class TermsOf>
 XC_HOST_DEVICE void add_terms(std::int64_t first, std::int64_t count, double* lanes, const Upcoming& next,
                               TermsOf terms_of) {
+  constexpr int kBlock = kRows<kSums> * kLanes;
   const auto singly = [&](std::int64_t begin, std::int64_t end) XC_INLINE {
     for (std::int64_t i = begin; i < end; ++i) {
       double term[kSums];
@@ -40,21 +46,22 @@ XC_HOST_DEVICE void add_terms(std::int64_t first, std::int64_t count, double* la
     }
   };
   const std::int64_t head = std::min(count, (kLanes - first % kLanes) % kLanes);
-  const std::int64_t end = head + (count - head) / kLanes * kLanes;
+  const std::int64_t end = head + (count - head) / kBlock * kBlock;
   singly(0, head);
   double sums[kSums][kLanes];
   std::copy_n(lanes, kSums * kLanes, &sums[0][0]);
-  for (std::int64_t i = head; i < end; i += kLanes) {
+  for (std::int64_t i = head; i < end; i += kBlock) {
     if ((i - head) % kFetched == 0) fetch_beside(i, next);
-    double terms[kSums][kLanes];
+    double terms[kSums][kBlock];
 #pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int j = 0; j < kBlock; ++j) {
       double term[kSums];
-      terms_of(i + lane, term);
-      for (int q = 0; q < kSums; ++q) terms[q][lane] = term[q];
+      terms_of(i + j, term);
+      for (int q = 0; q < kSums; ++q) terms[q][j] = term[q];
     }
     for (int q = 0; q < kSums; ++q)
-      for (int lane = 0; lane < kLanes; ++lane) sums[q][lane] += terms[q][lane];
+      for (int row = 0; row < kBlock; row += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) sums[q][lane] += terms[q][row + lane];
   }
   std::copy_n(&sums[0][0], kSums * kLanes, lanes);
   singly(end, count);
