@@ -562,7 +562,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         return [i for i in range(len(ownership.params)) if i in inside.union(held) and self._has_writes(i)]
 
     def _has_writes(self, i: int) -> bool:
-        """Whether others have written parameter i; a warning if that cannot be told."""
+        """Return true if others have written parameter i; warn if that cannot be told."""
         ownership = self._binding.ownership
         if ownership.may_be_as_before(i):
             log.warning(

@@ -26,6 +26,7 @@ from .state_entries import (
     StateEntries,
     digest_of,
     flat_master,
+    has_only_counts,
     has_own_master,
     is_nothing,
     step_count,
@@ -156,8 +157,8 @@ def snapshot(core: Core, count: int) -> list[Layer]:
     """Collective: weights and state of an engine's first layers."""
 
     def slots_of(i: int) -> list[NDArray[Any] | None]:
-        only_counts = core.updates(i) > 0 and not core.begun(i)
-        return [None if only_counts else core.read(i, s) for s in range(1, core.slots + 1)]
+        empty = has_only_counts(core, i)
+        return [None if empty else core.read(i, s) for s in range(1, core.slots + 1)]
 
     with collected(core):
         return [(core.read(i, 0), slots_of(i), core.updates(i)) for i in range(count)]
@@ -244,7 +245,6 @@ class Checkpoints(BoundOptimizer):
             self._handed_out.require_unwritten()
             if self._to_adopt:
                 self._binding.ownership.require_not_taken()
-                self._binding.ownership.written_before_loading()
             elif self._has_pending_state:  # what is loaded would hide writes into the weights
                 self._binding.require_own_weights(everywhere=True)
         except UsageError as error:

@@ -12,9 +12,8 @@ __all__ = ["HandedOut"]
 
 
 class Copy(NamedTuple):
-    """A tensor that stands for parameter i under a name, and its version when it was known to be what it stands for."""
+    """A tensor that stands for a parameter under a name, and its version when it was known to have the right values."""
 
-    i: int
     reference: "weakref.ref[torch.Tensor]"
     version: int
     name: str
@@ -48,7 +47,7 @@ class HandedOut:
         """This tensor stands for parameter i in a state_dict, under this name."""
         if i in self._entries and self._entries[i].tensor is not None:
             self._older.setdefault(i, []).append(self._entries[i])
-        self._entries[i] = Copy(i, weakref.ref(tensor), tensor._version, name)
+        self._entries[i] = Copy(weakref.ref(tensor), tensor._version, name)
 
     def in_dict(self, i: int, state: Mapping[str, Any]) -> torch.Tensor | None:
         """The tensor that stands for parameter i in this very dict, under another name; None if there is none."""

@@ -20,6 +20,7 @@ __all__ = [
     "digest_of",
     "digest_of_numbers",
     "flat_master",
+    "has_only_counts",
     "has_own_master",
     "is_nothing",
     "step_count",
@@ -36,6 +37,11 @@ MASTER = "master"
 def has_own_master(param: torch.Tensor) -> bool:
     """Returns true if the parameter's type cannot hold its master weights: bfloat16 and float16."""
     return param.dtype != _master_type(param)
+
+
+def has_only_counts(core: "_core.Engine", i: int) -> bool:
+    """Return true if an engine's parameter i was updated, but with a momentum of zero, so that it has no state yet."""
+    return core.updates(i) > 0 and not core.begun(i)
 
 
 def is_nothing(value: Any) -> bool:
@@ -90,7 +96,7 @@ class StateEntries:
 
     def only_counts(self, i: int) -> bool:
         """Return true if parameter i was updated, but with a momentum of zero, so that its state has not begun."""
-        return not self._core.begun(i) and self._core.updates(i) > 0
+        return has_only_counts(self._core, i)
 
     def layer(self, i: int, entry: Mapping[str, Any]) -> Layer:
         """The arrays that the engine loads for an entry without master weights.

@@ -1,4 +1,4 @@
-"""What is written into weights between steps is kept, saved or an error; it never vanishes."""
+"""Writes into weights between steps are kept, saved or errors; they never vanish."""
 
 import cProfile
 
@@ -170,8 +170,6 @@ def test_a_state_dict_that_is_changed_and_loaded_counts(world):
 
 
 def test_a_state_dict_that_is_changed_and_loaded_counts_in_the_local_phase(world):
-    if TEAM:
-        pytest.skip("works inside one team")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     opt = xc.PostLocalSGD(model.parameters(), lr=0.1, local_steps=4, start=1, world=world)

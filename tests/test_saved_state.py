@@ -1220,16 +1220,19 @@ def loaded_back(opt):
     return opt
 
 
-def loaded_by_torch(opt):
+def another(kind, opt, **more):
     params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
-    other = torch.optim.SGD(params, lr=0.1, momentum=0.5, dampening=0.5)
+    return kind(params, lr=0.1, momentum=0.5, dampening=0.5, **more)
+
+
+def loaded_by_torch(opt):
+    other = another(torch.optim.SGD, opt)
     other.load_state_dict(opt.state_dict())
     return other
 
 
 def loaded_as_local_state(opt):
-    params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
-    other = xc.SGD(params, lr=0.1, momentum=0.5, dampening=0.5, world=opt.world)
+    other = another(xc.SGD, opt, world=opt.world)
     other.load_local_state_dict(opt.local_state_dict())
     return other
 
@@ -1240,8 +1243,7 @@ def with_another_group(opt):
 
 
 def loaded_elsewhere(opt):
-    params = [p.detach().clone().requires_grad_() for group in opt.param_groups for p in group["params"]]
-    other = xc.SGD(params, lr=0.1, momentum=0.5, dampening=0.5, world=opt.world)
+    other = another(xc.SGD, opt, world=opt.world)
     other.load_state_dict(opt.state_dict())
     return other
 
@@ -1311,8 +1313,6 @@ def test_a_step_at_zero_momentum_that_changes_nothing_begins_nothing(world, skip
 
 def test_counts_of_updates_without_momentum_are_saved(world):
     """They say which random numbers come next, and when local steps begin."""
-    if TEAM:
-        pytest.skip("works inside one team")
     shown = []
     for resumed in (False, True):
         params = [torch.nn.Parameter(torch.ones(4)) for _ in "ab"]
@@ -1336,8 +1336,6 @@ def test_counts_of_updates_without_momentum_are_saved(world):
 
 @pytest.mark.parametrize("then", ["added", "resumed"])
 def test_steps_before_local_ones_count_at_zero_momentum(world, then):
-    if TEAM:
-        pytest.skip("works inside one team")
     param = torch.nn.Parameter(torch.ones(2))
     opt = xc.PostLocalSGD([param], lr=0.1, momentum=0.9, local_steps=4, start=5, world=world)
     opt.param_groups[0]["momentum"] = 0.0
@@ -1355,8 +1353,6 @@ def test_steps_before_local_ones_count_at_zero_momentum(world, then):
 
 
 def test_local_steps_at_zero_momentum_begin_nothing(world):
-    if TEAM:
-        pytest.skip("works inside one team")
 
     def made(param):
         return xc.PostLocalSGD(

@@ -15,7 +15,7 @@ using Outline = std::vector<std::int64_t>;
 template <class T>
 Outline outline_of(std::span<const Run<T>> runs);
 
-// What a layer has been through. Its state has BEGUN once a step has put something into it: SGD leaves it
+// The history of a layer. Its state has BEGUN once a step has put something into it: SGD leaves it
 // alone while the momentum is 0.
 struct Age {
   std::int64_t updates = 0;

@@ -32,7 +32,7 @@ inline Bounds bounds_of(const Engine::Step& step) { return {step.max_norm, step.
 // A meeting of all ranks between two passes; whether the first of them changed weights or state.
 using Meet = std::function<void(bool touched)>;
 
-// Which layers have a gradient on any rank, and what each has been through.
+// Which layers have a gradient on any rank, and the history of each.
 struct LayerMarks {
   std::span<const std::uint8_t> present;
   std::span<const Age> ages;

@@ -15,7 +15,7 @@ namespace xc {
 // Elements whose memory is fetched at once.
 inline constexpr std::int64_t kFetched = 4 * kLanes;
 
-// What lies upcoming beside elements i, ..., i + kFetched - 1.
+// Fetches the memory that is upcoming beside elements i, ..., i + kFetched - 1.
 [[gnu::always_inline]] inline void fetch_beside(std::int64_t i, const Upcoming& next) {
   for (int a = 0; a < next.count; ++a) {
     const std::byte* const at = next.at[a] + i * next.element_size[a];
@@ -26,8 +26,9 @@ inline constexpr std::int64_t kFetched = 4 * kLanes;
   }
 }
 
-// Rows whose terms are computed together. One, which leaves registers for the sums, is the fastest for up to
-// two sums; rules with more of them compute more for each, and are faster with several.
+// Rows whose terms are computed together. One, which leaves registers for the sums, takes the fewest
+// instructions for most rules with up to two sums; those with more compute more for each, and take fewer with
+// several rows.
 template <int kSums>
 inline constexpr int kRows = kSums > 2 ? 4 : 1;
 
