@@ -121,11 +121,6 @@ class EngineOf final : public Engine {
   void declare(Declared what, std::uint64_t digest) override {
     declared_[static_cast<std::size_t>(what)] = digest;
   }
-  Declarations only(Declared what) const {
-    Declarations one{};
-    one[static_cast<std::size_t>(what)] = digest_in(declared_, what);
-    return one;
-  }
   void complain(const std::string& complaint) override;
   void begin_local() override;
   void local_step(const Step& step) override;
@@ -180,11 +175,16 @@ class EngineOf final : public Engine {
   Hands make_hands();
   Hands hands_of_host();
   std::unique_ptr<Rails<T>> make_rails();
+  // This rank's declaration of one thing, and nothing of the others.
+  Declarations only(Declared what) const {
+    Declarations one{};
+    one[static_cast<std::size_t>(what)] = digest_in(declared_, what);
+    return one;
+  }
   void collective(const Exchange::Call& call, const std::function<void(const Agreed&)>& work);
   void capture(const Step& step);
   Recording::Look look_of(const std::vector<Run<T>>& runs, const Step& step) const;
   void conclude(const Step& step, std::span<const std::uint8_t> present);
-  void count(const Counted& layers);
   bool has_state(const Saved& layer) const;
   void settle();
   void require_settled() const;
@@ -472,18 +472,12 @@ Engine::Outcome EngineOf<T>::step(const Step& step) {
 // Counts a step of these layers, now or when its outcome is known.
 template <class T>
 void EngineOf<T>::conclude(const Step& step, std::span<const std::uint8_t> present) {
-  Counted layers{{present.begin(), present.end()}, runs_.begins(step)};
+  auto begins = runs_.begins(step);
   if (stepper_.judges(step))
-    undecided_ = std::move(layers);
+    undecided_ = {{present.begin(), present.end()}, std::move(begins)};
   else if (!outcome_.skipped)
-    count(layers);
+    runs_.add_updates(ages_, present, begins);
   ++steps_;
-}
-
-template <class T>
-void EngineOf<T>::count(const Counted& layers) {
-  for (std::size_t i = 0; i < ages_.size(); ++i)
-    ages_[i].add(layers.present[i], layers.begins[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
 }
 
 template <class T>
@@ -492,7 +486,7 @@ void EngineOf<T>::settle() {
   const auto layers = std::exchange(undecided_, std::nullopt);
   const auto [norm, skipped] = hands_.judge->verdict();
   outcome_ = {norm, skipped};
-  if (!skipped) count(*layers);
+  if (!skipped) runs_.add_updates(ages_, layers->present, layers->begins);
 }
 
 template <class T>
@@ -610,9 +604,7 @@ void EngineOf<T>::average() {
 template <class T>
 void EngineOf<T>::finish_round(std::span<const std::uint8_t> touched) {
   local_->average(touched);
-  for (std::size_t i = 0; i < touched.size(); ++i)
-    ages_[i].add(touched[i] * local_->steps(),
-                 local_->begins()[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
+  runs_.add_updates(ages_, touched, local_->begins(), local_->steps());
   local_->begin_round();
 }
 

@@ -94,10 +94,8 @@ void LocalPhase<T>::step(const Engine::Step& step) {
     const auto runs = runs_.for_step(step, present, ages_[v]);
     const Workers alone{{arenas_.workers().sources[arenas_.first_source() + v]}, {}, {}};
     walk<T>(apply_pass({}, {}), alone, runs, own_[v], buffers_);
-    for (std::size_t i = 0; i < layers; ++i) {
-      ages_[v][i].add(present[i], begins[static_cast<std::size_t>(plan_.layers[i].spec.group)]);
-      touched_[i] |= present[i];
-    }
+    runs_.add_updates(ages_[v], present, begins);
+    for (std::size_t i = 0; i < layers; ++i) touched_[i] |= present[i];
   }
   ++steps_;
 }

@@ -102,6 +102,16 @@ std::vector<std::uint8_t> RunMaker<T>::begins(const Engine::Step& step) const {
 }
 
 template <class T>
+void RunMaker<T>::add_updates(std::span<Age> ages, std::span<const std::uint8_t> present,
+                              std::span<const std::uint8_t> begins, std::int64_t steps) const {
+  for (std::size_t i = 0; i < ages.size(); ++i) {
+    if (!present[i] || steps == 0) continue;
+    ages[i].updates += steps;
+    ages[i].begun = ages[i].begun || begins[static_cast<std::size_t>(plan_.layers[i].spec.group)];
+  }
+}
+
+template <class T>
 void RunMaker<T>::set_rule(Run<T>& run, const LayerSpec& spec, const Engine::Step& step,
                            const Age& age) const {
   const auto group = static_cast<std::size_t>(spec.group);

@@ -21,11 +21,6 @@ struct Age {
   std::int64_t updates = 0;
   bool begun = false;
 
-  // So many more, each of which begins the state or not.
-  void add(std::int64_t more, bool begins) {
-    updates += more;
-    begun = begun || (more > 0 && begins);
-  }
   bool operator==(const Age&) const = default;
 };
 
@@ -57,6 +52,10 @@ class RunMaker {
 
   // For each group: whether a step with these numbers begins the state of layers that have a gradient.
   std::vector<std::uint8_t> begins(const Engine::Step& step) const;
+
+  // Counts so many steps of the layers that are present; `begins` as above.
+  void add_updates(std::span<Age> ages, std::span<const std::uint8_t> present,
+                   std::span<const std::uint8_t> begins, std::int64_t steps = 1) const;
 
  private:
   // A group's numbers: the rule's, and then its inner learning rate.
